@@ -1,0 +1,29 @@
+"""cogvx evaluate: measure the embedded checkpoint on Shapes World."""
+
+from pathlib import Path
+from typing import Annotated
+
+from tyro.conf import arg
+
+
+def main(
+    model: str = "tiny",
+    num_prompts: int = 480,
+    num_clips: int = 96,
+    num_inference_steps: int = 50,
+    seed: int = 0,
+    output: Annotated[Path | None, arg(aliases=["-o"])] = None,
+) -> None:
+    """Generate from prompts, half of them of combinations never trained on, judge the clips, and measure the VAE.
+
+    Args:
+        model: a checkpoint trained on Shapes World.
+        num_prompts: how many videos to generate and judge.
+        num_clips: how many rendered clips the VAE encodes and decodes.
+        num_inference_steps: of the sampler.
+        seed: prompt i is made with seed + i.
+        output: a folder for the table and the figures as JSON.
+    """
+    from ..eval.report import evaluate
+
+    print(evaluate(model, num_prompts, num_clips, seed, num_inference_steps, output))

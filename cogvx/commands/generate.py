@@ -1,0 +1,62 @@
+"""cogvx generate: make a video from a prompt."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from tyro.conf import Positional, arg
+
+
+def main(
+    prompt: Positional[str],
+    output: Annotated[Path, arg(aliases=["-o"])],
+    model: str = "tiny",
+    negative_prompt: str = "",
+    num_frames: int | None = None,
+    height: int | None = None,
+    width: int | None = None,
+    num_inference_steps: int = 50,
+    guidance_scale: float = 6.0,
+    dynamic_guidance: Literal["wave", "cosine"] | None = None,
+    sampler: Literal["ddim", "dpmpp_2m_sde"] | None = None,
+    seed: int | None = None,
+    numerics: str = "diffusers",
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None,
+    device: str | None = None,
+    progress: bool = True,
+) -> None:
+    """Make a video from a prompt.
+
+    Args:
+        prompt: what the video shows.
+        output: the mp4 to write.
+        model: a checkpoint folder, a hub name, or "tiny", the checkpoint inside the package.
+        negative_prompt: what it should not show.
+        num_frames: 8N+1; unset, what the checkpoint was trained on, as for height and width.
+        height: in pixels.
+        width: in pixels.
+        num_inference_steps: from 1 to 1000.
+        guidance_scale: how closely the prompt is followed; up to 1 is no guidance.
+        dynamic_guidance: a scale that changes over the steps: "wave" as it was released, "cosine" as it was meant.
+        sampler: unset, what the checkpoint says.
+        seed: unset, a fresh one, which the file keeps.
+        numerics: whose arithmetic to follow.
+        dtype: unset, the stored one (fp16 is computed in fp32 on a CPU).
+        device: unset, a GPU where there is one.
+        progress: show a progress bar.
+    """
+    from ..data.video import check_writable
+    from ..settings import Settings, read_configs
+
+    settings = Settings(
+        prompt, negative_prompt, num_frames, height, width, num_inference_steps, guidance_scale, dynamic_guidance,
+        sampler, seed,
+    ).resolve(read_configs(model))  # fmt: skip
+    check_writable(output)
+
+    from ..pipeline import Pipeline
+    from ._arguments import torch_dtype
+
+    pipeline = Pipeline.from_pretrained(model, torch_dtype(dtype), device, numerics)
+    clip = pipeline(**settings.as_dict(), progress=progress)
+    clip.save(output)
+    print(f"{output}  ({clip.seconds:.1f} s, seed {clip.metadata['seed']})")

@@ -1,0 +1,17 @@
+"""cogvx show: print how a video was made."""
+
+import json
+from pathlib import Path
+
+from tyro.conf import Positional
+
+
+def main(file: Positional[Path]) -> None:
+    """Print the prompt, seed, settings, model hash and versions that a video carries, as JSON.
+
+    Args:
+        file: an mp4 that cogvx wrote.
+    """
+    from ..data.video import read_metadata
+
+    print(json.dumps(read_metadata(file), indent=2, ensure_ascii=False))

@@ -1,0 +1,1 @@
+"""Noise schedule, samplers, guidance and loss: pure functions over plain tensors."""

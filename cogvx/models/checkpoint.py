@@ -1,0 +1,261 @@
+"""Published checkpoint folders, read strictly and written atomically; never a pickle.
+
+A pipeline's folder holds `model_index.json` and a folder for each component; a component's folder holds `config.json`
+and safetensors, in one file or in shards with an index. A folder counts as hostile until its names, links, headers and
+shapes are checked; no weight is read before that.
+"""
+
+import json
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+TINY = Path(__file__).parent.parent / "assets" / "tiny"
+NUMERICS = ("diffusers",)
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt"]
+PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+STEMS = ("diffusion_pytorch_model", "model")  # of weight files: diffusers' and ours, transformers'
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+MAX_JSON_BYTES = 2**24  # the largest published one, a tokenizer's, has 2.4 MB
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+class CheckpointError(ValueError):
+    """A folder that is no checkpoint, or a damaged, incomplete or unsafe one."""
+
+
+def load_model(
+    model_class: type[Model],
+    config_class: type,
+    component: str,
+    folder: str | Path,
+    numerics: str,
+    dtype: torch.dtype | None,
+    device: torch.device | str | None,
+) -> Model:
+    """The model in a component's folder, or in the `component` of a pipeline's folder."""
+    check_numerics(numerics)
+    root = resolve_folder(folder)
+    part = component_folder(root, component)
+    config = read_config(config_class, part, root)
+    with torch.device("meta"):  # no memory and no time for weights that are about to be replaced
+        model = model_class(config)
+    load_weights(model, part, root, dtype, device)
+    return model.eval()
+
+
+def check_numerics(numerics: str) -> None:
+    if numerics not in NUMERICS:
+        later = '; "sat" comes later' if numerics == "sat" else ""
+        raise ValueError(f'numerics is {numerics!r}; it must be "diffusers"{later}')
+
+
+def resolve_folder(folder: str | Path) -> Path:
+    """The local folder of a checkpoint: a path, a hub name (downloaded once), or "tiny" for the embedded one."""
+    if folder == "tiny":
+        return TINY
+    path = Path(folder)
+    if path.is_dir():
+        return path
+    if path.suffix in PICKLES:
+        raise CheckpointError(_pickle_message(path))
+    if path.is_file():
+        raise CheckpointError(f"{path} is a file; a checkpoint is a folder, here perhaps {path.parent}")
+    if not HUB_NAME.fullmatch(str(folder)) or ".." in str(folder) or str(folder).startswith("."):
+        raise CheckpointError(f"{path} does not exist; give a checkpoint folder, a hub name like owner/name, or tiny")
+    from huggingface_hub import snapshot_download  # here, because it takes 0.4 s and few calls need it
+
+    try:
+        return Path(snapshot_download(str(folder), allow_patterns=HUB_FILES))
+    except Exception as error:  # network, login, name: the library has some ten unrelated classes
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        raise CheckpointError(f"{folder} is no folder here and could not be had from the hub: {reason}") from error
+
+
+def component_folder(root: Path, component: str) -> Path:
+    """`root`/`component` of a pipeline's folder, or `root` itself where that is a component's folder."""
+    if (root / component).is_dir():
+        return root / component
+    if (root / "config.json").is_file():
+        return root
+    raise CheckpointError(f"{root} is no checkpoint: it holds neither {component}/config.json nor config.json")
+
+
+def safe_path(path: Path, root: Path) -> Path:
+    """`path`, once its links are known to end inside `root` or in the blobs of the hub cache that `root` is part of."""
+    real, allowed = path.resolve(), [root.resolve()]
+    for ancestor in root.absolute().parents:
+        if ancestor.name == "snapshots":
+            allowed.append(ancestor.parent.resolve() / "blobs")
+            break
+    if not any(real.is_relative_to(place) for place in allowed):
+        raise CheckpointError(f"{path} is a link that leaves its folder, to {real}")
+    return path
+
+
+def read_json(path: Path, root: Path) -> dict[str, Any]:
+    """The object in a JSON file of a checkpoint."""
+    try:
+        size = safe_path(path, root).stat().st_size
+        if size > MAX_JSON_BYTES:
+            raise CheckpointError(f"{path} has {size} bytes; at most {MAX_JSON_BYTES} are read")
+        content = json.loads(path.read_bytes().decode("utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+    except CheckpointError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is no valid JSON: {_line(error)}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} holds a {type(content).__name__}, not an object with fields")
+    return content
+
+
+def read_config(config_class: type, folder: Path, root: Path, name: str = "config.json") -> Any:
+    content = read_json(folder / name, root)
+    try:
+        return config_class.from_dict(content)
+    except ValueError as error:
+        raise CheckpointError(f"{folder / name}: {_line(error)}") from error
+
+
+def weight_files(folder: Path, root: Path) -> list[Path]:
+    """The safetensors files of a component, those of its index where there is one."""
+    for stem in STEMS:
+        index = folder / f"{stem}.safetensors.index.json"
+        if index.is_file():
+            return _indexed_files(index, root)
+        if (folder / f"{stem}.safetensors").is_file():
+            return [safe_path(folder / f"{stem}.safetensors", root)]
+    pickles = sorted(path for path in folder.iterdir() if path.suffix in PICKLES)
+    if pickles:
+        raise CheckpointError(_pickle_message(pickles[0]))
+    raise CheckpointError(f"{folder} holds no weights: {STEMS[0]}.safetensors is missing")
+
+
+def _indexed_files(index: Path, root: Path) -> list[Path]:
+    places = read_json(index, root).get("weight_map")
+    if not isinstance(places, dict) or not places:
+        raise CheckpointError(f"{index} has no weight_map")
+    if not all(isinstance(name, str) for name in places.values()):
+        raise CheckpointError(f"{index} has a weight_map whose values are not all file names")
+    files = []
+    for name in sorted(set(places.values())):
+        if Path(name).suffix in PICKLES:
+            raise CheckpointError(_pickle_message(index.parent / name))
+        if not re.fullmatch(r"[\w-][\w.-]*\.safetensors", name):
+            raise CheckpointError(f"{index} names the shard {name!r}; a shard is a safetensors file beside it")
+        if not (index.parent / name).is_file():
+            raise CheckpointError(f"{index} names the shard {name}, which is missing")
+        files.append(safe_path(index.parent / name, root))
+    return files
+
+
+def load_weights(
+    model: nn.Module,  # on the meta device
+    folder: Path,
+    root: Path,
+    dtype: torch.dtype | None,
+    device: torch.device | str | None,
+    aliases: dict[str, str] | None = None,
+    keep_fp32: Iterable[str] = (),
+) -> None:
+    """Give a model the weights of a folder, cast to `dtype` (None: as stored), once every name and shape is right.
+
+    Args:
+        aliases: other names under which a file may hold a tensor.
+        keep_fp32: tensors that stay in fp32 where the others become fp16.
+    """
+    _check_dtype(dtype)
+    device = _device(device)
+    expected = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+    aliases, keep = aliases or {}, set(keep_fp32)
+    files = weight_files(folder, root)
+    places = _check_tensors(files, {n: s for n, s in expected.items() if n not in aliases}, aliases, folder)
+    weights: dict[str, Tensor] = {}
+    for file in files:
+        with _opened(file) as tensors:
+            for name, (place, key) in places.items():
+                if place == file:
+                    tensor = tensors.get_tensor(key)
+                    wanted = dtype or tensor.dtype
+                    wanted = torch.float32 if name in keep and wanted == torch.float16 else wanted
+                    # A copy: a mapped file that is overwritten later would take the process down.
+                    weights[name] = tensor.to(device, wanted, copy=True)
+    model.load_state_dict(weights | {a: weights[name] for a, name in aliases.items() if a in expected}, assign=True)
+
+
+def _check_tensors(
+    files: list[Path], expected: dict[str, list[int]], aliases: dict[str, str], folder: Path
+) -> dict[str, tuple[Path, str]]:
+    """Where each tensor is: file and name in it. Raises CheckpointError that says what is missing, extra or wrong."""
+    places: dict[str, tuple[Path, str]] = {}
+    extra, shapes, dtypes = [], [], []
+    for file in files:
+        with _opened(file) as tensors:
+            for key in tensors.keys():  # noqa: SIM118 (no mapping)
+                name = aliases.get(key, key)
+                shape, stored = tensors.get_slice(key).get_shape(), tensors.get_slice(key).get_dtype()
+                if name not in expected or (name in places and places[name][1] == key):
+                    extra.append(key)
+                    continue
+                if shape != expected[name]:
+                    shapes.append(f"{key} is {shape}, not {expected[name]}")
+                if stored not in DTYPES:
+                    dtypes.append(f"{key} is {stored}")
+                places[name] = file, key
+    faults = (
+        ("missing", sorted(expected.keys() - places.keys())),
+        ("too many", sorted(extra)),
+        ("of another shape", shapes),
+        (f"of a type other than {', '.join(DTYPES)}", dtypes),
+    )
+    if any(names for _, names in faults):
+        raise CheckpointError(f"{folder}: " + "; ".join(f"{len(n)} {what} ({_some(n)})" for what, n in faults if n))
+    return places
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[Any]:
+    """A safetensors file, whose errors become ours."""
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            yield tensors
+    except CheckpointError:
+        raise
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{file} is no intact safetensors file: {_line(error)}") from error
+
+
+def _check_dtype(dtype: torch.dtype | None) -> None:
+    if dtype is not None and dtype not in DTYPES.values():
+        raise ValueError(f"dtype is {dtype!r}; it must be None or one of {', '.join(map(str, DTYPES.values()))}")
+
+
+def _device(device: torch.device | str | None) -> torch.device:
+    try:
+        return torch.device(device or "cpu")
+    except RuntimeError as error:
+        raise ValueError(f"device is {device!r}; it must be a device of torch, such as cpu or cuda") from error
+
+
+def _pickle_message(path: Path) -> str:
+    return f"{path} is a pickle, which can run any code when it is read; only safetensors files are loaded"
+
+
+def _some(names: list[str]) -> str:
+    more = f", and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(name if len(name) <= 100 else name[:97] + "..." for name in names[:3]) + more
+
+
+def _line(error: BaseException) -> str:
+    """The first line of an error, at most 200 characters."""
+    return (str(error).strip().split("\n")[0] or type(error).__name__)[:200]

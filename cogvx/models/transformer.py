@@ -1,0 +1,236 @@
+"""The expert transformer: text and vision in one sequence that shares every weight but the modulation.
+
+B batch, C channels, T H W latent frames, height and width, D width, A heads, E head width, L text tokens,
+N = L + T (H / p) (W / p) tokens. Text comes first in every [B, N, D]. Module names are those of the published
+checkpoints.
+
+Source: "CogVideoX" (arXiv 2408.06072), section 2.2, and the released configurations.
+"""
+
+from pathlib import Path
+from typing import Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cogvx_kernels import expert_layernorm, joint_attention, qk_norm_rope
+
+from ..config import TransformerConfig
+from .checkpoint import load_model
+from .embeddings import rope_positions, sincos_positions, timestep_embedding
+from .saving import SHARD_BYTES, save_model
+
+QK_EPS = 1e-6  # of the per-head norms of q and k; all others take the config's norm_eps
+
+
+class ExpertTransformer(nn.Module):
+    """Predicts the velocity v of noisy latents, given text and the diffusion timestep."""
+
+    def __init__(self, config: TransformerConfig):
+        super().__init__()
+        self.config = config
+        self.patch_embed = PatchEmbed(config)
+        self.time_embedding = TimeEmbedding(config.width, config.time_embed_dim)
+        self.transformer_blocks = nn.ModuleList(ExpertBlock(config) for _ in range(config.num_layers))
+        self.norm_final = nn.LayerNorm(config.width, config.norm_eps)
+        self.norm_out = ModulatedNorm(config, num_chunks=2)
+        self.proj_out = nn.Linear(config.width, config.out_channels * config.patch_size**2)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: str | Path,
+        numerics: str = "diffusers",
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> Self:
+        """The transformer of a published folder: a pipeline's or the transformer's own, a hub name, or "tiny".
+
+        Raises:
+            CheckpointError: the folder is no checkpoint, or a damaged, incomplete or unsafe one.
+        """
+        return load_model(cls, TransformerConfig, "transformer", folder, numerics, dtype, device)
+
+    def save_pretrained(self, folder: str | Path, shard_bytes: int = SHARD_BYTES) -> None:
+        """Write the transformer's own published folder; diffusers loads it too."""
+        save_model(self, folder, shard_bytes)
+
+    def forward(
+        self,
+        latents: Tensor,  # [B, C, T, H, W]
+        text: Tensor,  # [B, L, text_embed_dim]
+        timestep: Tensor,  # [B], 0 ... 999
+    ) -> Tensor:  # [B, C, T, H, W]
+        dtype, num_text, patch = self.proj_out.weight.dtype, text.shape[1], self.config.patch_size
+        grid = self.check_shapes(latents, text, timestep)
+        added, rope = self.positions(grid, latents.device)
+        x = self.patch_embed(latents.to(dtype), text.to(dtype), added)
+        condition = F.silu(self.time_embedding(timestep_embedding(timestep, self.config.width).to(dtype)))
+        for block in self.transformer_blocks:
+            x = block(x, condition, rope, num_text)
+        vision = self.norm_final(x[:, num_text:])
+        shift, scale = self.norm_out.linear(condition).chunk(2, dim=1)
+        vision = self.norm_out.norm(vision) * (1 + scale[:, None]) + shift[:, None]
+        return unpatchify(self.proj_out(vision), grid, patch)
+
+    def positions(self, grid: tuple[int, int, int], device: torch.device):
+        """What is added to the vision tokens and what rotates them; a model has one of the two, the other is None."""
+        config = self.config
+        if config.use_rotary_positional_embeddings:
+            trained = config.sample_height // config.patch_size, config.sample_width // config.patch_size
+            return None, rope_positions(grid, trained, config.attention_head_dim, device)
+        scales = config.spatial_interpolation_scale, config.temporal_interpolation_scale
+        return sincos_positions(grid, config.width, *scales, device), None
+
+    def check_shapes(self, latents: Tensor, text: Tensor, timestep: Tensor) -> tuple[int, int, int]:
+        """The grid of patches, T, H, W. Raises ValueError for shapes that the model cannot take."""
+        config, patch = self.config, self.config.patch_size
+        if latents.dim() != 5 or latents.shape[1] != config.in_channels or 0 in latents.shape:
+            wanted = f"[B, {config.in_channels}, T, H, W]"
+            raise ValueError(f"latents have shape {list(latents.shape)}, but this model takes {wanted}")
+        batch, _, num_frames, height, width = latents.shape
+        for name, size in (("height", height), ("width", width)):
+            if size % patch:
+                nearest = max(patch, round(size / patch) * patch)
+                raise ValueError(f"latents have {name} {size}, which is no multiple of {patch}; try {nearest}")
+        if text.dim() != 3 or text.shape[0] != batch or text.shape[2] != config.text_embed_dim:
+            wanted = f"[{batch}, L, {config.text_embed_dim}]"
+            raise ValueError(f"text has shape {list(text.shape)}, but these latents and this model take {wanted}")
+        if timestep.shape != (batch,):
+            raise ValueError(f"timestep has shape {list(timestep.shape)}, but these latents take [{batch}]")
+        return num_frames, height // patch, width // patch
+
+    @torch.no_grad()
+    def init_for_training(self) -> Self:
+        """Draw fresh weights: every block starts as the identity, the last layer as a small random map."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Conv2d):
+                nn.init.xavier_uniform_(module.weight.flatten(1))  # of a convolution, the map from patch to width
+                nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.LayerNorm):
+                module.reset_parameters()
+        for module in self.modules():
+            if isinstance(module, ModulatedNorm):
+                nn.init.zeros_(module.linear.weight)
+        for layer in (self.time_embedding.linear_1, self.time_embedding.linear_2):
+            nn.init.normal_(layer.weight, std=0.02)
+        return self
+
+
+class ExpertBlock(nn.Module):
+    """Attention over text and vision together, then an MLP, each behind a norm that the timestep modulates."""
+
+    def __init__(self, config: TransformerConfig):
+        super().__init__()
+        self.norm1 = ModulatedNorm(config, num_chunks=6)
+        self.attn1 = JointAttention(config)
+        self.norm2 = ModulatedNorm(config, num_chunks=6)
+        self.ff = FeedForward(config.width)
+
+    def forward(
+        self,
+        x: Tensor,  # [B, N, D]
+        condition: Tensor,  # [B, time_embed_dim]
+        rope: tuple[Tensor, Tensor] | None,  # [N - L, E] each
+        num_text: int,
+    ) -> Tensor:  # [B, N, D]
+        y, gate = self.norm1(x, condition, num_text)
+        x = add_gated(x, gate, self.attn1(y, rope, num_text), num_text)
+        y, gate = self.norm2(x, condition, num_text)
+        return add_gated(x, gate, self.ff(y), num_text)
+
+
+class ModulatedNorm(nn.Module):
+    """LayerNorm with one affine, then a shift and a scale from the timestep, different for text and vision."""
+
+    def __init__(self, config: TransformerConfig, num_chunks: int):
+        super().__init__()
+        self.linear = nn.Linear(config.time_embed_dim, num_chunks * config.width)
+        self.norm = nn.LayerNorm(config.width, config.norm_eps)
+
+    def forward(self, x: Tensor, condition: Tensor, num_text: int) -> tuple[Tensor, Tensor]:
+        # The six chunks are shift, scale, gate of vision, then of text; the operators want text first.
+        chunks = self.linear(condition).unflatten(1, (2, 3, -1)).flip(1)
+        shift, scale, gate = chunks.unbind(2)  # [B, 2, D] each
+        return expert_layernorm(x, self.norm.weight, self.norm.bias, shift, scale, num_text, self.norm.eps), gate
+
+
+class JointAttention(nn.Module):
+    def __init__(self, config: TransformerConfig):
+        super().__init__()
+        self.num_heads = config.num_attention_heads
+        self.norm_q = nn.LayerNorm(config.attention_head_dim, QK_EPS)
+        self.norm_k = nn.LayerNorm(config.attention_head_dim, QK_EPS)
+        self.to_q = nn.Linear(config.width, config.width)
+        self.to_k = nn.Linear(config.width, config.width)
+        self.to_v = nn.Linear(config.width, config.width)
+        self.to_out = nn.ModuleList([nn.Linear(config.width, config.width)])
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor] | None, num_text: int) -> Tensor:
+        # Three calls, not one product over joined weights, so that LoRA and quantised layers can take their place.
+        qkv = torch.cat([self.to_q(x), self.to_k(x), self.to_v(x)], dim=-1)
+        norm_q, norm_k = self.norm_q, self.norm_k
+        cos, sin = rope or (None, None)
+        q, k, v = qk_norm_rope(
+            qkv, norm_q.weight, norm_q.bias, norm_k.weight, norm_k.bias, cos, sin, num_text, self.num_heads, QK_EPS
+        )
+        return self.to_out[0](joint_attention(q, k, v))
+
+
+class FeedForward(nn.Module):
+    def __init__(self, width: int):
+        super().__init__()
+        up, down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        self.net = nn.ModuleList([nn.ModuleDict({"proj": up}), nn.Identity(), down])  # names: net.0.proj, net.2
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net[2](F.gelu(self.net[0]["proj"](x), approximate="tanh"))
+
+
+class PatchEmbed(nn.Module):
+    """Text and latent patches as tokens of one width, text first."""
+
+    def __init__(self, config: TransformerConfig):
+        super().__init__()
+        patch = config.patch_size
+        self.proj = nn.Conv2d(config.in_channels, config.width, patch, stride=patch)
+        self.text_proj = nn.Linear(config.text_embed_dim, config.width)
+
+    def forward(self, latents: Tensor, text: Tensor, added: Tensor | None) -> Tensor:
+        frames = self.proj(latents.transpose(1, 2).flatten(0, 1))  # [B T, D, H / p, W / p]
+        vision = frames.unflatten(0, (latents.shape[0], -1)).flatten(3).transpose(2, 3).flatten(1, 2)
+        if added is not None:
+            vision = vision + added.to(vision.dtype)
+        return torch.cat([self.text_proj(text), vision], dim=1)
+
+
+class TimeEmbedding(nn.Module):
+    def __init__(self, width: int, time_width: int):
+        super().__init__()
+        self.linear_1 = nn.Linear(width, time_width)
+        self.linear_2 = nn.Linear(time_width, time_width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear_2(F.silu(self.linear_1(x)))
+
+
+def add_gated(
+    x: Tensor,  # [B, N, D]
+    gate: Tensor,  # [B, 2, D], of text, then of vision
+    y: Tensor,  # [B, N, D]
+    num_text: int,
+) -> Tensor:  # [B, N, D]
+    """x + gate y, with each modality's own gate."""
+    text = torch.addcmul(x[:, :num_text], gate[:, :1], y[:, :num_text])
+    vision = torch.addcmul(x[:, num_text:], gate[:, 1:], y[:, num_text:])
+    return torch.cat([text, vision], dim=1)
+
+
+def unpatchify(
+    tokens: Tensor,  # [B, T h w, C p p]
+    grid: tuple[int, int, int],  # T, h, w
+    patch: int,
+) -> Tensor:  # [B, C, T, h p, w p]
+    patches = tokens.unflatten(1, grid).unflatten(-1, (-1, patch, patch))  # [B, T, h, w, C, p, p]
+    return patches.permute(0, 4, 1, 2, 5, 3, 6).flatten(5, 6).flatten(3, 4)

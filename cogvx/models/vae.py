@@ -1,0 +1,259 @@
+"""The causal video VAE: 8 x 8 in space and 4 in time, chunk by chunk with halos.
+
+B batch, C channels, T frames, H W height and width; K = 3 taps in time, so a halo is the last 2 frames that a causal
+convolution read. Videos are [B, 3, T, H, W] in [-1, 1], latents [B, 16, (T - 1) / 4 + 1, H / 8, W / 8], unscaled.
+
+A clip passes in temporal chunks. GroupNorm takes its statistics from one chunk, so the chunk plan is part of the
+result. Submodule names are those of the published checkpoints.
+
+Source: "CogVideoX" (arXiv 2408.06072), section 2.1, and the released configurations.
+"""
+
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cogvx_kernels import causal_conv3d, group_norm_silu, spatial_norm_silu, upsample_conv
+
+from ..config import VAEConfig
+from .checkpoint import load_model
+from .saving import SHARD_BYTES, save_model
+
+Halos = dict[nn.Module, Tensor]  # what each causal convolution read last; empty before the first chunk
+
+
+class CausalVAE(nn.Module):
+    """Video to latents and back."""
+
+    def __init__(self, config: VAEConfig):
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: str | Path,
+        numerics: str = "diffusers",
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> Self:
+        """The VAE of a published folder: a pipeline's or the VAE's own, a hub name, or "tiny".
+
+        Raises:
+            CheckpointError: the folder is no checkpoint, or a damaged, incomplete or unsafe one.
+        """
+        return load_model(cls, VAEConfig, "vae", folder, numerics, dtype, device)
+
+    def save_pretrained(self, folder: str | Path, shard_bytes: int = SHARD_BYTES) -> None:
+        """Write the VAE's own published folder; diffusers loads it too."""
+        save_model(self, folder, shard_bytes)
+
+    def encode(self, video: Tensor) -> "Posterior":
+        """The distribution of latents behind a video [B, 3, T, H, W] in [-1, 1]."""
+        halos: Halos = {}
+        chunks = video.split(encode_chunks(video.shape[2]), dim=2)
+        return Posterior(*torch.cat([self.encoder(chunk, halos) for chunk in chunks], dim=2).chunk(2, dim=1))
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """The video [B, 3, T, H, W] behind unscaled latents [B, C, T, H, W]; nominally in [-1, 1], not clamped."""
+        halos: Halos = {}
+        chunks = latents.split(decode_chunks(latents.shape[2]), dim=2)
+        return torch.cat([self.decoder(chunk, halos) for chunk in chunks], dim=2)
+
+
+@dataclass(frozen=True)
+class Posterior:
+    """A diagonal Gaussian over latents, [B, C, T, H, W] each."""
+
+    mean: Tensor
+    raw_logvar: Tensor
+
+    @property
+    def logvar(self) -> Tensor:
+        return self.raw_logvar.clamp(-30.0, 20.0)
+
+    def mode(self) -> Tensor:
+        return self.mean
+
+    def sample(self, generator: torch.Generator | None = None) -> Tensor:
+        device = self.mean.device if generator is None else generator.device
+        noise = torch.randn(self.mean.shape, generator=generator, dtype=self.mean.dtype, device=device)
+        return self.mean + torch.exp(0.5 * self.logvar) * noise.to(self.mean.device)
+
+    def kl(self) -> Tensor:
+        """Divergence from the unit Gaussian, in nats a sample, [B]."""
+        return 0.5 * (self.mean.square() + self.logvar.exp() - 1.0 - self.logvar).flatten(1).sum(1)
+
+
+def encode_chunks(num_frames: int) -> list[int]:
+    """Frames of each chunk that the encoder takes: eights, the first with the remainder."""
+    if num_frames < 8:
+        return [num_frames]
+    return [8 + num_frames % 8] + [8] * (num_frames // 8 - 1)
+
+
+def decode_chunks(num_latents: int) -> list[int]:
+    """Latent frames of each chunk that the decoder takes: twos, the first with the remainder."""
+    if num_latents < 2:
+        return [num_latents]
+    return [2 + num_latents % 2] + [2] * (num_latents // 2 - 1)
+
+
+class Encoder(nn.Module):
+    def __init__(self, config: VAEConfig):
+        super().__init__()
+        widths, groups = config.block_out_channels, config.norm_num_groups
+        self.conv_in = CausalConv3d(config.in_channels, widths[0])
+        self.down_blocks = nn.ModuleList()
+        for level, (width_in, width) in enumerate(pairwise((widths[0], *widths))):
+            last = level == len(widths) - 1
+            block = nn.Module()
+            block.resnets = nn.ModuleList(
+                ResidualBlock(width_in if i == 0 else width, width, groups) for i in range(config.layers_per_block)
+            )
+            block.downsamplers = nn.ModuleList([] if last else [Downsample(width, config.halves_time(level))])
+            self.down_blocks.append(block)
+        self.mid_block = nn.Module()
+        self.mid_block.resnets = nn.ModuleList(ResidualBlock(widths[-1], widths[-1], groups) for _ in range(2))
+        self.norm_out = GroupNormSiLU(widths[-1], groups)
+        self.conv_out = CausalConv3d(widths[-1], 2 * config.latent_channels)
+
+    def forward(self, video: Tensor, halos: Halos) -> Tensor:
+        x = self.conv_in(behind_halo(video, halos.get(self.conv_in)), halos)
+        for block in self.down_blocks:
+            for resnet in block.resnets:
+                x = resnet(x, None, halos)
+            for downsample in block.downsamplers:
+                x = downsample(x)
+        for resnet in self.mid_block.resnets:
+            x = resnet(x, None, halos)
+        return self.conv_out(self.norm_out(x, None, halos.get(self.conv_out)), halos)
+
+
+class Decoder(nn.Module):
+    def __init__(self, config: VAEConfig):
+        super().__init__()
+        widths, groups, latent = config.block_out_channels[::-1], config.norm_num_groups, config.latent_channels
+        self.conv_in = CausalConv3d(latent, widths[0])
+        self.mid_block = nn.Module()
+        self.mid_block.resnets = nn.ModuleList(ResidualBlock(widths[0], widths[0], groups, latent) for _ in range(2))
+        self.up_blocks = nn.ModuleList()
+        for level, (width_in, width) in enumerate(pairwise((widths[0], *widths))):
+            last = level == len(widths) - 1
+            block = nn.Module()
+            block.resnets = nn.ModuleList(
+                ResidualBlock(width_in if i == 0 else width, width, groups, latent)
+                for i in range(config.layers_per_block + 1)
+            )
+            block.upsamplers = nn.ModuleList([] if last else [Upsample(width, config.halves_time(level))])
+            self.up_blocks.append(block)
+        self.norm_out = SpatialNormSiLU(widths[-1], latent, groups)
+        self.conv_out = CausalConv3d(widths[-1], config.out_channels)
+
+    def forward(self, z: Tensor, halos: Halos) -> Tensor:
+        x = self.conv_in(behind_halo(z, halos.get(self.conv_in)), halos)
+        for resnet in self.mid_block.resnets:
+            x = resnet(x, z, halos)
+        for block in self.up_blocks:
+            for resnet in block.resnets:
+                x = resnet(x, z, halos)
+            for upsample in block.upsamplers:
+                x = upsample(x)
+        return self.conv_out(self.norm_out(x, z, halos.get(self.conv_out)), halos)
+
+
+class ResidualBlock(nn.Module):
+    """Two rounds of norm, SiLU and causal convolution; in the decoder the norms also read the latent z."""
+
+    def __init__(self, width_in: int, width: int, groups: int, latent: int | None = None):
+        super().__init__()
+        norm = GroupNormSiLU if latent is None else SpatialNormSiLU
+        extra = () if latent is None else (latent,)
+        self.norm1 = norm(width_in, *extra, groups)
+        self.conv1 = CausalConv3d(width_in, width)
+        self.norm2 = norm(width, *extra, groups)
+        self.conv2 = CausalConv3d(width, width)
+        self.conv_shortcut = nn.Identity() if width_in == width else nn.Conv3d(width_in, width, 1)
+
+    def forward(self, x: Tensor, z: Tensor | None, halos: Halos) -> Tensor:
+        y = self.conv1(self.norm1(x, z, halos.get(self.conv1)), halos)
+        y = self.conv2(self.norm2(y, z, halos.get(self.conv2)), halos)
+        return y + self.conv_shortcut(x)
+
+
+class CausalConv3d(nn.Module):
+    """A 3x3x3 convolution that sees this frame and the two before it; leaves the next chunk's halo in `halos`."""
+
+    def __init__(self, width_in: int, width: int):
+        super().__init__()
+        self.conv = nn.Conv3d(width_in, width, 3, padding=(0, 1, 1))
+
+    def forward(self, x: Tensor, halos: Halos) -> Tensor:
+        halos[self] = x[:, :, -2:].clone()  # a copy, so that the buffer can be freed
+        return causal_conv3d(x, self.conv.weight, self.conv.bias)
+
+
+class GroupNormSiLU(nn.GroupNorm):
+    def __init__(self, width: int, groups: int):
+        super().__init__(groups, width, eps=1e-6)
+
+    def forward(self, x: Tensor, z: None, halo: Tensor | None) -> Tensor:
+        return group_norm_silu(x, self.weight, self.bias, halo, self.num_groups, self.eps, 2)
+
+
+class SpatialNormSiLU(nn.Module):
+    def __init__(self, width: int, latent: int, groups: int):
+        super().__init__()
+        self.norm_layer = nn.GroupNorm(groups, width, eps=1e-6)
+        self.conv_y = nn.ModuleDict({"conv": nn.Conv3d(latent, width, 1)})
+        self.conv_b = nn.ModuleDict({"conv": nn.Conv3d(latent, width, 1)})
+        # An untrained spatial norm is a plain GroupNorm; with random scales training starts far slower.
+        nn.init.ones_(self.conv_y["conv"].bias)
+        nn.init.zeros_(self.conv_b["conv"].bias)
+
+    def forward(self, x: Tensor, z: Tensor, halo: Tensor | None) -> Tensor:
+        norm, y, b = self.norm_layer, self.conv_y["conv"], self.conv_b["conv"]
+        return spatial_norm_silu(
+            x, z, norm.weight, norm.bias, y.weight.flatten(1), y.bias, b.weight.flatten(1), b.bias,
+            halo, norm.num_groups, norm.eps, 2,
+        )  # fmt: skip
+
+
+class Downsample(nn.Module):
+    """Half the height and width, and with `halve_time` the mean of frame pairs, an odd first frame kept alone."""
+
+    def __init__(self, width: int, halve_time: bool):
+        super().__init__()
+        self.halve_time = halve_time
+        self.conv = nn.Conv2d(width, width, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.halve_time and x.shape[2] > 1:
+            alone, paired = x.split([x.shape[2] % 2, x.shape[2] // 2 * 2], dim=2)
+            x = torch.cat([alone, paired.unflatten(2, (-1, 2)).mean(3)], dim=2)
+        frames = F.pad(x.transpose(1, 2).flatten(0, 1), (0, 1, 0, 1))
+        return self.conv(frames).unflatten(0, (x.shape[0], -1)).transpose(1, 2)
+
+
+class Upsample(nn.Module):
+    """Twice the height and width, and with `double_time` twice the frames, an odd first frame kept alone."""
+
+    def __init__(self, width: int, double_time: bool):
+        super().__init__()
+        self.double_time = double_time
+        self.conv = nn.Conv2d(width, width, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return upsample_conv(x, self.conv.weight, self.conv.bias, self.double_time)
+
+
+def behind_halo(x: Tensor, halo: Tensor | None) -> Tensor:
+    """[halo, x] along time; before the first chunk two copies of the first frame are the halo."""
+    return torch.cat([x[:, :, :1].expand(-1, -1, 2, -1, -1) if halo is None else halo, x], dim=2)

@@ -1,0 +1,316 @@
+"""Text in, video out, in five visible steps: settings, text, noise, sampling, frames."""
+
+import os
+import platform
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from . import __version__
+from .clip import Clip
+from .data.pixels import to_frames
+from .diffusion.guidance import guide
+from .diffusion.samplers import SAMPLERS
+from .diffusion.schedule import sampling_steps
+from .finite import NonFiniteError, check_finite
+from .models.checkpoint import check_numerics, resolve_folder
+from .models.saving import content_hash, new_folder, write_json
+from .models.text import TextEncoder
+from .models.transformer import ExpertTransformer
+from .models.vae import CausalVAE
+from .settings import Configs, Settings, read_configs
+
+FPS = 8
+MODEL_INDEX = {
+    "_class_name": "CogVideoXPipeline",
+    "text_encoder": ["transformers", "T5EncoderModel"],
+    "tokenizer": ["transformers", "T5Tokenizer"],
+    "transformer": ["diffusers", "CogVideoXTransformer3DModel"],
+    "vae": ["diffusers", "AutoencoderKLCogVideoX"],
+}
+
+# (pipeline, step index, timestep, {"latents": ...}) -> a dict that may hold other latents to go on with, or None
+OnStepEnd = Callable[["Pipeline", int, int, dict], dict | None]
+
+
+class Pipeline:
+    """Makes videos with one checkpoint."""
+
+    def __init__(
+        self,
+        transformer: ExpertTransformer,
+        vae: CausalVAE,
+        text_encoder: TextEncoder,
+        configs: Configs,
+        source: str = "",
+        folder: Path | None = None,
+    ):
+        self.transformer, self.vae, self.text_encoder = transformer.eval(), vae.eval(), text_encoder
+        self.configs, self.source, self.folder = configs, source, folder
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str | os.PathLike = "tiny",
+        dtype: torch.dtype | None = None,
+        device: str | torch.device | None = None,
+        numerics: str = "diffusers",
+    ) -> "Pipeline":
+        """Load a published folder, a hub name, or "tiny", the checkpoint inside this package.
+
+        dtype: None keeps the stored one, except that fp16 is computed in fp32 on a CPU. device: None takes a GPU where
+        there is one. Raises ValueError for what is no checkpoint, with the reason.
+        """
+        check_numerics(numerics)
+        configs, folder = read_configs(model), resolve_folder(model)
+        device = pick_device(device)
+        transformer = computable(ExpertTransformer.from_pretrained(folder, numerics, dtype, device), dtype)
+        vae = computable(CausalVAE.from_pretrained(folder, numerics, dtype, device), dtype)
+        length = configs.transformer.max_text_seq_length
+        text_encoder = TextEncoder.from_pretrained(folder, length, transformer.proj_out.weight.dtype, device)
+        return cls(transformer, vae, text_encoder, configs, os.fspath(model), folder)
+
+    def save_pretrained(self, folder: str | os.PathLike) -> None:
+        """Write the published folder layout, which diffusers loads too."""
+        with new_folder(folder) as partial:
+            self.transformer.save_pretrained(partial / "transformer")
+            self.vae.save_pretrained(partial / "vae")
+            self.text_encoder.save_pretrained(partial)
+            (partial / "scheduler").mkdir()
+            scheduler = self.configs.schedule.to_dict()
+            write_json(partial / "scheduler" / "scheduler_config.json", scheduler)
+            write_json(partial / "model_index.json", MODEL_INDEX | {"scheduler": ["diffusers", scheduler["_class_name"]]})
+
+    @property
+    def device(self) -> torch.device:
+        return self.transformer.proj_out.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.transformer.proj_out.weight.dtype
+
+    @cached_property
+    def model_hash(self) -> str:
+        """SHA-256 over the checkpoint's weights; '' for a pipeline that was not loaded from a folder."""
+        return "" if self.folder is None else content_hash(self.folder)
+
+    def __call__(
+        self,
+        prompt: str | None = None,
+        negative_prompt: str = "",
+        num_frames: int | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int = 50,
+        guidance_scale: float = 6.0,
+        dynamic_guidance: str | None = None,
+        sampler: str | None = None,
+        seed: int | None = None,
+        latents: Tensor | None = None,  # [1, C, T, H, W], the noise to start from
+        prompt_embeds: Tensor | None = None,  # [1, L, D]
+        negative_prompt_embeds: Tensor | None = None,  # [1, L, D]
+        callback_on_step_end: OnStepEnd | None = None,
+        progress: bool = True,
+    ) -> Clip:
+        """Make a video of the prompt; None stands for what the checkpoint's folder says, for the seed a fresh one.
+
+        Raises: ValueError that names an argument that does not fit, its value and the nearest valid one;
+        NonFiniteError when a computation leaves the finite numbers, with the step and the module.
+        """
+        settings = Settings(
+            prompt, negative_prompt, num_frames, height, width, num_inference_steps, guidance_scale, dynamic_guidance,
+            sampler, seed,
+        ).resolve(self.configs)  # fmt: skip
+        given = {"latents": latents, "prompt_embeds": prompt_embeds, "negative_prompt_embeds": negative_prompt_embeds}
+        self.check_given(settings, given)
+        return self.generate([settings], given, callback_on_step_end, progress)[0]
+
+    def batch(
+        self,
+        prompts: Sequence[str],
+        num_videos_per_prompt: int = 1,
+        seed: int | None = None,
+        batch_size: int = 1,
+        progress: bool = True,
+        **settings,
+    ) -> list[Clip]:
+        """Videos of several prompts, prompt by prompt: clip i is what `seed + i` gives alone.
+
+        With a batch_size above one clips are computed together, which a small model repays, and equal the clip alone
+        within one level of 255. Takes the settings of a single call as keywords beside.
+        """
+        return list(self.stream(prompts, num_videos_per_prompt, seed, batch_size, progress, **settings))
+
+    def stream(
+        self,
+        prompts: Sequence[str],
+        num_videos_per_prompt: int = 1,
+        seed: int | None = None,
+        batch_size: int = 1,
+        progress: bool = True,
+        **settings,
+    ) -> Iterator[Clip]:
+        """The clips of `batch`, each as soon as it is there."""
+        if isinstance(prompts, str) or not prompts:
+            raise ValueError(f"prompts is {prompts!r}; it must be a list of at least one prompt")
+        for name, count in (("num_videos_per_prompt", num_videos_per_prompt), ("batch_size", batch_size)):
+            if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+                raise ValueError(f"{name} is {count!r}; it must be a whole number from 1")
+        first = Settings(prompts[0], seed=seed, **settings).resolve(self.configs)
+        wanted = [prompt for prompt in prompts for _ in range(num_videos_per_prompt)]
+        each = [replace(first, prompt=p, seed=first.seed + i).resolve(self.configs) for i, p in enumerate(wanted)]
+        for start in range(0, len(each), batch_size):
+            yield from self.generate(each[start : start + batch_size], {}, None, progress)
+
+    @torch.inference_mode()
+    def generate(
+        self, batch: list[Settings], given: dict[str, Tensor | None], callback: OnStepEnd | None, progress: bool
+    ) -> list[Clip]:
+        """The five steps, for resolved settings that differ in prompt and seed alone."""
+        start, settings = time.perf_counter(), batch[0]
+        text = self.encode_text(batch, given)
+        noise, generators = self.draw_noise(batch, given.get("latents"))
+        latents = self.sample(settings, noise, text, generators, callback, progress)
+        frames = self.decode(latents)
+        seconds = (time.perf_counter() - start) / len(batch)
+        reasons = [name for name, value in {**given, "callback_on_step_end": callback}.items() if value is not None]
+        return [Clip(f, FPS, self.describe(s, reasons), seconds) for f, s in zip(frames, batch, strict=True)]
+
+    def encode_text(self, batch: list[Settings], given: dict[str, Tensor | None]) -> Tensor:
+        """Embeddings [B, L, D] of the prompts, behind those of the negative prompt where guidance needs them: [2B, L, D]."""
+        settings = batch[0]
+        prompted = given.get("prompt_embeds")
+        if prompted is None:
+            prompted = self.text_encoder.encode([s.prompt for s in batch])
+        prompted = prompted.to(self.device, self.dtype)
+        if settings.guidance_scale <= 1.0:
+            return prompted
+        null = given.get("negative_prompt_embeds")
+        if null is None:
+            null = self.text_encoder.encode([settings.negative_prompt])
+        return torch.cat([null.to(prompted).expand_as(prompted), prompted])
+
+    def draw_noise(self, batch: list[Settings], latents: Tensor | None) -> tuple[Tensor, list[torch.Generator]]:
+        """The noise to start from, [B, C, T, H, W] in fp32, and each clip's generator for the sampler."""
+        # Always drawn on the CPU, so that a seed means the same on every device, and frames first, as diffusers does.
+        generators = [torch.Generator().manual_seed(s.seed) for s in batch]
+        channels, num_frames, height, width = batch[0].latent_shape(self.configs)
+        if latents is None:
+            shape = (1, num_frames, channels, height, width)
+            latents = torch.cat([torch.randn(shape, generator=g).transpose(1, 2) for g in generators])
+        return latents.to(self.device, torch.float32), generators
+
+    def sample(
+        self,
+        settings: Settings,
+        noise: Tensor,
+        text: Tensor,
+        generators: list[torch.Generator],
+        callback: OnStepEnd | None,
+        progress: bool,
+    ) -> Tensor:
+        """From noise to scaled latents, [B, C, T, H, W] in fp32."""
+        guided = len(text) > len(noise)
+
+        def denoise(latents: Tensor, timestep: int, index: int) -> Tensor:
+            x = torch.cat([latents, latents]) if guided else latents
+            inputs = x.to(self.dtype), text, torch.full((len(x),), timestep, device=x.device)
+            v = self.transformer(*inputs).float()
+            check_finite(v, f"step {index + 1} of {settings.num_inference_steps}", self.transformer, *inputs)
+            return guide(*v.chunk(2), settings.scale_at(timestep, index)) if guided else v
+
+        def on_step(index: int, timestep: int, latents: Tensor) -> Tensor | None:
+            bar.set_postfix_str(f"{peak_memory(latents.device) / 2**30:.2f} GiB peak")
+            bar.update()
+            if callback is None:
+                return None
+            return (callback(self, index, timestep, {"latents": latents}) or {}).get("latents")
+
+        with tqdm(total=settings.num_inference_steps, unit="step", disable=not progress) as bar:
+            steps = sampling_steps(self.configs.schedule, settings.num_inference_steps)
+            return SAMPLERS[settings.sampler](denoise, noise, steps, generators, on_step)
+
+    def decode(self, latents: Tensor) -> list[np.ndarray]:
+        """Frames of each clip, uint8 [T, H, W, 3], from scaled latents [B, C, T, H, W]."""
+        z = (latents.to(self.dtype) / self.configs.vae.scaling_factor).to(next(self.vae.parameters()).dtype)
+        video = self.vae.decode(z)
+        check_finite(video, "decoding", self.vae.decoder, z, {})
+        return list(to_frames(video))
+
+    def check_given(self, settings: Settings, given: dict[str, Tensor | None]) -> None:
+        """Raises ValueError for tensors that this model and these settings cannot take."""
+        if settings.prompt is None and given["prompt_embeds"] is None:
+            raise ValueError("prompt is None and so is prompt_embeds; give one of them")
+        config = self.configs.transformer
+        text = (1, config.max_text_seq_length, config.text_embed_dim)
+        shapes = {"prompt_embeds": text, "negative_prompt_embeds": text}
+        shapes["latents"] = (1, *settings.latent_shape(self.configs))
+        for name, value in given.items():
+            if value is None:
+                continue
+            if tuple(value.shape) != shapes[name]:
+                raise ValueError(f"{name} has shape {list(value.shape)}; here it must be {list(shapes[name])}")
+            if not torch.isfinite(value).all():
+                raise ValueError(f"{name} holds values that are not finite; it must hold finite numbers alone")
+
+    def describe(self, settings: Settings, reasons: list[str]) -> dict:
+        """What the mp4 carries: how the clip was made, and whether that makes it again."""
+        return {
+            **settings.as_dict(),
+            "fps": FPS,
+            "model": self.source,
+            "model_sha256": self.model_hash,
+            "numerics": "diffusers",
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "not_replayable_because_of": reasons,
+            "environment": environment(self.device),
+        }
+
+
+def pick_device(device: str | torch.device | None) -> torch.device:
+    """The device asked for, else a GPU where there is one."""
+    return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def computable(model: nn.Module, dtype: torch.dtype | None) -> nn.Module:
+    """The model as it is, but in fp32 where fp16 weights are on a CPU and no dtype was asked for: fp16 is slow there."""
+    weight = next(model.parameters())
+    slow = dtype is None and weight.dtype == torch.float16 and weight.device.type == "cpu"
+    return model.float() if slow else model
+
+
+def environment(device: torch.device) -> dict:
+    """What else the bytes of a video depend on: versions, device and its capability."""
+    gpu = device.type == "cuda"
+    return {
+        "cogvx": __version__,
+        "torch": torch.__version__,
+        "transformers": version("transformers"),
+        "av": version("av"),
+        "python": platform.python_version(),
+        "device": torch.cuda.get_device_name(device) if gpu else f"{device.type} {platform.machine()}",
+        "capability": str(torch.cuda.get_device_capability(device)) if gpu else torch.backends.cpu.get_cpu_capability(),
+    }
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most memory held so far, in bytes: of the GPU by tensors, else of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if platform.system() == "Windows":
+        return 0
+    import resource
+
+    unit = 1 if platform.system() == "Darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+__all__ = ["NonFiniteError", "Pipeline"]

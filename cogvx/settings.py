@@ -1,0 +1,124 @@
+"""What a video is made from: every setting checked, and every unset one filled in, before any weight is loaded."""
+
+import math
+import os
+import secrets
+from dataclasses import asdict, dataclass, replace
+
+from .config import ScheduleConfig, TransformerConfig, VAEConfig
+from .diffusion.guidance import SCALES
+from .diffusion.samplers import SAMPLERS
+from .diffusion.schedule import timesteps
+from .models.checkpoint import component_folder, read_config, resolve_folder
+
+MAX_SEED = 2**63 - 1
+
+
+@dataclass(frozen=True)
+class Configs:
+    """What a checkpoint folder says of itself."""
+
+    transformer: TransformerConfig
+    vae: VAEConfig
+    schedule: ScheduleConfig
+
+    @property
+    def space_factor(self) -> int:
+        return 2 ** (len(self.vae.block_out_channels) - 1)
+
+    @property
+    def time_factor(self) -> int:
+        return self.vae.temporal_compression_ratio
+
+
+def read_configs(model: str | os.PathLike) -> Configs:
+    """The configs of a published folder, a hub name or "tiny". Raises ValueError for what is no checkpoint."""
+    root = resolve_folder(model)
+    return Configs(
+        read_config(TransformerConfig, component_folder(root, "transformer"), root),
+        read_config(VAEConfig, component_folder(root, "vae"), root),
+        read_config(ScheduleConfig, root / "scheduler", root, "scheduler_config.json"),
+    )
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The settings of one video. None stands for what the checkpoint says; a resolved one holds no None but `prompt`."""
+
+    prompt: str | None
+    negative_prompt: str = ""
+    num_frames: int | None = None
+    height: int | None = None  # pixels
+    width: int | None = None  # pixels
+    num_inference_steps: int = 50
+    guidance_scale: float = 6.0  # up to 1.0 is no guidance
+    dynamic_guidance: str | None = None  # None, "wave" (as released) or "cosine" (as meant)
+    sampler: str | None = None  # "ddim" or "dpmpp_2m_sde"
+    seed: int | None = None  # None draws one
+
+    def resolve(self, configs: Configs) -> "Settings":
+        """The same settings, complete. Raises ValueError that names the setting, its value and the nearest valid one."""
+        if self.prompt is not None and (not isinstance(self.prompt, str) or not self.prompt.strip()):
+            raise ValueError(f"prompt is {self.prompt!r}; say in words what the video shows")
+        if not isinstance(self.negative_prompt, str):
+            raise ValueError(f"negative_prompt is {self.negative_prompt!r}; it must be a text, '' for none")
+        transformer, factor = configs.transformer, configs.space_factor
+        known = replace(
+            self,
+            num_frames=transformer.sample_frames if self.num_frames is None else self.num_frames,
+            height=transformer.sample_height * factor if self.height is None else self.height,
+            width=transformer.sample_width * factor if self.width is None else self.width,
+            sampler=configs.schedule.sampler if self.sampler is None else self.sampler,
+            seed=secrets.randbelow(2**32) if self.seed is None else self.seed,
+        )
+        known.check_size(configs)
+        known.check_sampling(configs)
+        return known
+
+    def check_size(self, configs: Configs) -> None:
+        most, chunk = configs.transformer.sample_frames, 2 * configs.time_factor
+        check_int("num_frames", self.num_frames)
+        if self.num_frames % chunk != 1 or not 1 <= self.num_frames <= most:
+            nearest = min(range(1, most + 1, chunk), key=lambda n: abs(n - self.num_frames))
+            raise ValueError(
+                f"num_frames is {self.num_frames}; this model makes {chunk}N+1 frames from 1 to {most}, "
+                f"the nearest is {nearest}"
+            )
+        unit = configs.space_factor * configs.transformer.patch_size
+        for name, size in (("height", self.height), ("width", self.width)):
+            check_int(name, size)
+            if size < unit or size % unit:
+                nearest = max(unit, round(size / unit) * unit)
+                raise ValueError(f"{name} is {size}; it must be a multiple of {unit} pixels, the nearest is {nearest}")
+
+    def check_sampling(self, configs: Configs) -> None:
+        timesteps(configs.schedule, self.num_inference_steps)  # checks their number
+        scale = self.guidance_scale
+        if isinstance(scale, bool) or not isinstance(scale, int | float) or not math.isfinite(scale) or scale < 0:
+            raise ValueError(f"guidance_scale is {scale!r}; it must be a finite number from 0 (up to 1 is no guidance)")
+        if self.dynamic_guidance not in (None, "wave", "cosine"):
+            raise ValueError(f"dynamic_guidance is {self.dynamic_guidance!r}; valid: None, 'wave', 'cosine'")
+        if self.sampler not in SAMPLERS:
+            raise ValueError(f"sampler is {self.sampler!r}; valid: {', '.join(map(repr, SAMPLERS))}")
+        check_int("seed", self.seed)
+        if not 0 <= self.seed <= MAX_SEED:
+            raise ValueError(f"seed is {self.seed}; it must be from 0 to {MAX_SEED}")
+
+    def latent_shape(self, configs: Configs) -> tuple[int, int, int, int]:
+        """C, T, H, W of the latents that the transformer makes."""
+        frames = (self.num_frames - 1) // configs.time_factor + 1
+        factor = configs.space_factor
+        return configs.vae.latent_channels, frames, self.height // factor, self.width // factor
+
+    def scale_at(self, timestep: int, step_index: int) -> float:
+        """The guidance scale of one step."""
+        form = SCALES[self.dynamic_guidance or "constant"]
+        return form(self.guidance_scale, timestep, step_index, self.num_inference_steps)
+
+    def as_dict(self) -> dict:
+        return asdict(self)
+
+
+def check_int(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ValueError(f"{name} is {value!r}; it must be a whole number")

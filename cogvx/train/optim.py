@@ -1,0 +1,53 @@
+"""Muon for the matrices that do the work, AdamW for everything else."""
+
+import torch
+from torch import Tensor, nn
+
+
+class MuonAdamW:
+    """Two optimisers as one: Muon turns each gradient matrix into its nearest orthogonal one before the step.
+
+    A convolution's weight counts as the matrix [C_out, C * taps]. On the small causal VAE this needs well under half
+    of AdamW's steps for the same error.
+
+    Source: K. Jordan et al., "Muon: an optimizer for hidden layers" (2024), through `torch.optim.Muon`.
+    """
+
+    def __init__(self, matrices: list[Tensor], others: list[Tensor], muon_lr: float, adamw_lr: float):
+        self.matrices = matrices
+        # torch.optim.Muon takes matrices alone; the views share the weights' memory.
+        self.views = [nn.Parameter(weight.data.flatten(1)) for weight in matrices]
+        self.muon = torch.optim.Muon(self.views, lr=muon_lr, weight_decay=0.0)
+        self.adamw = torch.optim.AdamW(others, lr=adamw_lr, betas=(0.9, 0.95), eps=1e-8, weight_decay=1e-4)
+        self.lrs = (muon_lr, adamw_lr)
+
+    def step(self, share: float) -> None:
+        """One step at `share` of the full learning rates."""
+        for optimiser, lr in zip((self.muon, self.adamw), self.lrs, strict=True):
+            for group in optimiser.param_groups:
+                group["lr"] = lr * share
+        for view, weight in zip(self.views, self.matrices, strict=True):
+            view.grad = None if weight.grad is None else weight.grad.flatten(1)
+        self.muon.step()
+        self.adamw.step()
+
+    def state_dict(self) -> dict:
+        return {"muon": self.muon.state_dict(), "adamw": self.adamw.state_dict()}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.muon.load_state_dict(state["muon"])
+        self.adamw.load_state_dict(state["adamw"])
+
+
+def muon_adamw(model: nn.Module, muon_lr: float, adamw_lr: float, adamw_names: tuple[str, ...]) -> MuonAdamW:
+    """Muon for every weight with at least two axes, but for those whose name holds one of `adamw_names`."""
+    matrices, others = [], []
+    for name, weight in model.named_parameters():
+        hidden = weight.ndim >= 2 and not any(part in name for part in adamw_names)
+        (matrices if hidden else others).append(weight)
+    return MuonAdamW(matrices, others, muon_lr, adamw_lr)
+
+
+def warmup_hold_decay(step: int, num_steps: int, num_warmup: int, num_decay: int) -> float:
+    """Share of the full learning rate at `step`: a linear rise, a plateau, a linear fall to zero."""
+    return min(1.0, (step + 1) / num_warmup, (num_steps - step) / num_decay)

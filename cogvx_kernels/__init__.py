@@ -1,0 +1,25 @@
+"""The operators of CogVideoX: each a plain PyTorch function with faster backends, usable without the rest of cogvx.
+
+>>> from cogvx_kernels import expert_layernorm, use_backend, explain
+"""
+
+from ._op import explain, use_backend
+from .causal_conv3d import causal_conv3d
+from .expert_layernorm import expert_layernorm
+from .group_norm_silu import group_norm_silu
+from .joint_attention import joint_attention
+from .qk_norm_rope import qk_norm_rope
+from .spatial_norm_silu import spatial_norm_silu
+from .upsample_conv import upsample_conv
+
+__all__ = [
+    "causal_conv3d",
+    "expert_layernorm",
+    "explain",
+    "group_norm_silu",
+    "joint_attention",
+    "qk_norm_rope",
+    "spatial_norm_silu",
+    "upsample_conv",
+    "use_backend",
+]

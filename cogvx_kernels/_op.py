@@ -1,0 +1,260 @@
+"""What turns a plain PyTorch function into a torch operator with faster backends.
+
+An operator is its reference: a module whose `forward` gives the meaning, the fake (shape) kernel, the default gradient
+and the fallback. A backend is a module named `_<backend>` beside it, with the same `forward`, and if it wants
+`backward(*grads, *args)`, one gradient for each tensor argument, and `why_not(*args)`, the reason it cannot run or None.
+
+`torch.ops.cogvx.<name>` and `torch.ops.cogvx.<name>_backward` are opaque to torch.compile; the backend is chosen when
+they run. An operator without backends is called as the plain function it is, so that torch.compile can fuse it.
+"""
+
+import importlib
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import ModuleType, NoneType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+OPS: dict[str, "Op"] = {}
+BACKENDS = ("reference", "native", "triton", "cuda")
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+_library = torch.library.Library("cogvx", "FRAGMENT")
+_forced: str | None = None  # process-wide, because gradients run in other threads
+_loaded: dict[str, ModuleType | str] = {}  # module name to the module, or the reason why it cannot be imported
+
+# What an argument may be, by its annotation; a traced integer is a torch.SymInt.
+_KINDS: dict[Any, tuple[str, tuple[type, ...]]] = {
+    Tensor: ("a tensor", (Tensor,)),
+    Tensor | None: ("a tensor or None", (Tensor, NoneType)),
+    int: ("an integer", (int, torch.SymInt)),
+    float: ("a number", (float, int, torch.SymFloat, torch.SymInt)),
+    bool: ("a bool", (bool,)),
+    list[int] | None: ("a list of integers or None", (list, NoneType)),
+}
+
+
+class Op:
+    """One operator: call it, or reach it as `torch.ops.cogvx.<name>`.
+
+    `backends` are in the order of preference. `check(*args)` raises ValueError for shapes and values that the formula does not
+    cover. All tensors share one dtype, but those in `wide` may also be float32; under autocast they stay as they are
+    and the others are cast to the low precision.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        reference: ModuleType,
+        *backends: str,
+        check: Callable[..., None],
+        wide: tuple[str, ...] = (),
+    ):
+        signature = inspect.signature(reference.forward)
+        self.name, self.reference, self.backends, self.check = name, reference, backends, check
+        self.arguments = tuple(signature.parameters)
+        self._kinds = tuple((p.name, *_KINDS[p.annotation]) for p in signature.parameters.values())
+        self._tensors = tuple(i for i, (_, _, kinds) in enumerate(self._kinds) if Tensor in kinds)
+        self._wide = frozenset(self.arguments.index(argument) for argument in wide)
+        self._register()
+        OPS[name] = self
+
+    def __call__(self, *args: Any) -> Any:
+        for (argument, expected, kinds), value in zip(self._kinds, args, strict=True):
+            if not isinstance(value, kinds):
+                raise ValueError(f"{self.name}: {argument} must be {expected}, got {type(value).__name__}")
+        if self.backends:
+            return self._overload(*args)
+        self._check(args, torch.is_autocast_enabled(args[0].device.type))
+        return self.reference.forward(*args)
+
+    def why_not(self, backend: str, *args: Any) -> str | None:
+        """The reason why a backend cannot run on these arguments, or None."""
+        if backend == "reference":
+            return None
+        module = self._module(backend)
+        if isinstance(module, str):
+            return module
+        return module.why_not(*args) if hasattr(module, "why_not") else None
+
+    def _module(self, backend: str) -> ModuleType | str:
+        if backend == "reference":
+            return self.reference
+        name = f"{self.reference.__package__}._{backend}"
+        if name not in _loaded:
+            try:
+                _loaded[name] = importlib.import_module(name)
+            except ImportError as error:  # triton is not installed, or the extension was not compiled
+                _loaded[name] = str(error)
+        return _loaded[name]
+
+    def _choose(self, args: Sequence[Any]) -> ModuleType:
+        if _forced == "reference":
+            return self.reference
+        if _forced in self.backends:
+            reason = self.why_not(_forced, *args)
+            if reason is not None:
+                raise RuntimeError(f"{self.name}: backend {_forced!r} cannot run here: {reason}")
+            return self._module(_forced)
+        live = (self._module(backend) for backend in self.backends if self.why_not(backend, *args) is None)
+        return next(live, self.reference)
+
+    def _check(self, args: Sequence[Any], autocast: bool = False) -> None:
+        first = args[0]
+        for i in self._tensors:
+            x = args[i]
+            if x is None:
+                continue
+            if x.dtype not in FLOATS:
+                raise ValueError(f"{self._at(i)} must be of a floating dtype, got {x.dtype}")
+            if x.device != first.device:
+                raise ValueError(f"{self._at(i)} must be on {first.device} like {self.arguments[0]}, got {x.device}")
+            if x.dtype != first.dtype and not autocast and not (i in self._wide and x.dtype == torch.float32):
+                raise ValueError(f"{self._at(i)} must be {first.dtype} like {self.arguments[0]}, got {x.dtype}")
+        self.check(*args)
+
+    def _at(self, i: int) -> str:
+        return f"{self.name}: {self.arguments[i]}"
+
+    def _register(self) -> None:
+        schema = torch.library.infer_schema(self.reference.forward, mutates_args=())
+        arguments = schema[1 : schema.rindex(") ->")]
+        backward = f"{self.name}_backward"
+        tags = (torch.Tag.pt2_compliant_tag,)
+        _library.define(self.name + schema, tags=tags)
+        # The gradients that are needed, in the order of the tensor arguments; `needs` has an entry for each of those.
+        _library.define(f"{backward}(Tensor[] grads, bool[] needs, {arguments}) -> Tensor[]", tags=tags)
+        self._overload = getattr(torch.ops.cogvx, self.name).default
+        self._backward_overload = getattr(torch.ops.cogvx, backward).default
+
+        _library.impl(self.name, self._run, "CompositeExplicitAutograd")
+        _library.impl(backward, self._run_backward, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"cogvx::{self.name}", self._run_fake, lib=_library)
+        torch.library.register_fake(f"cogvx::{backward}", self._run_backward_fake, lib=_library)
+        torch.library.register_autograd(
+            f"cogvx::{self.name}", self._differentiate, setup_context=self._save, lib=_library
+        )
+        torch.library.register_autograd(f"cogvx::{backward}", self._refuse, lib=_library)
+        for device in ("cpu", "cuda"):
+            _library.impl(self.name, self._autocast(device), f"Autocast{device.upper()}")
+            _library.impl(backward, self._autocast_backward(device), f"Autocast{device.upper()}")
+
+    def _run(self, *args: Any) -> Any:
+        self._check(args)
+        y = self._choose(args).forward(*args)
+        return tuple(_laid_out(part, args[0]) for part in y) if isinstance(y, tuple) else _laid_out(y, args[0])
+
+    def _run_fake(self, *args: Any) -> Any:
+        self._check(args)
+        y = self.reference.forward(*args)
+        return tuple(_empty(part, args[0]) for part in y) if isinstance(y, tuple) else _empty(y, args[0])
+
+    def _run_backward(self, grads: list[Tensor], needs: list[bool], *args: Any) -> list[Tensor]:
+        self._check(args)
+        backend = self._choose(args)
+        backward = getattr(backend, "backward", None) or getattr(self.reference, "backward", None)
+        found = self._vjp(grads, needs, args) if backward is None else backward(*grads, *args)
+        tensors = (args[i] for i in self._tensors)
+        return [_laid_out(g, x) for g, x, need in zip(found, tensors, needs, strict=True) if need]
+
+    def _run_backward_fake(self, grads: list[Tensor], needs: list[bool], *args: Any) -> list[Tensor]:
+        return [_empty(args[i], args[i]) for i, need in zip(self._tensors, needs, strict=True) if need]
+
+    def _vjp(self, grads: list[Tensor], needs: list[bool], args: Sequence[Any]) -> list[Tensor | None]:
+        """The gradients of the reference, which runs again."""
+        leaves = list(args)
+        for i, need in zip(self._tensors, needs, strict=True):
+            leaves[i] = args[i].detach().requires_grad_() if need else args[i]
+        wanted = [leaves[i] for i, need in zip(self._tensors, needs, strict=True) if need]
+        # An operator may run below autograd (under a dispatch mode, say), where nothing would be recorded.
+        below = torch._C._dispatch_tls_local_exclude_set().remove(torch._C.DispatchKey.AutogradFunctionality)
+        with torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), below), torch.enable_grad():
+            y = self.reference.forward(*leaves)
+            pairs = zip(y if isinstance(y, tuple) else (y,), grads, strict=True)
+            outputs, grads = zip(*((part, grad) for part, grad in pairs if part.requires_grad), strict=True)
+            found = iter(torch.autograd.grad(outputs, wanted, grads, allow_unused=True, materialize_grads=True))
+        return [next(found) if need else None for need in needs]
+
+    def _save(self, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.save_for_backward(*(inputs[i] for i in self._tensors))
+        ctx.others = [None if i in self._tensors else value for i, value in enumerate(inputs)]
+
+    def _differentiate(self, ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        args = list(ctx.others)
+        for i, x in zip(self._tensors, ctx.saved_tensors, strict=True):
+            args[i] = x
+        needs = [ctx.needs_input_grad[i] for i in self._tensors]
+        found = iter(self._backward_overload(list(grads), needs, *args))
+        return tuple(next(found) if need else None for need in ctx.needs_input_grad)
+
+    def _refuse(self, ctx: Any, *grads: Any) -> None:
+        raise RuntimeError(f"{self.name}: second derivatives are not supported")
+
+    def _autocast(self, device: str) -> Callable[..., Any]:
+        low = [i for i in self._tensors if i not in self._wide]
+
+        def cast(*args: Any) -> Any:
+            dtype, args = torch.get_autocast_dtype(device), list(args)
+            for i in low:
+                if args[i] is not None and args[i].dtype in FLOATS[:3]:
+                    args[i] = args[i].to(dtype)
+            with torch.autocast(device, enabled=False):
+                return self._overload(*args)
+
+        return cast
+
+    def _autocast_backward(self, device: str) -> Callable[..., Any]:
+        def as_they_are(*args: Any) -> Any:
+            with torch.autocast(device, enabled=False):
+                return self._backward_overload(*args)
+
+        return as_they_are
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Run every operator that has it on one backend; operators without it are as before.
+
+    The override holds for the whole process. Where the backend cannot run, the call raises RuntimeError with the reason.
+    """
+    global _forced
+    if name not in BACKENDS:
+        raise ValueError(f"use_backend: name must be one of {', '.join(BACKENDS)}, got {name!r}")
+    before, _forced = _forced, name
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def explain(op: str | None = None, *args: Any) -> dict[str, dict[str, str]]:
+    """For each operator its backends in the order of preference: "live", or the reason why not.
+
+    Without arguments the answer is for a small call on the accelerator, or on the CPU where there is none.
+    """
+    if op is not None and op not in OPS:
+        raise ValueError(f"explain: op must be one of {', '.join(OPS)}, got {op!r}")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    answer = {}
+    for name in OPS if op is None else [op]:
+        one = OPS[name]
+        call = args or importlib.import_module(f"{one.reference.__package__}.cases").SMALL[0](device=device)
+        answer[name] = {backend: one.why_not(backend, *call) or "live" for backend in (*one.backends, "reference")}
+    return answer
+
+
+def _memory_format(like: Tensor) -> torch.memory_format:
+    channels_last = like.dim() == 5 and like.is_contiguous(memory_format=torch.channels_last_3d)
+    return torch.channels_last_3d if channels_last and not like.is_contiguous() else torch.contiguous_format
+
+
+def _laid_out(y: Tensor, like: Tensor) -> Tensor:
+    """y, copied where it is not dense in the memory format of `like`: real and fake results must agree on strides."""
+    return y.contiguous(memory_format=_memory_format(like) if y.dim() == 5 else torch.contiguous_format)
+
+
+def _empty(y: Tensor, like: Tensor) -> Tensor:
+    return torch.empty_like(y, memory_format=_memory_format(like) if y.dim() == 5 else torch.contiguous_format)

@@ -1,0 +1,75 @@
+"""Arguments of `causal_conv3d` for tests (SMALL), fuzzing (`draw`, ILLEGAL) and benchmarks (REAL)."""
+
+import random
+from functools import partial
+
+import torch
+
+from ..testing import Normal
+
+
+def make(
+    batch: int,
+    width_in: int,
+    width: int,
+    frames: int,
+    height: int,
+    columns: int,
+    kernel: tuple[int, int, int] = (3, 3, 3),
+    bias: bool = True,
+    *,
+    dtype=torch.float32,
+    device="cpu",
+    seed=0,
+    scale=1.0,
+) -> tuple:
+    """`frames` of result, behind a halo of K_t - 1."""
+    normal = Normal(dtype, device, seed)
+    taps = width_in * kernel[0] * kernel[1] * kernel[2]
+    return (
+        normal(batch, width_in, kernel[0] - 1 + frames, height, columns, std=scale),
+        normal(width, width_in, *kernel, std=taps**-0.5),
+        normal(width) if bias else None,
+    )
+
+
+SMALL = [
+    partial(make, 2, 4, 6, 3, 5, 7),
+    partial(make, 1, 3, 5, 1, 4, 4, bias=False),
+    partial(make, 1, 16, 16, 2, 8, 8),
+    partial(make, 1, 1, 1, 1, 1, 1),
+    partial(make, 1, 5, 3, 2, 3, 4, kernel=(1, 1, 1)),
+    partial(make, 1, 2, 3, 2, 3, 5, kernel=(2, 3, 1)),
+    partial(make, 0, 2, 3, 2, 3, 3),
+]
+
+REAL = {
+    "decoder, 512 at 60 x 90": partial(make, 1, 512, 512, 2, 60, 90),
+    "decoder, 256 at 240 x 360": partial(make, 1, 256, 256, 8, 240, 360),
+    "decoder, 128 at 480 x 720": partial(make, 1, 128, 128, 8, 480, 720),
+}
+
+ILLEGAL = [
+    ("x", lambda x: x[:, :, :0]),
+    ("x", lambda x: x[:, :, :, :0]),
+    ("x", lambda x: torch.cat([x, x], dim=1)),
+    ("weight", lambda x: torch.cat([x, x], dim=1)),
+    ("weight", lambda x: torch.cat([x, x], dim=3)),
+    ("weight", lambda x: x[:0]),
+    ("bias", lambda x: torch.ones(10**4)),
+    ("bias", lambda x: 1.0),
+]
+
+
+def draw(rng: random.Random) -> partial:
+    return partial(
+        make,
+        rng.choice([0, 1, 1, 2]),
+        rng.choice([1, 2, 3, 8, 17]),
+        rng.choice([1, 2, 5, 16]),
+        rng.choice([1, 2, 3]),
+        rng.choice([1, 2, 5, 8]),
+        rng.choice([1, 3, 7, 8]),
+        rng.choice([(3, 3, 3), (3, 3, 3), (1, 1, 1), (2, 1, 5), (4, 3, 3)]),
+        rng.random() < 0.7,
+    )

@@ -1,0 +1,169 @@
+"""`expert_layernorm` in Triton, for CUDA tensors, and for any tensor under TRITON_INTERPRET=1."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .._extension import with_contiguous_rows
+
+# Rows of a program: enough to share the modulation, few enough to fill a GPU. Gradients are summed in these chunks.
+FORWARD_ROWS, BACKWARD_ROWS = 8, 32
+_MAX_WIDTH = 8192
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@triton.jit
+def _chunk(num_rows, num_text, ROWS: tl.constexpr):
+    """The chunk of program (index, b): first row, last row + 1 and 0 for text or 1 for vision; none mixes the two."""
+    index = tl.program_id(0)
+    num_text_chunks = tl.cdiv(num_text, ROWS)
+    is_vision = (index >= num_text_chunks).to(tl.int32)
+    first = index * ROWS + is_vision * (num_text - num_text_chunks * ROWS)
+    end = tl.where(is_vision == 1, num_rows, num_text)
+    return first, tl.minimum(first + ROWS, end), is_vision
+
+
+@triton.jit
+def _normalize(x, inside, width, eps):
+    """xhat = (x - mean) / sqrt(variance + eps) and the factor; two passes, so that a large mean costs no accuracy."""
+    mean = tl.sum(x, 0) / width
+    centered = tl.where(inside, x - mean, 0.0)
+    rstd = 1.0 / tl.sqrt(tl.sum(centered * centered, 0) / width + eps)
+    return centered * rstd, rstd
+
+
+@triton.jit
+def forward_kernel(
+    x, weight, bias, shift, scale, y, num_rows, num_text, width, eps,
+    x_b, x_n, shift_b, shift_m, scale_b, scale_m,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    first, last, m = _chunk(num_rows, num_text, ROWS)
+    b = tl.program_id(1).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    inside = columns < width
+    modulation = 1.0 + tl.load(scale + b * scale_b + m * scale_m + columns, mask=inside, other=0.0).to(tl.float32)
+    factor = tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32) * modulation
+    offset = tl.load(bias + columns, mask=inside, other=0.0).to(tl.float32) * modulation
+    offset += tl.load(shift + b * shift_b + m * shift_m + columns, mask=inside, other=0.0).to(tl.float32)
+    x += b * x_b + first.to(tl.int64) * x_n + columns
+    y += (b * num_rows + first) * width + columns
+    for _ in range(first, last):
+        xhat, _ = _normalize(tl.load(x, mask=inside, other=0.0).to(tl.float32), inside, width, eps)
+        tl.store(y, (xhat * factor + offset).to(y.dtype.element_ty), mask=inside)
+        x += x_n
+        y += width
+
+
+@triton.jit
+def backward_kernel(
+    grad, x, weight, scale, grad_x, partials, num_rows, num_text, width, eps,
+    grad_b, grad_n, x_b, x_n, scale_b, scale_m,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """With d = grad * weight * (1 + scale): grad_x = rstd * (d - mean(d) - xhat * mean(d * xhat)), and the chunk's sums."""
+    first, last, m = _chunk(num_rows, num_text, ROWS)
+    b = tl.program_id(1).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    inside = columns < width
+    factor = 1.0 + tl.load(scale + b * scale_b + m * scale_m + columns, mask=inside, other=0.0).to(tl.float32)
+    factor *= tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
+    sum_grad = tl.zeros([BLOCK], tl.float32)
+    sum_grad_xhat = tl.zeros([BLOCK], tl.float32)
+    x += b * x_b + first.to(tl.int64) * x_n + columns
+    grad += b * grad_b + first.to(tl.int64) * grad_n + columns
+    grad_x += (b * num_rows + first) * width + columns
+    for _ in range(first, last):
+        xhat, rstd = _normalize(tl.load(x, mask=inside, other=0.0).to(tl.float32), inside, width, eps)
+        g = tl.load(grad, mask=inside, other=0.0).to(tl.float32)
+        d = g * factor
+        mean_d, mean_d_xhat = tl.sum(d, 0) / width, tl.sum(d * xhat, 0) / width
+        tl.store(grad_x, (rstd * (d - mean_d - xhat * mean_d_xhat)).to(grad_x.dtype.element_ty), mask=inside)
+        sum_grad += g
+        sum_grad_xhat += g * xhat
+        x += x_n
+        grad += grad_n
+        grad_x += width
+    target = partials + (b * tl.num_programs(0) + tl.program_id(0)) * 2 * width + columns
+    tl.store(target, sum_grad, mask=inside)
+    tl.store(target + width, sum_grad_xhat, mask=inside)
+
+
+def options(width: int, rows: int) -> dict:
+    """The compile-time arguments of a kernel."""
+    block = triton.next_power_of_2(width)
+    return {
+        "ROWS": rows,
+        "BLOCK": block,
+        "num_warps": min(max(block // 512, 1), 16),
+        # A product that is fused into one sum and not into another leaves a difference where there is none.
+        "enable_fp_fusion": False,
+    }
+
+
+def why_not(
+    x: Tensor, weight: Tensor, bias: Tensor, shift: Tensor, scale: Tensor, num_text: int, eps: float
+) -> str | None:
+    if not (x.is_cuda or triton.knobs.runtime.interpret):
+        return "Triton runs on CUDA tensors, or anywhere with TRITON_INTERPRET=1"
+    if x.dtype not in _DTYPES or any(t.dtype != x.dtype for t in (weight, bias, shift, scale)):
+        return "every tensor must be of one dtype: float32, float16 or bfloat16"
+    return f"a width of {x.shape[-1]} is above {_MAX_WIDTH}" if x.shape[-1] > _MAX_WIDTH else None
+
+
+def forward(
+    x: Tensor,  # [B, N, D], text first
+    weight: Tensor,  # [D]
+    bias: Tensor,  # [D]
+    shift: Tensor,  # [B, 2, D], of text, then of vision
+    scale: Tensor,  # [B, 2, D]
+    num_text: int,
+    eps: float,
+) -> Tensor:  # [B, N, D]
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if not y.numel():
+        return y
+    x, weight, bias, shift, scale = map(with_contiguous_rows, (x, weight, bias, shift, scale))
+    b, n, d = x.shape
+    grid = (_num_chunks(num_text, FORWARD_ROWS) + _num_chunks(n - num_text, FORWARD_ROWS), b)
+    with torch.cuda.device_of(x):
+        forward_kernel[grid](
+            x, weight, bias, shift, scale, y, n, num_text, d, eps,
+            *x.stride()[:2], *shift.stride()[:2], *scale.stride()[:2], **options(d, FORWARD_ROWS),
+        )  # fmt: skip
+    return y
+
+
+def backward(
+    grad: Tensor,  # [B, N, D]
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    num_text: int,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # of x, weight, bias, shift, scale
+    grad, x, weight, bias, shift, scale = map(with_contiguous_rows, (grad, x, weight, bias, shift, scale))
+    b, n, d = x.shape
+    num_text_chunks = _num_chunks(num_text, BACKWARD_ROWS)
+    grid = (num_text_chunks + _num_chunks(n - num_text, BACKWARD_ROWS), b)
+    grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    partials = torch.empty(b, grid[0], 2, d, dtype=torch.float32, device=x.device)  # sums of grad and of grad * xhat
+    if x.numel():
+        with torch.cuda.device_of(x):
+            backward_kernel[grid](
+                grad, x, weight, scale, grad_x, partials, n, num_text, d, eps,
+                *grad.stride()[:2], *x.stride()[:2], *scale.stride()[:2], **options(d, BACKWARD_ROWS),
+            )  # fmt: skip
+    sums = torch.stack([partials[:, :num_text_chunks].sum(1), partials[:, num_text_chunks:].sum(1)], dim=1)
+    sum_grad, sum_grad_xhat = sums.unbind(2)  # [B, 2, D]
+    modulation = 1 + scale.float()
+    grad_weight, grad_bias = (modulation * sum_grad_xhat).sum((0, 1)), (modulation * sum_grad).sum((0, 1))
+    grad_scale = sum_grad_xhat * weight + sum_grad * bias
+    return grad_x, *(g.to(x.dtype) for g in (grad_weight, grad_bias, sum_grad, grad_scale))
+
+
+def _num_chunks(num_rows: int, size: int) -> int:
+    return -(-num_rows // size)

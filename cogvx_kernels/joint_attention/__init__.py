@@ -1,0 +1,37 @@
+from torch import Tensor
+
+from .._op import Op
+from .._shapes import check_shape, check_value
+from . import reference
+
+
+def joint_attention(
+    q: Tensor,  # [B, A, N, E]
+    k: Tensor,  # [B, A, N, E]
+    v: Tensor,  # [B, A, N, E]
+    lengths: list[int] | None = None,
+) -> Tensor:  # [B, N, A E]
+    """Full attention over text and vision together; with `lengths` over samples packed one after another.
+
+    y = softmax(q k^T / sqrt(E)) v per head, heads side by side in the result. With `lengths` (in tokens; B is 1 and
+    they sum to N) the tokens of one sample see that sample alone.
+
+    Raises ValueError for shapes, dtypes or devices that do not agree, and for lengths that do not add up.
+    """
+    return _op(q, k, v, lengths)
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, lengths: list[int] | None) -> None:
+    name = "joint_attention"
+    check_shape(name, "q", q, B=None, A=None, N=None, E=None)
+    b, a, n, e = q.shape
+    check_value(name, "q", list(q.shape), a > 0 and e > 0, "of at least one head and one channel")
+    check_shape(name, "k", k, B=b, A=a, N=n, E=e)
+    check_shape(name, "v", v, B=b, A=a, N=n, E=e)
+    if lengths is not None:
+        check_value(name, "lengths", lengths, b == 1, f"None unless B is 1 (here {b})")
+        check_value(name, "lengths", lengths, all(x > 0 for x in lengths), "all above 0")
+        check_value(name, "lengths", lengths, sum(lengths) == n, f"of sum N = {n}")
+
+
+_op = Op("joint_attention", reference, check=_check)

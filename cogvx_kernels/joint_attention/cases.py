@@ -1,0 +1,65 @@
+"""Arguments of `joint_attention` for tests (SMALL), fuzzing (`draw`, ILLEGAL) and benchmarks (REAL)."""
+
+import random
+from functools import partial
+
+import torch
+
+from ..testing import Normal
+
+
+def make(
+    batch: int,
+    num_heads: int,
+    tokens: int,
+    head_width: int,
+    lengths: list[int] | None = None,
+    *,
+    dtype=torch.float32,
+    device="cpu",
+    seed=0,
+    scale=1.0,
+) -> tuple:
+    normal = Normal(dtype, device, seed)
+    shape = batch, num_heads, tokens, head_width
+    # Larger scores than these overflow float16 itself.
+    std = min(scale, 4.0)
+    return normal(*shape, std=std), normal(*shape, std=std), normal(*shape, std=scale), lengths
+
+
+SMALL = [
+    partial(make, 2, 3, 17, 64),
+    partial(make, 1, 2, 13, 59),
+    partial(make, 1, 1, 7, 111),
+    partial(make, 1, 2, 1, 16),
+    partial(make, 1, 2, 19, 64, lengths=[7, 1, 11]),
+    partial(make, 1, 1, 5, 8, lengths=[5]),
+    partial(make, 1, 2, 0, 16),
+    partial(make, 0, 2, 3, 16),
+]
+
+REAL = {
+    "2b, 4096 tokens": partial(make, 2, 30, 4096, 64),
+    "2b, 49 x 480 x 720": partial(make, 2, 30, 17776, 64),
+    "5b, 49 x 480 x 720": partial(make, 2, 48, 17776, 64),
+    "1.5-5b, 81 x 768 x 1360": partial(make, 1, 48, 45106, 64),
+}
+
+ILLEGAL = [
+    ("q", lambda x: x[..., :0]),
+    ("k", lambda x: torch.cat([x, x], dim=3)),
+    ("v", lambda x: torch.cat([x, x], dim=1)),
+    ("lengths", lambda _: [1, 10**6]),
+    ("lengths", lambda _: [-1, 2]),
+    ("lengths", lambda _: [0]),
+    ("lengths", lambda _: 3),
+]
+
+
+def draw(rng: random.Random) -> partial:
+    lengths = None
+    batch, tokens = rng.choice([0, 1, 1, 2, 3]), rng.choice([0, 1, 2, 13, 31, 67])
+    if rng.random() < 0.4:
+        lengths = [rng.choice([1, 2, 7, 13, 31]) for _ in range(rng.randint(1, 4))]
+        batch, tokens = 1, sum(lengths)
+    return partial(make, batch, rng.choice([1, 2, 3, 5]), tokens, rng.choice([1, 8, 59, 64, 111, 128]), lengths)

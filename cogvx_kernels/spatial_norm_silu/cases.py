@@ -1,0 +1,90 @@
+"""Arguments of `spatial_norm_silu` for tests (SMALL), fuzzing (`draw`, ILLEGAL) and benchmarks (REAL)."""
+
+import random
+from functools import partial
+
+import torch
+
+from ..testing import Normal
+
+
+def make(
+    batch: int,
+    width: int,
+    size: tuple[int, int, int],
+    latent_width: int,
+    latent_size: tuple[int, int, int],
+    num_groups: int,
+    num_halo: int = 2,
+    halo: bool = False,
+    *,
+    dtype=torch.float32,
+    device="cpu",
+    seed=0,
+    scale=1.0,
+) -> tuple:
+    normal = Normal(dtype, device, seed)
+    return (
+        normal(batch, width, *size, std=scale, mean=scale / 2),
+        normal(batch, latent_width, *latent_size),
+        normal(width, mean=1.0, std=0.5),
+        normal(width, std=0.5),
+        normal(width, latent_width, std=latent_width**-0.5),
+        normal(width, mean=1.0, std=0.5),
+        normal(width, latent_width, std=latent_width**-0.5),
+        normal(width, std=0.5),
+        normal(batch, width, num_halo, *size[1:]) if halo else None,
+        num_groups,
+        1e-6,
+        num_halo,
+    )
+
+
+SMALL = [
+    partial(make, 2, 8, (3, 4, 6), 3, (2, 2, 3), 4, halo=True),
+    partial(make, 1, 8, (1, 4, 4), 16, (1, 2, 2), 2),
+    partial(make, 1, 6, (4, 5, 7), 2, (2, 2, 3), 6, num_halo=0),
+    partial(make, 1, 64, (2, 4, 4), 16, (2, 4, 4), 32, halo=True),
+    partial(make, 1, 3, (5, 1, 1), 1, (3, 1, 1), 1, num_halo=1),
+    partial(make, 0, 4, (2, 3, 3), 2, (1, 3, 3), 2),
+]
+
+REAL = {
+    "decoder, 512 at 2 x 60 x 90": partial(make, 1, 512, (2, 60, 90), 16, (2, 60, 90), 32, halo=True),
+    "decoder, 256 at 8 x 240 x 360": partial(make, 1, 256, (8, 240, 360), 16, (2, 60, 90), 32, halo=True),
+    "decoder, 128 at 8 x 480 x 720": partial(make, 1, 128, (8, 480, 720), 16, (2, 60, 90), 32, halo=True),
+}
+
+ILLEGAL = [
+    ("x", lambda x: x[:, :, :0]),
+    ("z", lambda x: x[:, :, :0]),
+    ("z", lambda x: torch.cat([x, x], dim=1)),
+    ("z", lambda x: torch.cat([x, x[:1], x[:1]])),
+    ("weight", lambda x: torch.cat([x, x])),
+    ("bias", lambda x: torch.cat([x, x])),
+    ("weight_y", lambda x: x.repeat(1, 2)),
+    ("bias_y", lambda x: torch.cat([x, x])),
+    ("weight_b", lambda x: x.repeat(2, 1)),
+    ("bias_b", lambda x: torch.cat([x, x])),
+    ("halo", lambda x: torch.ones(9, 9, 9, 9, 9)),
+    ("num_groups", lambda _: -2),
+    ("eps", lambda _: 0.0),
+    ("num_halo", lambda _: -1),
+]
+
+
+def draw(rng: random.Random) -> partial:
+    num_groups, num_halo = rng.choice([1, 2, 3, 8]), rng.choice([0, 1, 2, 2])
+    frames, height, columns = rng.choice([1, 2, 3, 5]), rng.choice([1, 2, 7, 8]), rng.choice([1, 3, 8, 11])
+    latent = (rng.randint(2, 3), rng.randint(1, height), rng.randint(1, columns))
+    return partial(
+        make,
+        rng.choice([0, 1, 1, 2]),
+        num_groups * rng.choice([2, 3, 4]),
+        (frames, height, columns),
+        rng.choice([1, 3, 16]),
+        latent,
+        num_groups,
+        num_halo,
+        rng.random() < 0.5,
+    )

@@ -1,0 +1,71 @@
+"""Arguments of `upsample_conv` for tests (SMALL), fuzzing (`draw`, ILLEGAL) and benchmarks (REAL)."""
+
+import random
+from functools import partial
+
+import torch
+
+from ..testing import Normal
+
+
+def make(
+    batch: int,
+    width_in: int,
+    width: int,
+    frames: int,
+    height: int,
+    columns: int,
+    double_time: bool = False,
+    *,
+    dtype=torch.float32,
+    device="cpu",
+    seed=0,
+    scale=1.0,
+) -> tuple:
+    normal = Normal(dtype, device, seed)
+    return (
+        normal(batch, width_in, frames, height, columns, std=scale),
+        normal(width, width_in, 3, 3, std=(9 * width_in) ** -0.5),
+        normal(width),
+        double_time,
+    )
+
+
+SMALL = [
+    partial(make, 2, 4, 6, 3, 3, 5, double_time=True),
+    partial(make, 1, 3, 5, 2, 4, 4, double_time=True),
+    partial(make, 1, 16, 16, 1, 4, 3, double_time=True),
+    partial(make, 2, 5, 3, 3, 1, 7),
+    partial(make, 1, 1, 1, 1, 1, 1),
+    partial(make, 0, 2, 3, 2, 3, 3),
+]
+
+REAL = {
+    "decoder, 512 at 2 x 60 x 90": partial(make, 1, 512, 512, 2, 60, 90, double_time=True),
+    "decoder, 256 at 4 x 120 x 180": partial(make, 1, 256, 256, 4, 120, 180, double_time=True),
+    "decoder, 256 at 8 x 240 x 360": partial(make, 1, 256, 256, 8, 240, 360),
+}
+
+ILLEGAL = [
+    ("x", lambda x: x[:, :, :0]),
+    ("x", lambda x: x[:, :, :, :0]),
+    ("weight", lambda x: torch.cat([x, x], dim=1)),
+    ("weight", lambda x: x[..., :2]),
+    ("weight", lambda x: x[:0]),
+    ("bias", lambda x: torch.cat([x, x])),
+    ("bias", lambda _: None),
+    ("double_time", lambda _: "yes"),
+]
+
+
+def draw(rng: random.Random) -> partial:
+    return partial(
+        make,
+        rng.choice([0, 1, 1, 2]),
+        rng.choice([1, 2, 3, 8, 17]),
+        rng.choice([1, 2, 5, 16]),
+        rng.choice([1, 2, 3, 5]),
+        rng.choice([1, 2, 5, 8]),
+        rng.choice([1, 3, 7, 8]),
+        rng.random() < 0.5,
+    )

@@ -1,0 +1,113 @@
+// A row spread over the threads of a block: vector loads and stores, and sums.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+
+#include "common/dtype.h"
+
+namespace cogvx {
+
+template <class T, int kVec> struct alignas(sizeof(T) * kVec < 16 ? sizeof(T) * kVec : 16) Vec {
+  T v[kVec];
+};
+
+__device__ inline float to_accumulator(float value) { return value; }
+__device__ inline float to_accumulator(__half value) { return __half2float(value); }
+__device__ inline float to_accumulator(__nv_bfloat16 value) { return __bfloat162float(value); }
+
+template <class T> __device__ T from_accumulator(float value);
+template <> __device__ inline float from_accumulator<float>(float value) { return value; }
+template <> __device__ inline __half from_accumulator<__half>(float value) { return __float2half_rn(value); }
+template <> __device__ inline __nv_bfloat16 from_accumulator<__nv_bfloat16>(float value) {
+  return __float2bfloat16_rn(value);
+}
+
+// The values of a row that one thread holds: kSlots vectors of kVec, neighbouring threads side by side. The width is a
+// multiple of kVec; what lies beyond it stays 0, so that sums need no mask.
+template <int kVec, int kSlots> struct Values {
+  float v[kSlots][kVec];
+
+  static __device__ int column(int slot) { return (slot * static_cast<int>(blockDim.x) + threadIdx.x) * kVec; }
+
+  template <class T> __device__ void load(const T* row, int width) {
+#pragma unroll
+    for (int s = 0; s < kSlots; ++s) {
+      Vec<T, kVec> packed{};
+      if (column(s) < width) packed = *reinterpret_cast<const Vec<T, kVec>*>(row + column(s));
+#pragma unroll
+      for (int k = 0; k < kVec; ++k) v[s][k] = to_accumulator(packed.v[k]);
+    }
+  }
+
+  template <class T> __device__ void store(T* row, int width) const {
+#pragma unroll
+    for (int s = 0; s < kSlots; ++s) {
+      Vec<T, kVec> packed;
+#pragma unroll
+      for (int k = 0; k < kVec; ++k) packed.v[k] = from_accumulator<T>(v[s][k]);
+      if (column(s) < width) *reinterpret_cast<Vec<T, kVec>*>(row + column(s)) = packed;
+    }
+  }
+
+  // v = f(others...), value by value, inside the row.
+  template <class F, class... Others> __device__ void set(int width, F f, const Others&... others) {
+#pragma unroll
+    for (int s = 0; s < kSlots; ++s)
+#pragma unroll
+      for (int k = 0; k < kVec; ++k) v[s][k] = column(s) < width ? f(others.v[s][k]...) : 0.0f;
+  }
+
+  // The sum of f(v, others...), over this thread's values.
+  template <class F, class... Others> __device__ float sum(F f, const Others&... others) const {
+    float total = 0.0f;
+#pragma unroll
+    for (int s = 0; s < kSlots; ++s)
+#pragma unroll
+      for (int k = 0; k < kVec; ++k) total += f(v[s][k], others.v[s][k]...);
+    return total;
+  }
+};
+
+// Sums over a block of whole warps, in an order that never changes; every thread gets the results. Calls alternate
+// between two buffers, so that one barrier a call is enough.
+class BlockSum {
+ public:
+  struct Shared {
+    float v[2][2][32];  // buffer, value, warp
+  };
+
+  __device__ explicit BlockSum(Shared& shared) : shared_(shared) {}
+
+  template <int kCount> __device__ void operator()(float (&values)[kCount]) {
+    static_assert(kCount <= 2, "Shared holds two values");
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, num_warps = blockDim.x / 32;
+#pragma unroll
+    for (int c = 0; c < kCount; ++c) {
+#pragma unroll
+      for (int offset = 16; offset > 0; offset /= 2) values[c] += __shfl_xor_sync(0xffffffffu, values[c], offset);
+      if (lane == 0) shared_.v[turn_][c][warp] = values[c];
+    }
+    __syncthreads();
+#pragma unroll
+    for (int c = 0; c < kCount; ++c) {
+      values[c] = 0.0f;
+      for (int w = 0; w < num_warps; ++w) values[c] += shared_.v[turn_][c][w];
+    }
+    turn_ ^= 1;
+  }
+
+  __device__ float operator()(float value) {
+    float values[1] = {value};
+    (*this)(values);
+    return values[0];
+  }
+
+ private:
+  Shared& shared_;
+  int turn_ = 0;
+};
+
+}  // namespace cogvx

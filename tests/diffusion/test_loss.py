@@ -1,0 +1,84 @@
+import pytest
+import torch
+
+from cogvx.diffusion.loss import add_noise, clip_from_velocity, draw_timesteps, velocity, velocity_loss
+from cogvx.diffusion.schedule import cumulative_alphas
+
+TIMESTEPS = torch.tensor([0, 1, 250, 500, 998, 999])
+
+
+@pytest.fixture
+def sample():
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(6, 4, 2, 3, 3, generator=generator, dtype=torch.float64) for _ in range(3)]
+
+
+@pytest.fixture
+def alpha(make_config):
+    return cumulative_alphas(make_config())[TIMESTEPS]
+
+
+def test_noise_and_velocity_are_the_oracles(sample, alpha, make_oracle):
+    clip, noise, _ = sample
+    oracle = make_oracle("CogVideoXDDIMScheduler")
+    torch.testing.assert_close(add_noise(clip, noise, alpha), oracle.add_noise(clip, noise, TIMESTEPS))
+    torch.testing.assert_close(velocity(clip, noise, alpha), oracle.get_velocity(clip, noise, TIMESTEPS))
+
+
+def test_at_zero_snr_the_noisy_clip_is_noise_and_the_velocity_minus_the_clip(sample, alpha):
+    clip, noise, _ = sample
+    assert torch.equal(add_noise(clip, noise, alpha)[-1], noise[-1])
+    assert torch.equal(velocity(clip, noise, alpha)[-1], -clip[-1])
+
+
+def test_the_true_velocity_gives_the_clip_back(sample, alpha):
+    clip, noise, _ = sample
+    back = clip_from_velocity(add_noise(clip, noise, alpha), velocity(clip, noise, alpha), alpha)
+    torch.testing.assert_close(back, clip)
+
+
+def test_loss_is_the_weighted_error_of_the_clip(sample, alpha):
+    clip, noise, predicted = sample
+    x0 = clip_from_velocity(add_noise(clip, noise, alpha), predicted, alpha)
+    weighted = ((x0 - clip).square() / (1 - alpha).view(-1, 1, 1, 1, 1)).flatten(1).mean(1)
+    loss = velocity_loss(predicted, clip, noise, alpha)
+    assert loss.shape == (6,) and loss.dtype == torch.float32
+    torch.testing.assert_close(loss, weighted.float())
+
+
+def test_loss_of_a_half_precision_prediction_is_computed_in_fp32(sample, alpha):
+    clip, noise, predicted = (x.bfloat16() for x in sample)
+    expected = velocity_loss(predicted.float(), clip.float(), noise.float(), alpha)
+    assert torch.equal(velocity_loss(predicted, clip, noise, alpha), expected)
+
+
+def test_loss_is_zero_for_the_true_velocity_alone(sample, alpha):
+    clip, noise, _ = (x.float() for x in sample)
+    assert not velocity_loss(velocity(clip, noise, alpha), clip, noise, alpha).any()
+    assert (velocity_loss(-velocity(clip, noise, alpha), clip, noise, alpha) > 1).all()
+
+
+def test_timesteps_cover_the_range_uniformly():
+    drawn = draw_timesteps(100_000, 1000, torch.Generator().manual_seed(0))
+    assert drawn.min() == 0 and drawn.max() == 999
+    counts = torch.bincount(drawn // 100, minlength=10)
+    assert ((counts - 10_000).abs() < 500).all()
+
+
+def test_ranks_draw_from_their_own_shares_that_make_up_the_range():
+    shares = [draw_timesteps(20_000, 1000, torch.Generator().manual_seed(r), r, 3).unique() for r in range(3)]
+    assert torch.equal(torch.cat(shares), torch.arange(1000))
+
+
+@pytest.mark.parametrize(
+    ("rank", "num_ranks", "message"),
+    [
+        (3, 3, "rank must be from 0 to 2, not 3"),
+        (-1, 3, "rank must be from 0 to 2, not -1"),
+        (0, 0, r"num_ranks must be from 1 to num_train_timesteps \(1000\), not 0"),
+        (0, 1001, r"num_ranks must be from 1 to num_train_timesteps \(1000\), not 1001"),
+    ],
+)
+def test_bad_ranks_are_named(rank, num_ranks, message):
+    with pytest.raises(ValueError, match=message):
+        draw_timesteps(1, 1000, None, rank, num_ranks)

@@ -1,0 +1,115 @@
+"""The table and the JSON of an evaluation, and what `evaluate` refuses before it loads anything."""
+
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+import cogvx
+from cogvx.eval.generation import GROUPS, WORDS, Share
+from cogvx.eval.reconstruction import Reconstruction
+from cogvx.eval.report import Report, evaluate
+
+ASSETS = Path(cogvx.__file__).parent / "assets"
+SETTINGS = {"model": "tiny", "num_prompts": 480, "num_clips": 2, "seed": 0, "steps": 50}
+SETTINGS |= {"guidance_scale": 6.0, "compress": True}
+
+
+@pytest.fixture
+def report() -> Report:
+    adherence = {group: {word: Share(228, 240) for word in WORDS} for group in ("seen", "held out")}
+    adherence["all"] = {word: Share(456, 480) for word in WORDS}
+    return Report(SETTINGS, adherence, Reconstruction((29.0, 33.0)), 12.34)
+
+
+def test_table_shows_every_figure(report):
+    lines = str(report).splitlines()
+    assert lines[0].startswith("480 prompts, 50 steps, guidance 6, seed 0; judged after H.264")
+    assert "| | seen (240) | held out (240) | all (480) | at least |" in lines
+    rows = {line.split(" | ")[0].removeprefix("| "): line for line in lines if line.startswith("| ") and "%" in line}
+    assert tuple(rows) == WORDS
+    assert rows["motion"].endswith("| 95.0 % (92.7 to 96.6) | 90 % |") and rows["size"].endswith("(92.7 to 96.6) |  |")
+    assert len({line.count("|") for line in lines if line.startswith("|")}) == 1
+    assert "mean PSNR 31.00 dB, lowest 29.00 dB; at least 30 dB" in lines[-1]
+
+
+def test_parts_left_out_are_left_out(report):
+    assert "PSNR" not in str(replace(report, reconstruction=None))
+    assert "|" not in str(replace(report, adherence=None))
+    assert replace(report, adherence=None).as_dict()["adherence"] is None
+    assert replace(report, adherence=None, reconstruction=None).reached
+
+
+@pytest.mark.parametrize("word", [word for word in WORDS if word != "size"])
+def test_one_low_figure_is_not_enough(report, word):
+    assert report.reached
+    low = {**report.adherence, "all": {**report.adherence["all"], word: Share(400, 480)}}
+    assert not replace(report, adherence=low).reached
+    assert not replace(report, reconstruction=Reconstruction((29.0, 30.9))).reached
+
+
+def test_json_is_whole_and_valid(report, tmp_path):
+    nothing_judged = {group: {**report.adherence[group], "size": Share(0, 0)} for group in GROUPS}
+    (tmp_path / "evaluation.json").write_text("older")
+    replace(report, adherence=nothing_judged).save(tmp_path)
+    text = (tmp_path / "evaluation.json").read_text()
+    content = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    assert content["settings"] == SETTINGS and content["reached"] is True
+    assert content["adherence"]["all"]["size"]["share"] is None
+    assert content["adherence"]["seen"]["shape"]["interval_95"] == pytest.approx([0.9146, 0.9712], abs=2e-3)
+    assert content["psnr_db"] == {"mean": 31.0, "clips": [29.0, 33.0]}
+    assert "| size | not judged | not judged | not judged |  |" in (tmp_path / "evaluation.md").read_text()
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["evaluation.json", "evaluation.md"]
+
+
+def test_a_failed_write_keeps_the_older_file(report, tmp_path, monkeypatch):
+    (tmp_path / "evaluation.json").write_text("older")
+    monkeypatch.setattr(os, "fsync", lambda file: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(OSError, match="No space left"):
+        report.save(tmp_path)
+    assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("evaluation.json", "older")]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"num_prompts": 7}, "num_prompts is 7, which is not 0 or an even number; nearest: 6"),
+        ({"num_prompts": -2}, "num_prompts is -2, which is not 0 or an even number; nearest: 0"),
+        ({"num_clips": -1}, "num_clips is -1, which is less than 0"),
+        ({"steps": 0}, "steps is 0, which is less than 1"),
+        ({"batch_size": 0}, "batch_size is 0, which is less than 1"),
+    ],
+)
+def test_bad_arguments_are_refused_first(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        evaluate(model="no such folder", **arguments)
+
+
+def test_bad_outputs_are_refused_first(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"output is '.*file', which cannot be made a folder"):
+        evaluate(model="no such folder", output=tmp_path / "file")
+    (tmp_path / "evaluation.json").mkdir()
+    with pytest.raises(ValueError, match=r"cannot write .*evaluation\.json: it is a folder"):
+        evaluate(model="no such folder", output=tmp_path)
+
+
+def test_a_model_that_is_none_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="no such folder"):
+        evaluate(model=str(tmp_path / "no such folder"), output=tmp_path / "out")
+
+
+@pytest.mark.skipif(not (ASSETS / "tiny").is_dir(), reason="the embedded checkpoint is not in this tree")
+def test_the_embedded_checkpoint_is_evaluated(tmp_path):
+    report = evaluate(num_prompts=2, num_clips=2, steps=2, output=tmp_path / "out", progress=False)
+    assert report.adherence["all"]["shape"].judged == 2 and len(report.reconstruction.psnr) == 2
+    assert report.settings["model_sha256"] and report.reconstruction.mean > 20
+    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == [
+        "clips.jsonl", "evaluation.json", "evaluation.md",
+    ]  # fmt: skip
+    assert (tmp_path / "out" / "evaluation.md").read_text() == str(report)
+    again = evaluate(num_prompts=2, num_clips=2, steps=2, output=tmp_path / "out", progress=False)
+    assert again.as_dict()["adherence"] == report.as_dict()["adherence"]
+    assert again.reconstruction == report.reconstruction

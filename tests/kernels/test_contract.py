@@ -1,0 +1,326 @@
+"""What every operator promises on every backend that it declares; an operator adds cases, not test code."""
+
+import random
+from importlib import import_module
+
+import pytest
+import torch
+from torch import Tensor
+
+import cogvx_kernels
+from cogvx_kernels import explain, use_backend
+from cogvx_kernels._op import OPS
+from cogvx_kernels.testing import assert_as_accurate, devices, noncontiguous, poisoned_memory
+
+CASES = {name: import_module(f"cogvx_kernels.{name}.cases") for name in OPS}
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+each_backend = pytest.mark.parametrize(
+    ("name", "backend"), [(name, backend) for name, op in OPS.items() for backend in ("reference", *op.backends)]
+)
+each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+each_device = pytest.mark.parametrize("device", devices())
+def calls(sample, soak):
+    """How many calls a fuzz makes: a few in every run, the full count under the marker soak."""
+    return pytest.mark.parametrize("count", [sample, pytest.param(soak, marks=pytest.mark.soak)])
+
+
+each_op = pytest.mark.parametrize("name", OPS)
+
+
+def public(name):
+    return getattr(cogvx_kernels, name)
+
+
+def opaque(name):
+    return getattr(torch.ops.cogvx, name)
+
+
+def parts(y):
+    return y if isinstance(y, tuple) else (y,)
+
+
+def tensors(args):
+    return [x for x in args if isinstance(x, Tensor)]
+
+
+def changed(args, change):
+    """The arguments with every tensor changed."""
+    return tuple(change(x) if isinstance(x, Tensor) else x for x in args)
+
+
+def leaves(args):
+    return changed(args, lambda x: x.detach().requires_grad_())
+
+
+def make_grads(y):
+    generator = torch.Generator(y[0].device).manual_seed(1)
+    return [torch.randn(p.shape, generator=generator, dtype=torch.float32, device=p.device).to(p.dtype) for p in y]
+
+
+def differentiate(function, args, grads):
+    """The results and the gradient of every tensor argument."""
+    args = leaves(args)
+    y = parts(function(*args))
+    grads = [grad.to(p.dtype) for grad, p in zip(grads, y, strict=True)]
+    return y, torch.autograd.grad(y, tensors(args), grads, allow_unused=True, materialize_grads=True)
+
+
+def check_accuracy(name, args):
+    """Results and gradients of the live backend against the reference in the same dtype and in float64."""
+    reference = OPS[name].reference.forward
+    grads = make_grads([p.detach() for p in parts(reference(*args))])
+    y, found = differentiate(opaque(name), args, grads)
+    y_eager, eager = differentiate(reference, args, grads)
+    y_exact, exact = differentiate(reference, changed(args, Tensor.double), grads)
+    for i, p in enumerate(y):
+        assert_as_accurate(p, y_eager[i], y_exact[i], what=f"result {i}")
+    arguments = [a for a, x in zip(OPS[name].arguments, args, strict=True) if isinstance(x, Tensor)]
+    for i, argument in enumerate(arguments):
+        assert_as_accurate(found[i], eager[i], exact[i], factor=3.0, what=f"gradient of {argument}")
+
+
+@each_device
+@each_dtype
+@each_backend
+def test_results_and_gradients(name, backend, dtype, device, run_on):
+    for case in CASES[name].SMALL:
+        args = case(dtype=dtype, device=device)
+        run_on(name, backend, *args)
+        with use_backend(backend):
+            check_accuracy(name, args)
+
+
+@each_device
+@each_backend
+def test_noncontiguous_arguments_and_gradients(name, backend, device, run_on):
+    for case in CASES[name].SMALL[:4]:
+        args = case(device=device)
+        gapped = changed(args, noncontiguous)
+        run_on(name, backend, *gapped)
+        with use_backend(backend):
+            check_accuracy(name, gapped)
+            y = parts(opaque(name)(*args))
+            grads = make_grads(y)
+            _, expected = differentiate(opaque(name), args, grads)
+            _, found = differentiate(opaque(name), args, [noncontiguous(grad) for grad in grads])
+        for a, b in zip(found, expected, strict=True):
+            torch.testing.assert_close(a, b)
+
+
+@each_device
+@each_backend
+def test_every_value_is_written(name, backend, device, run_on):
+    for case in CASES[name].SMALL:
+        args = case(device=device)
+        run_on(name, backend, *args)
+        with use_backend(backend):
+            y = parts(opaque(name)(*args))
+            grads = make_grads(y)
+            clean = differentiate(opaque(name), args, grads)
+            with poisoned_memory():
+                assert torch.empty(1, device=device).isnan().all()
+                poisoned = differentiate(opaque(name), args, grads)
+        for a, b in zip(clean[0] + clean[1], poisoned[0] + poisoned[1], strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+@each_device
+@each_backend
+def test_results_are_new_memory(name, backend, device, run_on):
+    for case in CASES[name].SMALL:
+        args = case(device=device)
+        run_on(name, backend, *args)
+        with use_backend(backend):
+            y = parts(opaque(name)(*args))
+            needs = [isinstance(args[i], Tensor) for i in OPS[name]._tensors]
+            grads = make_grads(y)
+            found = getattr(torch.ops.cogvx, f"{name}_backward")(grads, needs, *args)
+        for results, others in ((y, tensors(args)), (found, [*tensors(args), *grads])):
+            filled = [x.untyped_storage().data_ptr() for x in (*results, *others) if x.numel()]
+            assert len(set(filled)) == len(filled)
+            assert not any(x.requires_grad for x in results)
+
+
+@each_device
+@each_backend
+def test_opcheck(name, backend, device, run_on):
+    for case in CASES[name].SMALL[:2]:
+        args = case(device=device)
+        run_on(name, backend, *args)
+        with use_backend(backend):
+            torch.library.opcheck(opaque(name).default, leaves(args))
+            needs = [isinstance(args[i], Tensor) and i != 1 for i in OPS[name]._tensors]
+            grads = make_grads(parts(opaque(name)(*args)))
+            torch.library.opcheck(getattr(torch.ops.cogvx, f"{name}_backward").default, (grads, needs, *args))
+
+
+@each_device
+@each_backend
+@pytest.mark.parametrize("face", ["public", "opaque"])
+def test_fullgraph_compile(name, backend, face, device, run_on):
+    function = public(name) if face == "public" else opaque(name)
+    args = CASES[name].SMALL[0](device=device)
+    run_on(name, backend, *args)
+
+    def model(*args):
+        return tuple(p * 2 for p in parts(function(*args)))
+
+    torch.compiler.reset()
+    with use_backend(backend):
+        grads = make_grads(parts(function(*args)))
+        compiled = differentiate(torch.compile(model, fullgraph=True, backend="aot_eager"), args, grads)
+        eager = differentiate(model, args, grads)
+    for a, b in zip(compiled[0] + compiled[1], eager[0] + eager[1], strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.slow
+def test_inductor_compiles_around_an_operator():
+    args = CASES["expert_layernorm"].SMALL[0]()
+    model = torch.compile(lambda *args: cogvx_kernels.expert_layernorm(*args).relu(), fullgraph=True)
+    torch.testing.assert_close(model(*args), cogvx_kernels.expert_layernorm(*args).relu())
+
+
+@each_op
+def test_meta_tensors_have_the_real_shapes(name):
+    for case in CASES[name].SMALL:
+        args = case()
+        if not len(args[0]):
+            continue  # torch's own meta kernel for nearest resizing fails on an empty batch
+        on_meta = parts(opaque(name)(*changed(args, lambda x: x.to("meta"))))
+        for meta, real in zip(on_meta, parts(opaque(name)(*args)), strict=True):
+            assert meta.device.type == "meta"
+            assert (meta.shape, meta.dtype, meta.stride()) == (real.shape, real.dtype, real.stride())
+
+
+@each_op
+def test_channels_last_chunks_give_channels_last_results(name):
+    args = CASES[name].SMALL[0]()
+    if args[0].dim() != 5:
+        assert parts(opaque(name)(*args))[0].is_contiguous()
+        return
+    args = (args[0].contiguous(memory_format=torch.channels_last_3d), *args[1:])
+    check_accuracy(name, args)
+    assert opaque(name)(*args).is_contiguous(memory_format=torch.channels_last_3d)
+    torch.library.opcheck(opaque(name).default, leaves(args), test_utils="test_faketensor")
+
+
+@each_backend
+def test_autocast_gives_low_precision_and_full_precision_gradients(name, backend, run_on):
+    args = CASES[name].SMALL[0]()
+    low = tuple(x.bfloat16() if i in (0, 1, 2) and isinstance(x, Tensor) else x for i, x in enumerate(args))
+    run_on(name, backend, *args)
+    with use_backend(backend), torch.autocast("cpu", torch.bfloat16):
+        for function in (opaque(name), public(name)):
+            mixed = leaves(args)
+            y = parts(function(*(x.bfloat16() if x is mixed[0] else x for x in mixed)))
+            assert {p.dtype for p in y} == {torch.bfloat16}
+            found = torch.autograd.grad(y, tensors(mixed), make_grads(y), allow_unused=True, materialize_grads=True)
+            assert {g.dtype for g in found} == {torch.float32}
+    exact = parts(OPS[name].reference.forward(*args))
+    for p, q in zip(parts(opaque(name)(*args)), exact, strict=True):
+        torch.testing.assert_close(p, q)
+    assert len(low) == len(args)
+
+
+@each_op
+def test_second_derivatives_are_refused_rather_than_wrong(name):
+    args = leaves(CASES[name].SMALL[0]())
+    first = torch.autograd.grad(parts(opaque(name)(*args))[0].square().sum(), args[0], create_graph=True)[0]
+    with pytest.raises(RuntimeError, match=f"^{name}: second derivatives are not supported"):
+        torch.autograd.grad(first.sum(), args[0])
+
+
+@calls(50, 1000)
+@each_backend
+def test_legal_fuzz(name, backend, count, run_on):
+    rng = random.Random(f"{name} {backend} legal")
+    for i in range(count):
+        case = CASES[name].draw(rng)
+        dtype, scale = rng.choice(DTYPES), 10.0 ** rng.uniform(-3, 3)
+        args = case(dtype=dtype, seed=i, scale=scale)
+        if rng.random() < 0.3:
+            args = changed(args, noncontiguous)
+        run_on(name, backend, *args)
+        with use_backend(backend):
+            try:
+                check_accuracy(name, args)
+            except AssertionError as error:
+                raise AssertionError(f"{case} dtype={dtype} scale={scale:.3g} seed={i}: {error}") from None
+
+
+def spoil(name, args, rng):
+    """The arguments with one of them made illegal, and its name."""
+    names, args = OPS[name].arguments, list(args)
+    kind = rng.choice(["rank", "dtype", "device", "type", "listed", "listed"])
+    if kind == "listed":
+        argument, change = rng.choice(CASES[name].ILLEGAL)
+        i = names.index(argument)
+        args[i] = change(args[i])
+        return argument, args
+    given = [j for j, x in enumerate(args) if isinstance(x, Tensor)]
+    i = rng.choice(given if kind != "device" else given[1:])
+    if kind == "rank":
+        args[i] = args[i][None]
+    elif kind == "dtype":
+        args[i] = args[i].to(rng.choice([torch.int64, torch.complex64, torch.bool]))
+    elif kind == "device":
+        args[i] = args[i].to("meta")
+    else:
+        args[i] = rng.choice([3, "x", [1.0], object()])
+    return names[i], args
+
+
+@calls(60, 5000)
+@each_backend
+def test_illegal_fuzz(name, backend, count):
+    rng = random.Random(f"{name} {backend} illegal")
+    for _ in range(count):
+        args = rng.choice([case for case in CASES[name].SMALL if case.args[0]])()
+        argument, args = spoil(name, args, rng)
+        with use_backend(backend), pytest.raises(ValueError, match=rf"^{name}: ") as caught:
+            public(name)(*args)
+        message = str(caught.value)
+        assert "got" in message and "\n" not in message, (argument, message)
+
+
+@each_op
+def test_illegal_arguments_are_named(name):
+    args = CASES[name].SMALL[0]()
+    for argument, change in CASES[name].ILLEGAL:
+        i = OPS[name].arguments.index(argument)
+        with pytest.raises(ValueError, match=rf"^{name}: "):
+            public(name)(*args[:i], change(args[i]), *args[i + 1 :])
+
+
+@each_op
+def test_real_cases_are_legal(name):
+    for case in CASES[name].REAL.values():
+        args = case.func(*case.args, **case.keywords, device="meta", dtype=torch.bfloat16)
+        assert parts(opaque(name)(*args))[0].numel() > 0
+
+
+def test_explain_answers_for_every_operator():
+    answer = explain()
+    assert set(answer) == set(OPS)
+    assert all(backends["reference"] == "live" for backends in answer.values())
+    assert list(explain("qk_norm_rope")) == ["qk_norm_rope"]
+    with pytest.raises(ValueError, match="op must be one of"):
+        explain("flash")
+
+
+def test_an_unknown_backend_is_refused():
+    with pytest.raises(ValueError, match="name must be one of reference, native, triton, cuda, got 'trition'"), use_backend("trition"):
+        pass
+
+
+def test_a_forced_backend_that_cannot_run_says_why():
+    args = CASES["expert_layernorm"].SMALL[0](dtype=torch.float64)
+    for backend in OPS["expert_layernorm"].backends:
+        reason = OPS["expert_layernorm"].why_not(backend, *args)
+        if reason is None:
+            continue
+        with use_backend(backend), pytest.raises(RuntimeError) as caught:
+            cogvx_kernels.expert_layernorm(*args)
+        assert str(caught.value) == f"expert_layernorm: backend {backend!r} cannot run here: {reason}"

@@ -1,0 +1,71 @@
+"""`qk_norm_rope` against a loop, and what a rotation of pairs must leave alone."""
+
+import math
+
+import numpy as np
+import torch
+
+from cogvx_kernels import qk_norm_rope
+from cogvx_kernels.qk_norm_rope.cases import make
+
+
+def in_loops(qkv, q_weight, q_bias, k_weight, k_bias, cos, sin, num_text, num_heads, eps):
+    b, n, width = qkv.shape
+    e = width // (3 * num_heads)
+    results = [np.empty((b, num_heads, n, e)) for _ in range(3)]
+    for i, (y, weight, bias) in enumerate(zip(results, (q_weight, k_weight, None), (q_bias, k_bias, None), strict=True)):
+        for index in np.ndindex(b, num_heads, n):
+            start = (i * num_heads + index[1]) * e
+            row = qkv[index[0], index[2], start : start + e]
+            if weight is not None:
+                row = (row - row.mean()) / math.sqrt(row.var() + eps) * weight + bias
+                p = index[2] - num_text
+                if cos is not None and p >= 0:
+                    # A pair is a complex number that turns by its angle.
+                    pairs = (row[0::2] + 1j * row[1::2]) * (cos[p, 0::2] + 1j * sin[p, 0::2])
+                    row = np.stack([pairs.real, pairs.imag], axis=1).reshape(e)
+            y[index] = row
+    return results
+
+
+def to_numpy(args):
+    return [x.numpy() if isinstance(x, torch.Tensor) else x for x in args]
+
+
+def test_it_is_the_formula():
+    for args in (make(2, 5, 2, 3, 8, dtype=torch.float64), make(1, 4, 1, 2, 5, rope=False, dtype=torch.float64)):
+        for y, expected in zip(qk_norm_rope(*args), in_loops(*to_numpy(args)), strict=True):
+            np.testing.assert_allclose(y.numpy(), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_scores_depend_on_relative_positions_alone():
+    tokens, e = 6, 8
+    qkv, *norms = make(1, tokens, 0, 1, e, rope=False, dtype=torch.float64)[:5]
+    qkv = qkv[:, :1].expand(-1, tokens, -1)  # the same token at every position
+    angles = (torch.arange(tokens).double()[:, None] * 0.7 ** torch.arange(e // 2)).repeat_interleave(2, dim=1)
+    q, k, _ = qk_norm_rope(qkv, *norms, angles.cos(), angles.sin(), 0, 1, 1e-6)
+    scores = (q @ k.transpose(2, 3))[0, 0]
+    for offset in range(1 - tokens, tokens):
+        diagonal = scores.diagonal(offset)
+        torch.testing.assert_close(diagonal, diagonal[:1].expand_as(diagonal))
+    assert not torch.allclose(scores[0, 1], scores[0, 2])
+
+
+def test_text_is_not_rotated_and_v_is_only_rearranged():
+    args = list(make(2, 7, 3, 2, 8))
+    q, k, v = qk_norm_rope(*args)
+    plain = qk_norm_rope(*args[:5], None, None, *args[7:])
+    for y, z in zip((q, k), plain[:2], strict=True):
+        assert torch.equal(y[:, :, :3], z[:, :, :3])
+        assert not torch.equal(y[:, :, 3:], z[:, :, 3:])
+    assert torch.equal(v, args[0][..., 32:].unflatten(2, (2, 8)).transpose(1, 2))
+    assert all(y.is_contiguous() for y in (q, k, v))
+
+
+def test_rotation_keeps_lengths_and_angle_zero_does_nothing():
+    args = list(make(1, 7, 0, 2, 8, dtype=torch.float64))
+    plain = qk_norm_rope(*args[:5], None, None, *args[7:])
+    torch.testing.assert_close(qk_norm_rope(*args)[0].norm(dim=3), plain[0].norm(dim=3))
+    args[5:7] = torch.ones_like(args[5]), torch.zeros_like(args[6])
+    for y, z in zip(qk_norm_rope(*args), plain, strict=True):
+        torch.testing.assert_close(y, z, rtol=0, atol=0)
