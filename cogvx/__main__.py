@@ -3,8 +3,10 @@
 Each command is a module of `cogvx.commands` whose `main` is run with the arguments that its signature names.
 """
 
+import functools
 import importlib
 import sys
+from collections.abc import Callable
 
 COMMANDS = {
     "generate": "make a video from a prompt",
@@ -27,16 +29,68 @@ def main() -> None:
         return
     if words[0] not in COMMANDS:
         raise SystemExit(fail(f"there is no command {words[0]!r}; valid: {', '.join(COMMANDS)}"))
-    import tyro
-
-    command = importlib.import_module(f".commands.{words[0]}", "cogvx")
     try:
-        tyro.cli(command.main, args=words[1:], prog=f"cogvx {words[0]}", description=COMMANDS[words[0]])
-    except (ValueError, OSError, ArithmeticError) as error:
-        raise SystemExit(fail(str(error))) from error
+        run(words[0], words[1:])
     except KeyboardInterrupt:
         print("cogvx: stopped", file=sys.stderr)
         raise SystemExit(130) from None
+    except Exception as error:
+        if not is_answer(error):
+            raise
+        raise SystemExit(fail(one_line(error))) from error
+
+
+def run(word: str, arguments: list[str]) -> None:
+    import logging
+
+    call = parse(word, arguments)
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("cogvx: warning: %(message)s"))
+    logging.getLogger("cogvx").addHandler(handler)
+    try:
+        call()
+    finally:
+        logging.getLogger("cogvx").removeHandler(handler)
+
+
+def parse(word: str, arguments: list[str]) -> Callable[[], None]:
+    """The command with its arguments filled in; words that do not fit end the program with one line and status 2."""
+    import contextlib
+    import io
+
+    import tyro
+
+    command = importlib.import_module(f".commands.{word}", "cogvx").main
+    bind = functools.wraps(command)(lambda *args, **options: functools.partial(command, *args, **options))
+    boxed = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(boxed):
+            return tyro.cli(bind, args=arguments, prog=f"cogvx {word}", description=COMMANDS[word])
+    except SystemExit as end:
+        if end.code:
+            raise SystemExit(fail(f"{first_paragraph(boxed.getvalue())}; see cogvx {word} --help")) from None
+        raise
+
+
+def is_answer(error: Exception) -> bool:
+    """Whether an error tells the user what to do otherwise: one of our own classes, or the system's.
+
+    All else, a plain ValueError too, is a fault of the program, and its traceback is wanted.
+    """
+    return isinstance(error, OSError) or type(error).__module__.split(".")[0] == "cogvx"
+
+
+def one_line(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return " ".join(str(error).split())
+
+
+def first_paragraph(boxed: str) -> str:
+    """The first sentences in a box that tyro draws around an error."""
+    lines = [line.strip("│ ") for line in boxed.splitlines() if not line.startswith("╭")]
+    ends = (i for i, line in enumerate(lines) if not line or line[0] in "─╰")
+    return " ".join(" ".join(lines[: next(ends, len(lines))]).split()).rstrip(".")
 
 
 def fail(message: str) -> int:

@@ -148,8 +148,8 @@ class VAEConfig(Published):
         super().__post_init__()
         if len(self.block_out_channels) != 4:
             raise ValueError(f"block_out_channels has {len(self.block_out_channels)} entries; it must have 4")
-        if self.layers_per_block > MAX_LAYERS:
-            raise ValueError(f"layers_per_block is {self.layers_per_block}; it must be at most {MAX_LAYERS}")
+        if self.layers_per_block > MAX_LAYERS // 4:
+            raise ValueError(f"layers_per_block is {self.layers_per_block}; it must be at most {MAX_LAYERS // 4}")
         if self.temporal_compression_ratio != 4:
             raise ValueError(f"temporal_compression_ratio is {self.temporal_compression_ratio}; supported is 4")
         for width in self.block_out_channels:

@@ -20,13 +20,13 @@ from .data.pixels import to_frames
 from .diffusion.guidance import guide
 from .diffusion.samplers import SAMPLERS
 from .diffusion.schedule import sampling_steps
-from .finite import NonFiniteError, check_finite
-from .models.checkpoint import check_numerics, resolve_folder
+from .finite import NonFiniteError, all_finite, check_finite
+from .models.checkpoint import CheckpointError, check_numerics, resolve_folder
 from .models.saving import content_hash, new_folder, write_json
 from .models.text import TextEncoder
 from .models.transformer import ExpertTransformer
 from .models.vae import CausalVAE
-from .settings import Configs, Settings, read_configs
+from .settings import Configs, Settings, SettingsError, read_configs
 
 FPS = 8
 MODEL_INDEX = {
@@ -70,8 +70,8 @@ class Pipeline:
         there is one. Raises ValueError for what is no checkpoint, with the reason.
         """
         check_numerics(numerics)
-        configs, folder = read_configs(model), resolve_folder(model)
-        device = pick_device(device)
+        configs, folder, device = read_configs(model), resolve_folder(model), pick_device(device)
+        check_folder(folder, configs, numerics)
         transformer = computable(ExpertTransformer.from_pretrained(folder, numerics, dtype, device), dtype)
         vae = computable(CausalVAE.from_pretrained(folder, numerics, dtype, device), dtype)
         length = configs.transformer.max_text_seq_length
@@ -87,7 +87,9 @@ class Pipeline:
             (partial / "scheduler").mkdir()
             scheduler = self.configs.schedule.to_dict()
             write_json(partial / "scheduler" / "scheduler_config.json", scheduler)
-            write_json(partial / "model_index.json", MODEL_INDEX | {"scheduler": ["diffusers", scheduler["_class_name"]]})
+            write_json(
+                partial / "model_index.json", MODEL_INDEX | {"scheduler": ["diffusers", scheduler["_class_name"]]}
+            )
 
     @property
     def device(self) -> torch.device:
@@ -122,8 +124,8 @@ class Pipeline:
     ) -> Clip:
         """Make a video of the prompt; None stands for what the checkpoint's folder says, for the seed a fresh one.
 
-        Raises: ValueError that names an argument that does not fit, its value and the nearest valid one;
-        NonFiniteError when a computation leaves the finite numbers, with the step and the module.
+        Raises: SettingsError, a ValueError, that names an argument that does not fit, its value and the nearest valid
+        one; NonFiniteError when a computation leaves the finite numbers, with the step and the module.
         """
         settings = Settings(
             prompt, negative_prompt, num_frames, height, width, num_inference_steps, guidance_scale, dynamic_guidance,
@@ -160,10 +162,10 @@ class Pipeline:
     ) -> Iterator[Clip]:
         """The clips of `batch`, each as soon as it is there."""
         if isinstance(prompts, str) or not prompts:
-            raise ValueError(f"prompts is {prompts!r}; it must be a list of at least one prompt")
+            raise SettingsError(f"prompts is {prompts!r}; it must be a list of at least one prompt")
         for name, count in (("num_videos_per_prompt", num_videos_per_prompt), ("batch_size", batch_size)):
             if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-                raise ValueError(f"{name} is {count!r}; it must be a whole number from 1")
+                raise SettingsError(f"{name} is {count!r}; it must be a whole number from 1")
         first = Settings(prompts[0], seed=seed, **settings).resolve(self.configs)
         wanted = [prompt for prompt in prompts for _ in range(num_videos_per_prompt)]
         each = [replace(first, prompt=p, seed=first.seed + i).resolve(self.configs) for i, p in enumerate(wanted)]
@@ -182,21 +184,27 @@ class Pipeline:
         frames = self.decode(latents)
         seconds = (time.perf_counter() - start) / len(batch)
         reasons = [name for name, value in {**given, "callback_on_step_end": callback}.items() if value is not None]
-        return [Clip(f, FPS, self.describe(s, reasons), seconds) for f, s in zip(frames, batch, strict=True)]
+        reasons += [] if self.folder else ["model"]
+        return [Clip(f, FPS, self.describe(s, reasons, len(batch)), seconds) for f, s in zip(frames, batch, strict=True)]
 
     def encode_text(self, batch: list[Settings], given: dict[str, Tensor | None]) -> Tensor:
         """Embeddings [B, L, D] of the prompts, behind those of the negative prompt where guidance needs them: [2B, L, D]."""
         settings = batch[0]
         prompted = given.get("prompt_embeds")
         if prompted is None:
-            prompted = self.text_encoder.encode([s.prompt for s in batch])
+            prompted = self.encode_prompts([s.prompt for s in batch])
         prompted = prompted.to(self.device, self.dtype)
         if settings.guidance_scale <= 1.0:
             return prompted
         null = given.get("negative_prompt_embeds")
         if null is None:
-            null = self.text_encoder.encode([settings.negative_prompt])
+            null = self.encode_prompts([settings.negative_prompt])
         return torch.cat([null.to(prompted).expand_as(prompted), prompted])
+
+    def encode_prompts(self, prompts: list[str]) -> Tensor:  # [B, L, D]
+        text = self.text_encoder.encode(prompts)
+        check_finite(text, "encoding the prompt", self.text_encoder.model, lambda: self.text_encoder.encode(prompts))
+        return text
 
     def draw_noise(self, batch: list[Settings], latents: Tensor | None) -> tuple[Tensor, list[torch.Generator]]:
         """The noise to start from, [B, C, T, H, W] in fp32, and each clip's generator for the sampler."""
@@ -224,7 +232,8 @@ class Pipeline:
             x = torch.cat([latents, latents]) if guided else latents
             inputs = x.to(self.dtype), text, torch.full((len(x),), timestep, device=x.device)
             v = self.transformer(*inputs).float()
-            check_finite(v, f"step {index + 1} of {settings.num_inference_steps}", self.transformer, *inputs)
+            step = f"step {index + 1} of {settings.num_inference_steps}"
+            check_finite(v, step, self.transformer, lambda: self.transformer(*inputs))
             return guide(*v.chunk(2), settings.scale_at(timestep, index)) if guided else v
 
         def on_step(index: int, timestep: int, latents: Tensor) -> Tensor | None:
@@ -232,7 +241,8 @@ class Pipeline:
             bar.update()
             if callback is None:
                 return None
-            return (callback(self, index, timestep, {"latents": latents}) or {}).get("latents")
+            replaced = (callback(self, index, timestep, {"latents": latents}) or {}).get("latents")
+            return None if replaced is None else checked("latents of callback_on_step_end", replaced, latents.shape)
 
         with tqdm(total=settings.num_inference_steps, unit="step", disable=not progress) as bar:
             steps = sampling_steps(self.configs.schedule, settings.num_inference_steps)
@@ -242,30 +252,27 @@ class Pipeline:
         """Frames of each clip, uint8 [T, H, W, 3], from scaled latents [B, C, T, H, W]."""
         z = (latents.to(self.dtype) / self.configs.vae.scaling_factor).to(next(self.vae.parameters()).dtype)
         video = self.vae.decode(z)
-        check_finite(video, "decoding", self.vae.decoder, z, {})
+        check_finite(video, "decoding", self.vae, lambda: self.vae.decode(z))
         return list(to_frames(video))
 
     def check_given(self, settings: Settings, given: dict[str, Tensor | None]) -> None:
         """Raises ValueError for tensors that this model and these settings cannot take."""
         if settings.prompt is None and given["prompt_embeds"] is None:
-            raise ValueError("prompt is None and so is prompt_embeds; give one of them")
+            raise SettingsError("prompt is None and so is prompt_embeds; give one of them")
         config = self.configs.transformer
         text = (1, config.max_text_seq_length, config.text_embed_dim)
         shapes = {"prompt_embeds": text, "negative_prompt_embeds": text}
         shapes["latents"] = (1, *settings.latent_shape(self.configs))
         for name, value in given.items():
-            if value is None:
-                continue
-            if tuple(value.shape) != shapes[name]:
-                raise ValueError(f"{name} has shape {list(value.shape)}; here it must be {list(shapes[name])}")
-            if not torch.isfinite(value).all():
-                raise ValueError(f"{name} holds values that are not finite; it must hold finite numbers alone")
+            if value is not None:
+                checked(name, value, shapes[name])
 
-    def describe(self, settings: Settings, reasons: list[str]) -> dict:
+    def describe(self, settings: Settings, reasons: list[str], batch_size: int) -> dict:
         """What the mp4 carries: how the clip was made, and whether that makes it again."""
         return {
             **settings.as_dict(),
             "fps": FPS,
+            "batch_size": batch_size,
             "model": self.source,
             "model_sha256": self.model_hash,
             "numerics": "diffusers",
@@ -275,9 +282,38 @@ class Pipeline:
         }
 
 
+def check_folder(folder: Path, configs: Configs, numerics: str) -> None:
+    """Raises CheckpointError if any part of a checkpoint lacks a tensor or has a wrong one; reads no weights."""
+    ExpertTransformer.from_pretrained(folder, numerics, device="meta")
+    CausalVAE.from_pretrained(folder, numerics, device="meta")
+    text_encoder = TextEncoder.from_pretrained(folder, configs.transformer.max_text_seq_length, device="meta")
+    width = text_encoder.model.config.d_model
+    if width != configs.transformer.text_embed_dim:
+        wanted = configs.transformer.text_embed_dim
+        raise CheckpointError(f"{folder}: the text encoder is {width} wide, the transformer takes {wanted}")
+
+
+def checked(name: str, value: object, shape: Sequence[int]) -> Tensor:
+    """`value`, if it is a tensor of that shape with finite values. Raises SettingsError otherwise."""
+    if not isinstance(value, Tensor):
+        raise SettingsError(f"{name} is of type {type(value).__name__}; it must be a tensor")
+    if tuple(value.shape) != tuple(shape):
+        raise SettingsError(f"{name} has shape {list(value.shape)}; here it must be {list(shape)}")
+    if not all_finite(value):
+        raise SettingsError(f"{name} holds values that are not finite; it must hold finite numbers alone")
+    return value
+
+
 def pick_device(device: str | torch.device | None) -> torch.device:
-    """The device asked for, else a GPU where there is one."""
-    return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    """The device asked for, else a GPU where there is one. Raises SettingsError for one that is not there."""
+    best = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        picked = torch.device(device or best)
+        torch.empty(1, device=picked)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # an unknown word; no such device; no driver
+        reason = str(error).strip().split("\n")[0]
+        raise SettingsError(f"device is {str(device)!r}, which cannot be used here ({reason}); valid: {best}") from error
+    return picked
 
 
 def computable(model: nn.Module, dtype: torch.dtype | None) -> nn.Module:

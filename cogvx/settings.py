@@ -4,14 +4,19 @@ import math
 import os
 import secrets
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
 from .config import ScheduleConfig, TransformerConfig, VAEConfig
 from .diffusion.guidance import SCALES
 from .diffusion.samplers import SAMPLERS
-from .diffusion.schedule import timesteps
-from .models.checkpoint import component_folder, read_config, resolve_folder
+from .diffusion.schedule import cumulative_alphas, timesteps
+from .models.checkpoint import CheckpointError, component_folder, read_config, resolve_folder
 
 MAX_SEED = 2**63 - 1
+
+
+class SettingsError(ValueError):
+    """An argument that does not fit; the message names it, its value and what is valid."""
 
 
 @dataclass(frozen=True)
@@ -32,13 +37,35 @@ class Configs:
 
 
 def read_configs(model: str | os.PathLike) -> Configs:
-    """The configs of a published folder, a hub name or "tiny". Raises ValueError for what is no checkpoint."""
+    """The configs of a published folder, a hub name or "tiny". Raises CheckpointError for what is no checkpoint."""
     root = resolve_folder(model)
-    return Configs(
+    for component in ("transformer", "vae", "text_encoder", "tokenizer", "scheduler"):
+        if not (root / component).is_dir():
+            raise CheckpointError(f"{root} is no checkpoint of a pipeline: the folder {component} is missing in it")
+    configs = Configs(
         read_config(TransformerConfig, component_folder(root, "transformer"), root),
         read_config(VAEConfig, component_folder(root, "vae"), root),
         read_config(ScheduleConfig, root / "scheduler", root, "scheduler_config.json"),
     )
+    check_configs(configs, root)
+    return configs
+
+
+def check_configs(configs: Configs, root: Path) -> None:
+    """Raises CheckpointError for parts that do not work together."""
+    channels = configs.vae.latent_channels
+    for name in ("in_channels", "out_channels"):
+        count = getattr(configs.transformer, name)
+        if count != channels:
+            what = f"{name} is {count} in the transformer's config, the VAE's latent_channels is {channels}"
+            raise CheckpointError(f"{root}: {what}; text-to-video needs equal ones")
+    times = configs.transformer.temporal_compression_ratio, configs.time_factor
+    if times[0] != times[1]:
+        raise CheckpointError(f"{root}: temporal_compression_ratio is {times[0]} in the transformer, {times[1]} in the VAE")
+    try:
+        cumulative_alphas(configs.schedule)
+    except ValueError as error:
+        raise CheckpointError(f"{root / 'scheduler' / 'scheduler_config.json'}: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -57,11 +84,11 @@ class Settings:
     seed: int | None = None  # None draws one
 
     def resolve(self, configs: Configs) -> "Settings":
-        """The same settings, complete. Raises ValueError that names the setting, its value and the nearest valid one."""
+        """The same settings, complete. Raises SettingsError for one that does not fit."""
         if self.prompt is not None and (not isinstance(self.prompt, str) or not self.prompt.strip()):
-            raise ValueError(f"prompt is {self.prompt!r}; say in words what the video shows")
+            raise SettingsError(f"prompt is {self.prompt!r}; say in words what the video shows")
         if not isinstance(self.negative_prompt, str):
-            raise ValueError(f"negative_prompt is {self.negative_prompt!r}; it must be a text, '' for none")
+            raise SettingsError(f"negative_prompt is {self.negative_prompt!r}; it must be a text, '' for none")
         transformer, factor = configs.transformer, configs.space_factor
         known = replace(
             self,
@@ -80,7 +107,7 @@ class Settings:
         check_int("num_frames", self.num_frames)
         if self.num_frames % chunk != 1 or not 1 <= self.num_frames <= most:
             nearest = min(range(1, most + 1, chunk), key=lambda n: abs(n - self.num_frames))
-            raise ValueError(
+            raise SettingsError(
                 f"num_frames is {self.num_frames}; this model makes {chunk}N+1 frames from 1 to {most}, "
                 f"the nearest is {nearest}"
             )
@@ -89,20 +116,23 @@ class Settings:
             check_int(name, size)
             if size < unit or size % unit:
                 nearest = max(unit, round(size / unit) * unit)
-                raise ValueError(f"{name} is {size}; it must be a multiple of {unit} pixels, the nearest is {nearest}")
+                raise SettingsError(f"{name} is {size}; it must be a multiple of {unit} pixels, the nearest is {nearest}")
 
     def check_sampling(self, configs: Configs) -> None:
-        timesteps(configs.schedule, self.num_inference_steps)  # checks their number
+        try:
+            timesteps(configs.schedule, self.num_inference_steps)
+        except ValueError as error:
+            raise SettingsError(str(error)) from error
         scale = self.guidance_scale
         if isinstance(scale, bool) or not isinstance(scale, int | float) or not math.isfinite(scale) or scale < 0:
-            raise ValueError(f"guidance_scale is {scale!r}; it must be a finite number from 0 (up to 1 is no guidance)")
+            raise SettingsError(f"guidance_scale is {scale!r}; it must be a finite number from 0 (up to 1 is no guidance)")
         if self.dynamic_guidance not in (None, "wave", "cosine"):
-            raise ValueError(f"dynamic_guidance is {self.dynamic_guidance!r}; valid: None, 'wave', 'cosine'")
+            raise SettingsError(f"dynamic_guidance is {self.dynamic_guidance!r}; valid: None, 'wave', 'cosine'")
         if self.sampler not in SAMPLERS:
-            raise ValueError(f"sampler is {self.sampler!r}; valid: {', '.join(map(repr, SAMPLERS))}")
+            raise SettingsError(f"sampler is {self.sampler!r}; valid: {', '.join(map(repr, SAMPLERS))}")
         check_int("seed", self.seed)
         if not 0 <= self.seed <= MAX_SEED:
-            raise ValueError(f"seed is {self.seed}; it must be from 0 to {MAX_SEED}")
+            raise SettingsError(f"seed is {self.seed}; it must be from 0 to {MAX_SEED}")
 
     def latent_shape(self, configs: Configs) -> tuple[int, int, int, int]:
         """C, T, H, W of the latents that the transformer makes."""
@@ -121,4 +151,4 @@ class Settings:
 
 def check_int(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
-        raise ValueError(f"{name} is {value!r}; it must be a whole number")
+        raise SettingsError(f"{name} is {value!r}; it must be a whole number")

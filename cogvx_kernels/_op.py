@@ -2,7 +2,7 @@
 
 An operator is its reference: a module whose `forward` gives the meaning, the fake (shape) kernel, the default gradient
 and the fallback. A backend is a module named `_<backend>` beside it, with the same `forward`, and if it wants
-`backward(*grads, *args)`, one gradient for each tensor argument, and `why_not(*args)`, the reason it cannot run or None.
+`backward(*grads, *args)`, a gradient for each tensor argument, and `why_not(*args)`, the reason it cannot run or None.
 
 `torch.ops.cogvx.<name>` and `torch.ops.cogvx.<name>_backward` are opaque to torch.compile; the backend is chosen when
 they run. An operator without backends is called as the plain function it is, so that torch.compile can fuse it.
@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 OPS: dict[str, "Op"] = {}
-BACKENDS = ("reference", "native", "triton", "cuda")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 _library = torch.library.Library("cogvx", "FRAGMENT")
@@ -40,9 +39,9 @@ _KINDS: dict[Any, tuple[str, tuple[type, ...]]] = {
 class Op:
     """One operator: call it, or reach it as `torch.ops.cogvx.<name>`.
 
-    `backends` are in the order of preference. `check(*args)` raises ValueError for shapes and values that the formula does not
-    cover. All tensors share one dtype, but those in `wide` may also be float32; under autocast they stay as they are
-    and the others are cast to the low precision.
+    `backends` are in the order of preference. `check(*args)` raises ValueError for shapes and values that the formula
+    does not cover. All tensors share one dtype, but those in `wide` may also be float32; under autocast they stay as
+    they are and the others are cast to the low precision.
     """
 
     def __init__(
@@ -218,11 +217,11 @@ class Op:
 def use_backend(name: str) -> Iterator[None]:
     """Run every operator that has it on one backend; operators without it are as before.
 
-    The override holds for the whole process. Where the backend cannot run, the call raises RuntimeError with the reason.
+    The override holds for the whole process. Where the backend cannot run, a call raises RuntimeError with the reason.
     """
     global _forced
-    if name not in BACKENDS:
-        raise ValueError(f"use_backend: name must be one of {', '.join(BACKENDS)}, got {name!r}")
+    if name not in declared_backends():
+        raise ValueError(f"use_backend: name must be one of {', '.join(declared_backends())}, got {name!r}")
     before, _forced = _forced, name
     try:
         yield
@@ -244,6 +243,11 @@ def explain(op: str | None = None, *args: Any) -> dict[str, dict[str, str]]:
         call = args or importlib.import_module(f"{one.reference.__package__}.cases").SMALL[0](device=device)
         answer[name] = {backend: one.why_not(backend, *call) or "live" for backend in (*one.backends, "reference")}
     return answer
+
+
+def declared_backends() -> list[str]:
+    """The names that `use_backend` takes."""
+    return list(dict.fromkeys(["reference", *(backend for op in OPS.values() for backend in op.backends)]))
 
 
 def _memory_format(like: Tensor) -> torch.memory_format:

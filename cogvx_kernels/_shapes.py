@@ -1,4 +1,4 @@
-"""The checks that operators make of their arguments; every message names operator, argument, what it got and what it takes."""
+"""Checks of arguments; every message names the operator, the argument, what it takes and what it got."""
 
 from torch import Tensor
 

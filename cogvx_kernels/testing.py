@@ -1,4 +1,4 @@
-"""What tests of operators need: random tensors, memory full of NaN, and one rule for how accurate is accurate enough."""
+"""What tests of operators need: random tensors, memory full of NaN, one rule for how accurate is accurate enough."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -50,8 +50,8 @@ def noncontiguous(x: Tensor) -> Tensor:
 def assert_as_accurate(x: Tensor, eager: Tensor, exact: Tensor, factor: float = 2.0, what: str = "result") -> None:
     """AssertionError unless x is about as close to the exact result as plain PyTorch in the same dtype.
 
-    max|x - exact| <= factor max|eager - exact| + 2 eps(dtype) max|exact|, with `exact` in float64, `eager` in the dtype of x;
-    gradients take factor 3.
+    max|x - exact| <= factor max|eager - exact| + 2 eps(dtype) max|exact|, with `exact` in float64 and `eager` in the
+    dtype of x; gradients take factor 3.
     """
     if x.shape != exact.shape or x.dtype != eager.dtype:
         raise AssertionError(f"{what}: got {x.dtype} {list(x.shape)}, expected {eager.dtype} {list(exact.shape)}")
@@ -60,4 +60,5 @@ def assert_as_accurate(x: Tensor, eager: Tensor, exact: Tensor, factor: float = 
     error, error_eager = ((y.detach().double() - exact.detach()).abs().max().item() for y in (x, eager))
     bound = factor * error_eager + 2 * torch.finfo(x.dtype).eps * exact.detach().abs().max().item()
     if not error <= bound:  # a NaN fails too
-        raise AssertionError(f"{what}: error {error:.3g} above {bound:.3g} (plain PyTorch in {x.dtype}: {error_eager:.3g})")
+        peer = f"plain PyTorch in {x.dtype}: {error_eager:.3g}"
+        raise AssertionError(f"{what}: error {error:.3g} above {bound:.3g} ({peer})")

@@ -6,21 +6,21 @@ import pytest
 import torch
 
 if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a Triton kernel is defined, hence before any import of one
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read where a Triton kernel is defined, so before any is imported
 
 import cogvx_kernels
-from cogvx_kernels._op import BACKENDS, OPS
+from cogvx_kernels._op import OPS, declared_backends
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--require", default="", help="backends that must run wherever an operator declares them: native,triton")
+    parser.addoption("--require", default="", help="backends that must run where they are declared: native,triton")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     live = cogvx_kernels.explain()
     for backend in required(config):
-        if backend not in BACKENDS:
-            raise pytest.UsageError(f"--require: {backend!r} is none of {', '.join(BACKENDS)}")
+        if backend not in declared_backends():
+            raise pytest.UsageError(f"--require: {backend!r} is none of {', '.join(declared_backends())}")
         reasons = {name: answer[backend] for name, answer in live.items() if answer.get(backend, "live") != "live"}
         if reasons:
             raise pytest.UsageError(f"--require {backend}: does not run: {reasons}")
@@ -39,11 +39,15 @@ def required(config: pytest.Config) -> list[str]:
 
 @pytest.fixture
 def run_on(request: pytest.FixtureRequest):
-    """`run_on(op, backend, *args)`: skip where the backend cannot take these arguments, fail where it is required."""
+    """`run_on(op, backend, *args)`: skip where the backend cannot take these arguments, fail where it is required.
 
-    def check(op: str, backend: str, *args: object) -> None:
+    Required means on the accelerator, where there is one: a Triton kernel need not run on the CPU beside it.
+    """
+
+    def check(op: str, backend: str, *args: torch.Tensor) -> None:
         reason = OPS[op].why_not(backend, *args)
         if reason is not None:
-            (pytest.fail if backend in required(request.config) else pytest.skip)(f"{op} {backend}: {reason}")
+            must = backend in required(request.config) and args[0].is_cuda == torch.cuda.is_available()
+            (pytest.fail if must else pytest.skip)(f"{op} {backend}: {reason}")
 
     return check

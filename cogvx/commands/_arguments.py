@@ -1,8 +1,35 @@
-"""What several commands make of their words."""
+"""What several commands take and make of it."""
 
-import torch
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..models.vae import CausalVAE
+
+Numerics = Literal["diffusers"]
+DType = Literal["float32", "bfloat16", "float16"]
 
 
-def torch_dtype(name: str | None) -> torch.dtype | None:
+def torch_dtype(name: str | None) -> "torch.dtype | None":
     """The dtype of that name; None stays None."""
+    import torch
+
     return None if name is None else getattr(torch, name)
+
+
+def load_vae(model: str, numerics: str, device: str | None) -> "CausalVAE":
+    """The VAE of a checkpoint, ready to compute on the device."""
+    from ..models.vae import CausalVAE
+    from ..pipeline import computable, pick_device
+
+    return computable(CausalVAE.from_pretrained(model, numerics, device=pick_device(device)), None)
+
+
+def check_is_another_file(output: Path, source: Path) -> None:
+    """Raises VideoError where writing would replace what is read."""
+    from ..data.video import VideoError
+
+    if output.resolve() == source.resolve():
+        raise VideoError(f"cannot write {output}: it is the file that is read; give another name")

@@ -1,16 +1,25 @@
 """cogvx decode: turn latents into a video."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from tyro.conf import Positional, arg
 
+from ._arguments import Numerics
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..config import VAEConfig
+
+FPS = 8  # of latents that do not say what they were encoded from
+
 
 def main(
-    latents: Positional[Path],
+    latents: Annotated[Positional[Path], arg(metavar="LATENTS")],
     output: Annotated[Path, arg(aliases=["-o"])],
     model: str = "tiny",
-    numerics: str = "diffusers",
+    numerics: Numerics = "diffusers",
     device: str | None = None,
 ) -> None:
     """Decode unscaled latents [1, C, T, H, W] from a safetensors file, as `cogvx encode` writes it.
@@ -22,26 +31,55 @@ def main(
         numerics: whose arithmetic to follow.
         device: unset, a GPU where there is one.
     """
+    from ..config import VAEConfig
+    from ..data.video import check_writable
+    from ..models.checkpoint import component_folder, load_tensors, read_config, resolve_folder
+
+    check_writable(output, ".mp4")
+    root = resolve_folder(model)
+    config = read_config(VAEConfig, component_folder(root, "vae"), root)
+    tensors, metadata = load_tensors(latents)
+    z = check_latents(latents, tensors, config)
+
     import torch
 
     from ..clip import Clip
     from ..data.pixels import to_frames
-    from ..data.video import check_writable
     from ..finite import check_finite
-    from ..models.checkpoint import load_tensors
-    from ..models.vae import CausalVAE
-    from ..pipeline import computable, pick_device
+    from ._arguments import load_vae
 
-    check_writable(output)
-    tensors, metadata = load_tensors(latents)
-    if list(tensors) != ["latents"] or tensors["latents"].dim() != 5 or len(tensors["latents"]) != 1:
-        found = {name: list(t.shape) for name, t in tensors.items()}
-        raise ValueError(f"{latents} holds {found}; it must hold one tensor 'latents' of shape [1, C, T, H, W]")
-    vae = computable(CausalVAE.from_pretrained(model, numerics, device=pick_device(device)), None)
-    z = tensors["latents"].to(next(vae.parameters()))
+    vae = load_vae(model, numerics, device)
+    z = z.to(next(vae.parameters()))
     with torch.inference_mode():
         video = vae.decode(z)
-        check_finite(video, "decoding", vae.decoder, z, {})
-    clip = Clip(to_frames(video)[0], round(float(metadata.get("fps", 8))), {"source": latents.name})
+        check_finite(video, "decoding", vae, lambda: vae.decode(z))
+    clip = Clip(to_frames(video)[0], stated_rate(metadata), {"not_replayable_because_of": ["latents"]})
     clip.save(output)
     print(f"{output}  {len(clip.frames)} frames of {clip.frames.shape[2]} x {clip.frames.shape[1]}")
+
+
+def check_latents(file: Path, tensors: "dict[str, Tensor]", config: "VAEConfig") -> "Tensor":
+    """The latents in a file's tensors. Raises CheckpointError for what the VAE cannot take."""
+    from ..finite import all_finite
+    from ..models import CheckpointError
+
+    found = {name: list(t.shape) for name, t in tensors.items()}
+    shape = found.get("latents", [])
+    fits = len(found) == 1 and len(shape) == 5 and shape[:2] == [1, config.latent_channels] and 0 not in shape
+    if not fits or not tensors["latents"].is_floating_point():
+        wanted = f"[1, {config.latent_channels}, T, H, W]"
+        raise CheckpointError(f"{file} holds {found}; it must hold one tensor of numbers, 'latents' of shape {wanted}")
+    if not all_finite(tensors["latents"]):
+        raise CheckpointError(f"{file} holds latents that are not finite; they must be finite numbers alone")
+    return tensors["latents"]
+
+
+def stated_rate(metadata: dict[str, str]) -> float:
+    """The frame rate that the latents' file states, in frames a second."""
+    try:
+        fps = float(metadata.get("fps", FPS))
+    except ValueError:
+        return FPS
+    if not 0.01 <= fps <= 1000:
+        return FPS
+    return int(fps) if fps.is_integer() else fps

@@ -9,7 +9,9 @@ PROMPT = "a large red circle moves left on a black background"
 
 
 def main(
-    prompt: Positional[str] = PROMPT, output: Annotated[Path, arg(aliases=["-o"])] = Path("demo/red.mp4"), seed: int = 7
+    prompt: Annotated[Positional[str], arg(metavar="PROMPT")] = PROMPT,
+    output: Annotated[Path, arg(aliases=["-o"])] = Path("demo/red.mp4"),
+    seed: int = 7,
 ) -> None:
     """Make a video with the embedded checkpoint, and a contact sheet beside it.
 
@@ -22,7 +24,7 @@ def main(
     from ..pipeline import Pipeline
 
     output.parent.mkdir(parents=True, exist_ok=True)
-    check_writable(output)
+    check_writable(output, ".mp4")
     clip = Pipeline.from_pretrained("tiny", numerics="diffusers")(prompt, seed=seed)
     clip.save(output)
     sheet = output.with_suffix(".png")

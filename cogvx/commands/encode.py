@@ -1,16 +1,21 @@
 """cogvx encode: turn a video into latents."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from tyro.conf import Positional, arg
 
+from ._arguments import Numerics
+
+if TYPE_CHECKING:
+    from ..config import VAEConfig
+
 
 def main(
-    video: Positional[Path],
+    video: Annotated[Positional[Path], arg(metavar="VIDEO")],
     output: Annotated[Path, arg(aliases=["-o"])],
     model: str = "tiny",
-    numerics: str = "diffusers",
+    numerics: Numerics = "diffusers",
     device: str | None = None,
 ) -> None:
     """Encode a video to unscaled latents [1, C, T, H, W] (the posterior's mode), as safetensors.
@@ -22,18 +27,41 @@ def main(
         numerics: whose arithmetic to follow.
         device: unset, a GPU where there is one.
     """
+    from ..config import VAEConfig
+    from ..data.video import check_writable, read_video
+    from ..models.checkpoint import component_folder, read_config, resolve_folder, save_tensors
+
+    check_writable(output, ".safetensors")
+    root = resolve_folder(model)
+    config = read_config(VAEConfig, component_folder(root, "vae"), root)
+    frames, fps = read_video(video)
+    check_frames(video, frames.shape, config)
+
     import torch
 
     from ..data.pixels import to_tensor
-    from ..data.video import check_writable, read_video
-    from ..models.checkpoint import save_tensors
-    from ..models.vae import CausalVAE
-    from ..pipeline import computable, pick_device
+    from ..finite import check_finite
+    from ._arguments import load_vae
 
-    check_writable(output)
-    frames, fps = read_video(video)
-    vae = computable(CausalVAE.from_pretrained(model, numerics, device=pick_device(device)), None)
+    vae = load_vae(model, numerics, device)
+    x = to_tensor(frames).to(next(vae.parameters()))
     with torch.inference_mode():
-        latents = vae.encode(to_tensor(frames).to(next(vae.parameters()))).mode()
+        latents = vae.encode(x).mode()
+        check_finite(latents, "encoding", vae, lambda: vae.encode(x))
     save_tensors({"latents": latents.float().cpu()}, output, {"fps": str(fps), "source": video.name})
     print(f"{output}  latents {list(latents.shape)}")
+
+
+def check_frames(file: Path, shape: tuple[int, ...], config: "VAEConfig") -> None:
+    """Raises VideoError for a video [T, H, W, 3] that the VAE cannot take."""
+    from ..data.video import VideoError
+
+    chunk, unit = 2 * config.temporal_compression_ratio, 2 ** (len(config.block_out_channels) - 1)
+    num_frames, height, width = shape[:3]
+    if num_frames % chunk != 1:
+        nearest = max(1, round((num_frames - 1) / chunk) * chunk + 1)
+        raise VideoError(f"{file} has {num_frames} frames; it must have {chunk}N+1, the nearest is {nearest}")
+    for name, size in (("height", height), ("width", width)):
+        if size % unit:
+            nearest = max(unit, round(size / unit) * unit)
+            raise VideoError(f"{file} has {name} {size}; it must be a multiple of {unit}, the nearest is {nearest}")

@@ -5,9 +5,11 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
+from ._arguments import DType, Numerics
+
 
 def main(
-    prompt: Positional[str],
+    prompt: Annotated[Positional[str], arg(metavar="PROMPT")],
     output: Annotated[Path, arg(aliases=["-o"])],
     model: str = "tiny",
     negative_prompt: str = "",
@@ -19,8 +21,8 @@ def main(
     dynamic_guidance: Literal["wave", "cosine"] | None = None,
     sampler: Literal["ddim", "dpmpp_2m_sde"] | None = None,
     seed: int | None = None,
-    numerics: str = "diffusers",
-    dtype: Literal["float32", "bfloat16", "float16"] | None = None,
+    numerics: Numerics = "diffusers",
+    dtype: DType | None = None,
     device: str | None = None,
     progress: bool = True,
 ) -> None:
@@ -51,7 +53,7 @@ def main(
         prompt, negative_prompt, num_frames, height, width, num_inference_steps, guidance_scale, dynamic_guidance,
         sampler, seed,
     ).resolve(read_configs(model))  # fmt: skip
-    check_writable(output)
+    check_writable(output, ".mp4")
 
     from ..pipeline import Pipeline
     from ._arguments import torch_dtype

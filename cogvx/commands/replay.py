@@ -3,19 +3,24 @@
 import sys
 from dataclasses import fields
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, get_args
 
 from tyro.conf import Positional, arg
 
+from ._arguments import DType, Numerics
+
+if TYPE_CHECKING:
+    from ..settings import Settings
+
 
 def main(
-    file: Positional[Path],
+    file: Annotated[Positional[Path], arg(metavar="FILE")],
     output: Annotated[Path | None, arg(aliases=["-o"])] = None,
     model: str | None = None,
     device: str | None = None,
     progress: bool = True,
 ) -> None:
-    """Make a video again from what it carries, and say whether frames and bytes are equal.
+    """Make a video again from what it carries, and say whether frames and bytes are equal; status 1 if frames differ.
 
     Args:
         file: an mp4 that cogvx wrote.
@@ -25,29 +30,51 @@ def main(
         progress: show a progress bar.
     """
     from ..data.video import check_writable, read_metadata, read_video
-    from ..settings import Settings, read_configs
+    from ._arguments import check_is_another_file, torch_dtype
 
     made = read_metadata(file)
-    if made["not_replayable_because_of"]:
-        reasons = ", ".join(made["not_replayable_because_of"])
-        raise ValueError(f"{file} cannot be replayed: it was made with given {reasons}, which it does not carry")
     output = output or file.with_stem(file.stem + "-replay")
-    check_writable(output)
-    model = model or made["model"]
-    settings = Settings(**{f.name: made[f.name] for f in fields(Settings)}).resolve(read_configs(model))
+    check_is_another_file(output, file)
+    check_writable(output, ".mp4")
+    settings = recorded_settings(file, made, model)
 
     from ..pipeline import Pipeline
-    from ._arguments import torch_dtype
 
-    pipeline = Pipeline.from_pretrained(model, torch_dtype(made["dtype"]), device, made["numerics"])
+    pipeline = Pipeline.from_pretrained(model or made["model"], torch_dtype(made["dtype"]), device, made["numerics"])
     clip = pipeline(**settings.as_dict(), progress=progress)
     warn_of_differences(made, clip.metadata)
     clip.metadata["model"] = made["model"]  # the same weights may have moved
     clip.save(output)
-    same_frames = (read_video(file)[0] == read_video(output)[0]).all()
+    before, after = read_video(file)[0], read_video(output)[0]
+    same_frames = before.shape == after.shape and bool((before == after).all())
     same_bytes = file.read_bytes() == output.read_bytes()
     words = {True: "equal", False: "DIFFERENT"}
-    print(f"{output}: frames {words[bool(same_frames)]}, bytes {words[same_bytes]}")
+    print(f"{output}: frames {words[same_frames]}, bytes {words[same_bytes]}")
+    if not same_frames:
+        raise SystemExit(1)
+
+
+def recorded_settings(file: Path, made: dict, model: str | None) -> "Settings":
+    """The settings that a video carries, complete. Raises VideoError for a video that cannot be made again."""
+    from ..data.video import VideoError
+    from ..settings import Settings, SettingsError, read_configs
+
+    if made.get("not_replayable_because_of"):
+        reasons = ", ".join(map(str, made["not_replayable_because_of"]))
+        raise VideoError(f"{file} cannot be replayed: it was made with given {reasons}, which it does not carry")
+    names = [f.name for f in fields(Settings)]
+    missing = [n for n in (*names, "model", "dtype", "numerics", "model_sha256", "environment") if n not in made]
+    if missing:
+        raise VideoError(f"{file} cannot be replayed: its metadata does not say {', '.join(missing)}")
+    kinds = {"model": str, "model_sha256": str, "environment": dict, "seed": int}
+    wrong = [name for name, kind in kinds.items() if not isinstance(made[name], kind)]
+    wrong += [name for name, valid in (("dtype", DType), ("numerics", Numerics)) if made[name] not in get_args(valid)]
+    if wrong:
+        raise VideoError(f"{file} cannot be replayed: in its metadata {wrong[0]} is {str(made[wrong[0]])[:60]!r}")
+    try:
+        return Settings(**{name: made[name] for name in names}).resolve(read_configs(model or made["model"]))
+    except SettingsError as error:
+        raise VideoError(f"{file} cannot be replayed with this model: {error}") from error
 
 
 def warn_of_differences(made: dict, now: dict) -> None:
@@ -56,5 +83,7 @@ def warn_of_differences(made: dict, now: dict) -> None:
     changes = [f"{key} was {then.get(key)}, is {today[key]}" for key in today if then.get(key) != today[key]]
     if made["model_sha256"] != now["model_sha256"]:
         changes.append("the model's weights are not those of then")
+    if made.get("batch_size", 1) != 1:
+        changes.append(f"it was computed together with {made['batch_size'] - 1} others, now alone")
     if changes:
         print(f"cogvx: warning: the frames may differ: {'; '.join(changes)}", file=sys.stderr)

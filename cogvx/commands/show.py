@@ -2,11 +2,12 @@
 
 import json
 from pathlib import Path
+from typing import Annotated
 
-from tyro.conf import Positional
+from tyro.conf import Positional, arg
 
 
-def main(file: Positional[Path]) -> None:
+def main(file: Annotated[Positional[Path], arg(metavar="FILE")]) -> None:
     """Print the prompt, seed, settings, model hash and versions that a video carries, as JSON.
 
     Args:

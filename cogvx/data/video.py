@@ -26,7 +26,9 @@ READABLE_FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm"
 READABLE_CODECS = {"h264", "hevc", "mpeg4", "ffv1", "vp8", "vp9", "av1", "libvpx", "libvpx-vp9", "libdav1d"}
 
 # Colour is halved by averaging and doubled by repeating, so that frames survive being read and written again.
-EXACT = Interpolation.BITEXACT | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT | Interpolation.FULL_CHR_H_INP
+EXACT = (
+    Interpolation.BITEXACT | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT | Interpolation.FULL_CHR_H_INP
+)
 TO_YUV, TO_RGB = Interpolation.AREA | EXACT, Interpolation.POINT | EXACT
 # crf 14 cannot be told from the source by eye; a short key frame distance keeps seeking quick; chromaloc 1 says that
 # the averaged colour lies in the centre of its four pixels.
@@ -243,7 +245,10 @@ def _is_short(
 
 def _matroska_is_cut(file: BinaryIO) -> bool:
     """Whether a Matroska file ends before its segment, the element after the header that holds everything, does."""
-    head = os.pread(file.fileno(), 256, 0)  # leaves the position to the demuxer
+    position = file.seek(0, os.SEEK_CUR)
+    file.seek(0)
+    head = file.read(256)
+    file.seek(position)  # where the demuxer left it
 
     def number(at: int) -> tuple[int | None, int]:  # a size, None where it was left open, and where it ends
         width = 9 - head[at].bit_length()

@@ -97,7 +97,7 @@ def evaluate(
     started = time.perf_counter()
     pipeline = Pipeline.from_pretrained(model, numerics="diffusers")
     about = {"model": model, "model_sha256": pipeline.model_hash, "dtype": str(pipeline.dtype).removeprefix("torch.")}
-    about |= {"sampler": pipeline.configs.sampler, "environment": environment(pipeline.device)}
+    about |= {"sampler": pipeline.configs.schedule.sampler, "environment": environment(pipeline.device)}
     adherence = reconstruction = None
     if num_clips:
         reconstruction = evaluate_reconstruction(pipeline.vae, num_clips, seed)

@@ -6,7 +6,9 @@ shapes are checked; no weight is read before that.
 """
 
 import json
+import os
 import re
+import secrets
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +16,7 @@ from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 TINY = Path(__file__).parent.parent / "assets" / "tiny"
@@ -29,7 +32,10 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 class CheckpointError(ValueError):
-    """A folder that is no checkpoint, or a damaged, incomplete or unsafe one."""
+    """A folder that is no checkpoint, or a damaged, incomplete or unsafe one; always one printable line."""
+
+    def __init__(self, message: str):  # names come from the files, which may hold anything
+        super().__init__("".join(letter if letter.isprintable() else "?" for letter in message))
 
 
 def load_model(
@@ -63,20 +69,21 @@ def resolve_folder(folder: str | Path) -> Path:
     if folder == "tiny":
         return TINY
     path = Path(folder)
-    if path.is_dir():
+    if str(folder) and os.path.isdir(path):
         return path
     if path.suffix in PICKLES:
         raise CheckpointError(_pickle_message(path))
-    if path.is_file():
+    if os.path.isfile(path):
         raise CheckpointError(f"{path} is a file; a checkpoint is a folder, here perhaps {path.parent}")
     if not HUB_NAME.fullmatch(str(folder)) or ".." in str(folder) or str(folder).startswith("."):
-        raise CheckpointError(f"{path} does not exist; give a checkpoint folder, a hub name like owner/name, or tiny")
+        what = f"{str(folder)[:200]!r} is no folder"
+        raise CheckpointError(f"{what}; give a checkpoint folder, a hub name like owner/name, or tiny")
     from huggingface_hub import snapshot_download  # here, because it takes 0.4 s and few calls need it
 
     try:
         return Path(snapshot_download(str(folder), allow_patterns=HUB_FILES))
     except Exception as error:  # network, login, name: the library has some ten unrelated classes
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        reason = _line(error)
         raise CheckpointError(f"{folder} is no folder here and could not be had from the hub: {reason}") from error
 
 
@@ -91,11 +98,13 @@ def component_folder(root: Path, component: str) -> Path:
 
 def safe_path(path: Path, root: Path) -> Path:
     """`path`, once its links are known to end inside `root` or in the blobs of the hub cache that `root` is part of."""
-    real, allowed = path.resolve(), [root.resolve()]
+    try:
+        real, allowed = path.resolve(), [root.resolve()]
+    except (OSError, RuntimeError) as error:
+        raise CheckpointError(f"{path} is a link that leads nowhere: {_line(error)}") from error
     for ancestor in root.absolute().parents:
-        if ancestor.name == "snapshots":
+        if ancestor.name == "snapshots" and ancestor.parent.name.startswith("models--"):
             allowed.append(ancestor.parent.resolve() / "blobs")
-            break
     if not any(real.is_relative_to(place) for place in allowed):
         raise CheckpointError(f"{path} is a link that leaves its folder, to {real}")
     return path
@@ -103,8 +112,10 @@ def safe_path(path: Path, root: Path) -> Path:
 
 def read_json(path: Path, root: Path) -> dict[str, Any]:
     """The object in a JSON file of a checkpoint."""
+    if not safe_path(path, root).is_file():  # nor a pipe, which would never end
+        raise CheckpointError(f"{path} is missing")
     try:
-        size = safe_path(path, root).stat().st_size
+        size = path.stat().st_size
         if size > MAX_JSON_BYTES:
             raise CheckpointError(f"{path} has {size} bytes; at most {MAX_JSON_BYTES} are read")
         content = json.loads(path.read_bytes().decode("utf-8"))
@@ -150,9 +161,9 @@ def _indexed_files(index: Path, root: Path) -> list[Path]:
     files = []
     for name in sorted(set(places.values())):
         if Path(name).suffix in PICKLES:
-            raise CheckpointError(_pickle_message(index.parent / name))
-        if not re.fullmatch(r"[\w-][\w.-]*\.safetensors", name):
-            raise CheckpointError(f"{index} names the shard {name!r}; a shard is a safetensors file beside it")
+            raise CheckpointError(_pickle_message(index.parent / name[-100:]))
+        if not re.fullmatch(r"[\w-][\w.-]{0,200}\.safetensors", name):
+            raise CheckpointError(f"{index} names the shard {name[:100]!r}; a shard is a safetensors file beside it")
         if not (index.parent / name).is_file():
             raise CheckpointError(f"{index} names the shard {name}, which is missing")
         files.append(safe_path(index.parent / name, root))
@@ -193,6 +204,33 @@ def load_weights(
     model.load_state_dict(weights | {a: weights[name] for a, name in aliases.items() if a in expected}, assign=True)
 
 
+def load_tensors(file: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors in one safetensors file and the words that were stored with them."""
+    file = Path(file)
+    if file.suffix in PICKLES:
+        raise CheckpointError(_pickle_message(file))
+    if not file.is_file():
+        raise CheckpointError(f"{file} does not exist; give a safetensors file")
+    with _opened(file) as tensors:
+        return {name: tensors.get_tensor(name).clone() for name in sorted(tensors.keys())}, tensors.metadata() or {}
+
+
+def save_tensors(tensors: dict[str, Tensor], file: str | Path, metadata: dict[str, str] | None = None) -> None:
+    """Write one safetensors file: complete or not there, however the process ends."""
+    file = Path(file)
+    partial = file.with_name(f".{file.name}.partial-{secrets.token_hex(4)}")
+    try:
+        save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, partial, metadata)
+        with open(partial, "rb") as written:
+            os.fsync(written.fileno())
+        os.replace(partial, file)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or _line(error)
+        raise CheckpointError(f"{file} cannot be written: {reason}") from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 def _check_tensors(
     files: list[Path], expected: dict[str, list[int]], aliases: dict[str, str], folder: Path
 ) -> dict[str, tuple[Path, str]]:
@@ -201,7 +239,7 @@ def _check_tensors(
     extra, shapes, dtypes = [], [], []
     for file in files:
         with _opened(file) as tensors:
-            for key in tensors.keys():  # noqa: SIM118 (no mapping)
+            for key in sorted(tensors.keys()):
                 name = aliases.get(key, key)
                 shape, stored = tensors.get_slice(key).get_shape(), tensors.get_slice(key).get_dtype()
                 if name not in expected or (name in places and places[name][1] == key):

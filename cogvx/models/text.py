@@ -104,6 +104,9 @@ def read_t5_config(folder: Path, root: Path) -> T5Config:
         value, most = content.get(key, 1), MAX_LAYERS if key == "num_layers" else MAX_SIZE
         if type(value) is not int or not 1 <= value <= most:
             raise CheckpointError(f"{path}: {key} is {str(value)[:60]}; it must be a whole number from 1 to {most}")
+    form = content.get("feed_forward_proj", "relu")
+    if form not in ("relu", "gated-gelu"):
+        raise CheckpointError(f"{path}: feed_forward_proj is {str(form)[:60]!r}, not 'relu' or 'gated-gelu'")
     known = {*sizes, "relative_attention_max_distance", "layer_norm_epsilon", "feed_forward_proj"}
     try:
         return T5Config(**{key: value for key, value in content.items() if key in known})

@@ -25,7 +25,7 @@ class TinyTraining:
 
     work: Path = Path("runs/tiny")
     out: Path = TINY
-    num_clips: int = 8192  # encoded once for the transformer
+    num_clips: int = 6144  # encoded once for the transformer
     seed: int = 0
 
 

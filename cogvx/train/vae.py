@@ -46,13 +46,13 @@ class VAETraining:
         Stage(num_frames=1, batch=16, num_steps=500),
         Stage(num_frames=9, batch=4, num_steps=600),
         Stage(num_frames=17, batch=4, num_steps=600),
-        Stage(num_frames=17, batch=4, num_steps=2000, decoder_only=True),
-        Stage(num_frames=17, batch=4, num_steps=300, decoder_only=True, adversarial=True),
+        Stage(num_frames=17, batch=4, num_steps=900, decoder_only=True),
+        Stage(num_frames=17, batch=4, num_steps=200, decoder_only=True, adversarial=True),
     )
     muon_lr: float = 0.02
     adamw_lr: float = 1e-3
     num_warmup: int = 50  # steps of the learning rate's rise and fall, in each of the two phases:
-    num_decay: tuple[int, int] = (400, 1500)  # both halves of the model, then the decoder alone
+    num_decay: tuple[int, int] = (400, 900)  # both halves of the model, then the decoder alone
     clip_norm: float = 1.0
     l1_weight: float = 1.0
     l2_weight: float = 2.0

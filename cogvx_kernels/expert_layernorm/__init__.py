@@ -25,9 +25,7 @@ def expert_layernorm(
     return _op(x, weight, bias, shift, scale, num_text, eps)
 
 
-def _check(
-    x: Tensor, weight: Tensor, bias: Tensor, shift: Tensor, scale: Tensor, num_text: int, eps: float
-) -> None:
+def _check(x: Tensor, weight: Tensor, bias: Tensor, shift: Tensor, scale: Tensor, num_text: int, eps: float) -> None:
     name = "expert_layernorm"
     check_shape(name, "x", x, B=None, N=None, D=None)
     b, n, d = x.shape

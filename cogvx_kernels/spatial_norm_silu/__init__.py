@@ -22,8 +22,9 @@ def spatial_norm_silu(
 ) -> Tensor:  # [B, C, num_halo + T, H, W]
     """The decoder's norm: GroupNorm scaled and shifted at every pixel by the latent, and SiLU, behind a halo.
 
-    y = silu(GroupNorm(x) * resize(weight_y z + bias_y) + resize(weight_b z + bias_b)), resized by nearest to x's T, H, W;
-    of an odd T above one the first frame takes the latent's first, the rest the others. Statistics and halo are as in `group_norm_silu`.
+    y = silu(GroupNorm(x) * resize(weight_y z + bias_y) + resize(weight_b z + bias_b)), resized by nearest to x's size
+    T, H, W; of an odd T above one the first frame takes the latent's first and the rest share the others. Statistics
+    and halo are as in `group_norm_silu`.
 
     Raises ValueError for shapes, dtypes or devices that do not agree, and for a halo of another length than num_halo.
     Source: "MoVQ" (arXiv 2209.09002) for the norm, "CogVideoX" (arXiv 2408.06072) for its use in time.

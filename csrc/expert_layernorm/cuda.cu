@@ -22,7 +22,7 @@ template <class T> __device__ T* row_of(const Rows& rows, int64_t b, int64_t n) 
   return reinterpret_cast<T*>(rows.data) + b * rows.stride_b + n * rows.stride_n;
 }
 
-template <class T, class Layout> __global__ void __launch_bounds__(Layout::kMaxThreads) forward_kernel(Args args) {
+template <class T, class Layout> __global__ void __launch_bounds__(Layout::kMaxThreads, 1) forward_kernel(Args args) {
   using Row = Values<Layout::kVec, Layout::kSlots>;
   __shared__ BlockSum::Shared shared;
   BlockSum block_sum(shared);
@@ -51,7 +51,7 @@ template <class T, class Layout> __global__ void __launch_bounds__(Layout::kMaxT
 }
 
 // With xhat = (x - mean) * rstd and d = grad * weight * (1 + scale): grad_x = rstd * (d - mean(d) - xhat * mean(d * xhat)).
-template <class T, class Layout> __global__ void __launch_bounds__(Layout::kMaxThreads) backward_kernel(Args args) {
+template <class T, class Layout> __global__ void __launch_bounds__(Layout::kMaxThreads, 1) backward_kernel(Args args) {
   using Row = Values<Layout::kVec, Layout::kSlots>;
   __shared__ BlockSum::Shared shared;
   BlockSum block_sum(shared);

@@ -6,13 +6,21 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import T5Config, T5EncoderModel
 
-import cogvx
+from cogvx.config import PRESETS
+from cogvx.data.shapes import ALL_SCENES
 from cogvx.eval.generation import GROUPS, WORDS, Share
 from cogvx.eval.reconstruction import Reconstruction
 from cogvx.eval.report import Report, evaluate
+from cogvx.models.text import TextEncoder, read_vocabulary
+from cogvx.models.transformer import ExpertTransformer
+from cogvx.models.vae import CausalVAE
+from cogvx.pipeline import Pipeline
+from cogvx.settings import Configs
+from cogvx.train.tokenizer import build_tokenizer
 
-ASSETS = Path(cogvx.__file__).parent / "assets"
 SETTINGS = {"model": "tiny", "num_prompts": 480, "num_clips": 2, "seed": 0, "steps": 50}
 SETTINGS |= {"guidance_scale": 6.0, "compress": True}
 
@@ -101,15 +109,36 @@ def test_a_model_that_is_none_is_refused(tmp_path):
         evaluate(model=str(tmp_path / "no such folder"), output=tmp_path / "out")
 
 
-@pytest.mark.skipif(not (ASSETS / "tiny").is_dir(), reason="the embedded checkpoint is not in this tree")
-def test_the_embedded_checkpoint_is_evaluated(tmp_path):
-    report = evaluate(num_prompts=2, num_clips=2, steps=2, output=tmp_path / "out", progress=False)
-    assert report.adherence["all"]["shape"].judged == 2 and len(report.reconstruction.psnr) == 2
-    assert report.settings["model_sha256"] and report.reconstruction.mean > 20
-    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == [
-        "clips.jsonl", "evaluation.json", "evaluation.md",
-    ]  # fmt: skip
+@pytest.fixture(scope="module")
+def untrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a small random model that makes clips of the world's size."""
+    torch.manual_seed(0)
+    folder, preset = tmp_path_factory.mktemp("untrained"), PRESETS["tiny"]
+    size = build_tokenizer(folder / "words", {word for scene in ALL_SCENES for word in scene.prompt.split()}, 32)
+    vocabulary, num_sentinels = read_vocabulary(folder / "words", folder)
+    t5 = T5Config(vocab_size=size, d_model=32, d_kv=16, d_ff=32, num_layers=1, num_heads=2)
+    transformer = replace(preset.transformer, num_layers=1, num_attention_heads=1, text_embed_dim=32)
+    vae = replace(preset.vae, block_out_channels=(8, 8, 8, 8))
+    pipeline = Pipeline(
+        ExpertTransformer(transformer),
+        CausalVAE(vae),
+        TextEncoder(T5EncoderModel(t5).eval(), vocabulary, num_sentinels, 32),
+        Configs(transformer, vae, preset.schedule),
+    )
+    pipeline.save_pretrained(folder / "model")
+    return folder / "model"
+
+
+def test_a_model_is_evaluated_from_its_folder(untrained, tmp_path):
+    settings = {"num_prompts": 4, "num_clips": 2, "steps": 2, "batch_size": 3, "progress": False}
+    report = evaluate(str(untrained), **settings, output=tmp_path / "out")
+    shares = report.adherence["all"]
+    assert shares["all right"] == Share(0, 4) and not report.reached  # it never saw a clip
+    assert len(report.reconstruction.psnr) == 2 and 0 < report.reconstruction.mean < 20
+    assert len(report.settings["model_sha256"]) == 64 and report.settings["sampler"] == "ddim"
+    assert {file.name for file in (tmp_path / "out").iterdir()} == {"clips.jsonl", "evaluation.json", "evaluation.md"}
     assert (tmp_path / "out" / "evaluation.md").read_text() == str(report)
-    again = evaluate(num_prompts=2, num_clips=2, steps=2, output=tmp_path / "out", progress=False)
-    assert again.as_dict()["adherence"] == report.as_dict()["adherence"]
-    assert again.reconstruction == report.reconstruction
+    again = evaluate(str(untrained), **settings, output=tmp_path / "out")  # from the log
+    assert again.adherence == report.adherence and again.reconstruction == report.reconstruction
+    with pytest.raises(ValueError, match="of other settings"):
+        evaluate(str(untrained), **settings, output=tmp_path / "out", guidance_scale=3.0)

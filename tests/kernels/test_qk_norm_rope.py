@@ -13,7 +13,8 @@ def in_loops(qkv, q_weight, q_bias, k_weight, k_bias, cos, sin, num_text, num_he
     b, n, width = qkv.shape
     e = width // (3 * num_heads)
     results = [np.empty((b, num_heads, n, e)) for _ in range(3)]
-    for i, (y, weight, bias) in enumerate(zip(results, (q_weight, k_weight, None), (q_bias, k_bias, None), strict=True)):
+    norms = (q_weight, q_bias), (k_weight, k_bias), (None, None)
+    for i, (y, (weight, bias)) in enumerate(zip(results, norms, strict=True)):
         for index in np.ndindex(b, num_heads, n):
             start = (i * num_heads + index[1]) * e
             row = qkv[index[0], index[2], start : start + e]

@@ -10,9 +10,9 @@ from cogvx_kernels.spatial_norm_silu.reference import resize_nearest
 
 
 def in_loops(x, z, weight, bias, weight_y, bias_y, weight_b, bias_b, halo, num_groups, eps, num_halo):
-    b, c, t, h, w = x.shape
+    t, h, w = x.shape[2:]
     t_z, h_z, w_z = z.shape[2:]
-    size = c // num_groups
+    size = x.shape[1] // num_groups
     y = np.empty_like(x)
     for i, channel, frame, row, column in np.ndindex(*x.shape):
         group = x[i, channel // size * size : (channel // size + 1) * size]
@@ -44,7 +44,8 @@ def test_the_first_of_an_odd_number_of_frames_stands_alone():
 
 
 def test_the_convolutions_at_the_latents_size_equal_those_at_full_size():
-    x, z, weight, bias, weight_y, bias_y, weight_b, bias_b, _, num_groups, eps, _ = make(1, 8, (5, 6, 8), 4, (3, 3, 4), 4)
+    args = make(1, 8, (5, 6, 8), 4, (3, 3, 4), 4)
+    x, z, weight, bias, weight_y, bias_y, weight_b, bias_b, _, num_groups, eps, _ = args
     full = resize_nearest(z, x.shape[2:])
     scale, shift = (F.conv3d(full, w[:, :, None, None, None], b) for w, b in ((weight_y, bias_y), (weight_b, bias_b)))
     expected = F.silu(F.group_norm(x, num_groups, weight, bias, eps) * scale + shift)
@@ -53,7 +54,8 @@ def test_the_convolutions_at_the_latents_size_equal_those_at_full_size():
 
 
 def test_a_latent_that_says_nothing_leaves_the_plain_norm():
-    x, z, weight, bias, weight_y, bias_y, weight_b, bias_b, halo, *rest = make(1, 8, (3, 4, 6), 3, (2, 2, 3), 4, halo=True)
+    args = make(1, 8, (3, 4, 6), 3, (2, 2, 3), 4, halo=True)
+    x, z, weight, bias, weight_y, bias_y, weight_b, bias_b, halo, *rest = args
     silent = torch.zeros_like(weight_y), torch.ones_like(bias_y), torch.zeros_like(weight_b), torch.zeros_like(bias_b)
     y = spatial_norm_silu(x, z, weight, bias, *silent, halo, *rest)
     torch.testing.assert_close(y, group_norm_silu(x, weight, bias, halo, *rest))

@@ -28,7 +28,8 @@ def test_rope_at_the_trained_grid_turns_by_whole_coordinates():
     grid = (2, 2, 3)
     cos, sin = (table.unflatten(0, grid) for table in rope_positions(grid, (2, 3), 16, CPU))
     t, h, w = 1, 1, 2
-    angles = [position / 10000 ** (2 * i / size) for position, size in ((t, 4), (h, 6), (w, 6)) for i in range(size // 2)]
+    axes = ((t, 4), (h, 6), (w, 6))
+    angles = [position / 10000 ** (2 * i / size) for position, size in axes for i in range(size // 2)]
     twice = torch.tensor([angle for angle in angles for _ in range(2)])
     torch.testing.assert_close(cos[t, h, w], twice.cos())
     torch.testing.assert_close(sin[t, h, w], twice.sin())

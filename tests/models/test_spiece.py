@@ -10,7 +10,7 @@ from cogvx.models.spiece import Vocabulary, format_spiece, parse_spiece, parse_t
 
 SENTENCES = ["the quick brown fox jumps over the lazy dog", "pack my box with five dozen liquor jugs"] * 10
 SPECIALS = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
-PROMPTS = ["the quick fox", "  five \t dozen\nliquor ", "ﬁve ＪＵＧＳ …", "", "Über ①"]
+PROMPTS = ["the quick fox", "  five \t dozen\nliquor ", "ﬁve ½ … Å", "", "Über ①"]
 
 
 @pytest.fixture(scope="module")
