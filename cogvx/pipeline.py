@@ -228,25 +228,30 @@ class Pipeline:
         """From noise to scaled latents, [B, C, T, H, W] in fp32."""
         guided = len(text) > len(noise)
 
-        def denoise(latents: Tensor, timestep: int, index: int) -> Tensor:
-            x = torch.cat([latents, latents]) if guided else latents
+        def denoise(frames: Tensor, timestep: int, index: int) -> Tensor:
+            x = (torch.cat([frames, frames]) if guided else frames).transpose(1, 2)
             inputs = x.to(self.dtype), text, torch.full((len(x),), timestep, device=x.device)
-            v = self.transformer(*inputs).float()
+            v = self.transformer(*inputs).float().transpose(1, 2)
             step = f"step {index + 1} of {settings.num_inference_steps}"
             check_finite(v, step, self.transformer, lambda: self.transformer(*inputs))
             return guide(*v.chunk(2), settings.scale_at(timestep, index)) if guided else v
 
-        def on_step(index: int, timestep: int, latents: Tensor) -> Tensor | None:
-            bar.set_postfix_str(f"{peak_memory(latents.device) / 2**30:.2f} GiB peak")
+        def on_step(index: int, timestep: int, frames: Tensor) -> Tensor | None:
+            bar.set_postfix_str(f"{peak_memory(frames.device) / 2**30:.2f} GiB peak")
             bar.update()
             if callback is None:
                 return None
+            latents = frames.transpose(1, 2)
             replaced = (callback(self, index, timestep, {"latents": latents}) or {}).get("latents")
-            return None if replaced is None else checked("latents of callback_on_step_end", replaced, latents.shape)
+            if replaced is None:
+                return None
+            return checked("latents of callback_on_step_end", replaced, latents.shape).to(frames).transpose(1, 2)
 
         with tqdm(total=settings.num_inference_steps, unit="step", disable=not progress) as bar:
             steps = sampling_steps(self.configs.schedule, settings.num_inference_steps)
-            return SAMPLERS[settings.sampler](denoise, noise, steps, generators, on_step)
+            # Frames first, [B, T, C, H, W]: so the noise that a sampler adds is that of diffusers too, seed for seed.
+            frames = SAMPLERS[settings.sampler](denoise, noise.transpose(1, 2), steps, generators, on_step)
+            return frames.transpose(1, 2)
 
     def decode(self, latents: Tensor) -> list[np.ndarray]:
         """Frames of each clip, uint8 [T, H, W, 3], from scaled latents [B, C, T, H, W]."""

@@ -1,6 +1,7 @@
 """What every test run says and takes: the live backends in the header, `--require`."""
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -51,3 +52,80 @@ def run_on(request: pytest.FixtureRequest):
             (pytest.fail if must else pytest.skip)(f"{op} {backend}: {reason}")
 
     return check
+
+
+@pytest.fixture(scope="session")
+def small_checkpoint(tmp_path_factory: pytest.TempPathFactory):
+    """`small_checkpoint("2b")` or `("5b")`: a pipeline's folder that diffusers saved, small, every parameter random."""
+    from functools import cache
+
+    @cache
+    def build(kind: str) -> Path:
+        folder = tmp_path_factory.mktemp("small") / kind
+        _random_pipeline(kind, folder.parent / "vocabulary").save_pretrained(folder)
+        return folder
+
+    return build
+
+
+def _random_pipeline(kind: str, vocabulary: Path):
+    import diffusers
+    from transformers import T5Config, T5EncoderModel, T5Tokenizer
+
+    from cogvx.config import PRESETS, TransformerConfig, VAEConfig
+    from cogvx.train.tokenizer import build_tokenizer
+
+    size = build_tokenizer(vocabulary, ["a", "red", "circle", "moves", "left"], max_length=16)
+    text = T5Config(vocab_size=size, d_model=24, d_kv=8, d_ff=32, num_layers=1, num_heads=2,
+                    feed_forward_proj="gated-gelu")  # fmt: skip
+    transformer = TransformerConfig(
+        num_attention_heads=2, attention_head_dim=32, in_channels=4, out_channels=4, num_layers=2, time_embed_dim=32,
+        text_embed_dim=24, max_text_seq_length=16, sample_width=8, sample_height=6, sample_frames=17,
+        use_rotary_positional_embeddings=kind == "5b",
+    )  # fmt: skip
+    vae = VAEConfig(
+        block_out_channels=(8, 8, 16, 16), layers_per_block=1, norm_num_groups=4, latent_channels=4, sample_height=48,
+        sample_width=64, scaling_factor=PRESETS[kind].vae.scaling_factor,
+    )  # fmt: skip
+    schedule = PRESETS[kind].schedule
+    scheduler = diffusers.CogVideoXDDIMScheduler if kind == "2b" else diffusers.CogVideoXDPMScheduler
+    return diffusers.CogVideoXPipeline(
+        T5Tokenizer.from_pretrained(vocabulary),
+        _randomized(T5EncoderModel(text), 0),
+        _randomized(diffusers.AutoencoderKLCogVideoX.from_config(vae.to_dict()), 1),
+        _randomized(diffusers.CogVideoXTransformer3DModel.from_config(transformer.to_dict()), 2),
+        scheduler.from_config(schedule.to_dict()),
+    )
+
+
+@torch.no_grad()
+def _randomized(model: torch.nn.Module, seed: int) -> torch.nn.Module:
+    """Every weight drawn: matrices that keep the size of what they map, vectors near the usual ones and zeros."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        drawn = torch.randn(parameter.shape, generator=generator)
+        if parameter.dim() > 1:
+            parameter.copy_(drawn / parameter[0].numel() ** 0.5)
+        else:
+            parameter.copy_(0.2 * drawn + (1 if "norm" in name and name.endswith("weight") else 0))
+    return model.eval()
+
+
+@pytest.fixture
+def run_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """`run_command("show", file)`: the command line in this process; its status and what it printed, out and err."""
+    import sys
+
+    from cogvx.__main__ import main
+
+    def run(*words: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["cogvx", *map(str, words)])
+        capsys.readouterr()
+        status = 0
+        try:
+            main()
+        except SystemExit as end:
+            status = end.code or 0
+        return status, *capsys.readouterr()
+
+    return run

@@ -32,10 +32,11 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 class CheckpointError(ValueError):
-    """A folder that is no checkpoint, or a damaged, incomplete or unsafe one; always one printable line."""
+    """A folder that is no checkpoint, or a damaged, incomplete or unsafe one; always one short printable line."""
 
     def __init__(self, message: str):  # names come from the files, which may hold anything
-        super().__init__("".join(letter if letter.isprintable() else "?" for letter in message))
+        short = message if len(message) <= 900 else message[:600] + " ... " + message[-295:]
+        super().__init__("".join(letter if letter.isprintable() else "?" for letter in short))
 
 
 def load_model(

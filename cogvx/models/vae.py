@@ -180,12 +180,23 @@ class ResidualBlock(nn.Module):
         self.conv1 = CausalConv3d(width_in, width)
         self.norm2 = norm(width, *extra, groups)
         self.conv2 = CausalConv3d(width, width)
-        self.conv_shortcut = nn.Identity() if width_in == width else nn.Conv3d(width_in, width, 1)
+        self.conv_shortcut = nn.Identity() if width_in == width else PointwiseConv(width_in, width)
 
     def forward(self, x: Tensor, z: Tensor | None, halos: Halos) -> Tensor:
         y = self.conv1(self.norm1(x, z, halos.get(self.conv1)), halos)
         y = self.conv2(self.norm2(y, z, halos.get(self.conv2)), halos)
         return y + self.conv_shortcut(x)
+
+
+class PointwiseConv(nn.Conv3d):
+    """A 1x1x1 convolution, as the matrix product it is: the sums of torch's depend on the number of threads on CPUs."""
+
+    def __init__(self, width_in: int, width: int):
+        super().__init__(width_in, width, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight.flatten(1).expand(x.shape[0], -1, -1)
+        return torch.baddbmm(self.bias[:, None], weight, x.flatten(2)).unflatten(2, x.shape[2:])
 
 
 class CausalConv3d(nn.Module):

@@ -35,7 +35,7 @@ class TransformerTraining:
     latents: Path = Path("runs/latents")
     tokenizer: Path = Path("runs/tokenizer")
     out: Path = Path("runs/transformer")
-    num_steps: int = 2200
+    num_steps: int = 2700
     batch: int = 64
     muon_lr: float = 0.01
     adamw_lr: float = 1e-3

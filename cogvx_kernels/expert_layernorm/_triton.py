@@ -62,7 +62,7 @@ def backward_kernel(
     grad_b, grad_n, x_b, x_n, scale_b, scale_m,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """With d = grad * weight * (1 + scale): grad_x = rstd * (d - mean(d) - xhat * mean(d * xhat)), and the chunk's sums."""
+    """With d = grad * weight * (1 + scale): grad_x = rstd * (d - mean(d) - xhat * mean(d * xhat)); the chunk's sums."""
     first, last, m = _chunk(num_rows, num_text, ROWS)
     b = tl.program_id(1).to(tl.int64)
     columns = tl.arange(0, BLOCK)

@@ -8,7 +8,9 @@
 namespace cogvx {
 namespace {
 
-__global__ void probe(float* out) { *out = __bfloat162float(__float2bfloat16(1.0f)) + __half2float(__float2half(1.0f)); }
+__global__ void probe(float* out) {
+  *out = __bfloat162float(__float2bfloat16(1.0f)) + __half2float(__float2half(1.0f));
+}
 
 }  // namespace
 

@@ -3,7 +3,7 @@
 
 namespace cogvx {
 
-// Why kernels of this extension cannot run on a CUDA device (no driver, no code for its architecture); nullptr: they can.
+// Why the kernels cannot run on a CUDA device (no driver, no code for its architecture), or nullptr.
 const char* why_not_cuda(int device);
 
 }  // namespace cogvx

@@ -74,7 +74,8 @@ template <class T> void forward_chunk(const Args& args, const Chunk& chunk, cons
   }
 }
 
-// With xhat = (x - mean) * rstd and d = grad * weight * (1 + scale): grad_x = rstd * (d - mean(d) - xhat * mean(d * xhat)).
+// With xhat = (x - mean) * rstd and d = grad * weight * (1 + scale):
+// grad_x = rstd * (d - mean(d) - xhat * mean(d * xhat)).
 template <class T>
 void backward_row(const Args& args, const Chunk& chunk, int64_t n, const Scratch<accumulator_t<T>>& scratch,
                   accumulator_t<T>* sum_grad, accumulator_t<T>* sum_grad_xhat) {
@@ -84,7 +85,7 @@ void backward_row(const Args& args, const Chunk& chunk, int64_t n, const Scratch
   const A* x = widen_row(row_of<T>(args.x, chunk.b, n), scratch.row(1), width);
   const A* grad = widen_row(row_of<T>(args.grad, chunk.b, n), scratch.row(2), width);
   const Moments<A> of_x = moments(x, width, args.eps);
-  // d is kept, because a product that is fused into one sum and not into another leaves a difference where there is none.
+  // d is kept: a product fused into one sum and not into another leaves a difference where there is none.
   A *d = scratch.row(3), mean_d = 0, mean_d_xhat = 0;
 #pragma omp simd reduction(+ : mean_d, mean_d_xhat)
   for (int64_t i = 0; i < width; ++i) {

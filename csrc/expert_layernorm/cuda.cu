@@ -50,7 +50,8 @@ template <class T, class Layout> __global__ void __launch_bounds__(Layout::kMaxT
   }
 }
 
-// With xhat = (x - mean) * rstd and d = grad * weight * (1 + scale): grad_x = rstd * (d - mean(d) - xhat * mean(d * xhat)).
+// With xhat = (x - mean) * rstd and d = grad * weight * (1 + scale):
+// grad_x = rstd * (d - mean(d) - xhat * mean(d * xhat)).
 template <class T, class Layout> __global__ void __launch_bounds__(Layout::kMaxThreads, 1) backward_kernel(Args args) {
   using Row = Values<Layout::kVec, Layout::kSlots>;
   __shared__ BlockSum::Shared shared;
@@ -74,7 +75,7 @@ template <class T, class Layout> __global__ void __launch_bounds__(Layout::kMaxT
     x.set(width, [rstd](float v) { return v * rstd; }, x);  // xhat
     sum_grad.set(width, [](float total, float g) { return total + g; }, sum_grad, grad);
     sum_grad_xhat.set(width, [](float total, float g, float h) { return total + g * h; }, sum_grad_xhat, grad, x);
-    // d, never fused into a sum: a product rounded in one place and not in another leaves a difference where there is none.
+    // d, never fused into a sum: rounded in one place and not in another, it leaves a difference where there is none.
     grad.set(width, [](float g, float f) { return __fmul_rn(g, f); }, grad, factor);
     float means[2] = {grad.sum([](float d) { return d; }), grad.sum([](float d, float h) { return d * h; }, x)};
     block_sum(means);
@@ -98,9 +99,9 @@ template <class T> __global__ void __launch_bounds__(kColumns * 32) columns_kern
       double sum_grad = 0, sum_grad_xhat = 0;
       const int64_t end = m ? per_sample : num_text_chunks;
       for (int64_t c = (m ? num_text_chunks : 0) + threadIdx.y; c < end && i < args.width; c += 32) {
-        const float* partial = reinterpret_cast<const float*>(args.partials) + (b * per_sample + c) * 2 * args.width + i;
-        sum_grad += partial[0];
-        sum_grad_xhat += partial[args.width];
+        const float* partial = reinterpret_cast<const float*>(args.partials) + (b * per_sample + c) * 2 * args.width;
+        sum_grad += partial[i];
+        sum_grad_xhat += partial[args.width + i];
       }
       shared[0][threadIdx.y][threadIdx.x] = sum_grad;
       shared[1][threadIdx.y][threadIdx.x] = sum_grad_xhat;
@@ -135,7 +136,8 @@ template <class T> bool is_aligned(const Args& args) {
   };
   const auto row_fits = [](const char* row) { return reinterpret_cast<uintptr_t>(row) % 16 == 0; };
   return args.width % kVec == 0 && fits(args.x) && fits(args.shift) && fits(args.scale) && fits(args.y) &&
-         fits(args.grad) && fits(args.grad_x) && row_fits(args.weight) && row_fits(args.bias) && row_fits(args.partials);
+         fits(args.grad) && fits(args.grad_x) && row_fits(args.weight) && row_fits(args.bias) &&
+         row_fits(args.partials);
 }
 
 template <class Layout> unsigned num_threads(const Args& args) {

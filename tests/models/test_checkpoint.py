@@ -22,7 +22,7 @@ WEIGHTS, INDEX = "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model
 @pytest.fixture
 def folder(published, tmp_path) -> Path:
     """A pipeline's folder to spoil: a transformer in shards, a VAE, a text encoder and a tokenizer."""
-    ExpertTransformer.from_pretrained(published / "5b").save_pretrained(tmp_path / "p" / "transformer", 30_000)
+    ExpertTransformer.from_pretrained(published / "5b").save_pretrained(tmp_path / "p" / "transformer", 300_000)
     for part in ("vae", "text_encoder", "tokenizer"):
         shutil.copytree(published / part, tmp_path / "p" / part)
     return tmp_path / "p"
@@ -36,7 +36,7 @@ def rewrite(path: Path, change) -> None:
 
 def test_shards_hold_what_one_file_holds(published, folder):
     whole, sharded = ExpertTransformer.from_pretrained(published / "5b"), ExpertTransformer.from_pretrained(folder)
-    assert len(list((folder / "transformer").glob("*.safetensors"))) > 3
+    assert len(list((folder / "transformer").glob("*.safetensors"))) >= 3
     assert list(whole.state_dict()) == list(sharded.state_dict())
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), sharded.parameters(), strict=True))
 

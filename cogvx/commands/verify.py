@@ -1,0 +1,219 @@
+"""cogvx verify: check a checkpoint folder."""
+
+import gc
+import hashlib
+import importlib
+import importlib.util
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from tyro.conf import Positional, arg
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from ..settings import Configs
+
+PROMPTS = ["a red circle moves left on a black background", ""]
+
+Outcome = tuple[str, bool | None, str]  # what was checked, whether it passed (None: not done), a figure or a reason
+
+
+def main(
+    folder: Annotated[Positional[str], arg(metavar="FOLDER")], parity: bool = True, device: str | None = None
+) -> None:
+    """Check a checkpoint: names and shapes, hashes, a finite forward pass, and parity with diffusers if installed.
+
+    All is computed in fp32 at small sizes, one component at a time: the memory needed is that of the largest, 4 bytes
+    a parameter. Status 2 if any check fails.
+
+    Args:
+        folder: a checkpoint folder, a hub name, or "tiny".
+        parity: compare with diffusers too.
+        device: unset, a GPU where there is one.
+    """
+    from ..models import CheckpointError
+    from ..models.checkpoint import resolve_folder
+    from ..pipeline import pick_device
+    from ..settings import read_configs
+
+    configs, root = read_configs(folder), resolve_folder(folder)
+    picked = pick_device(device)
+    failed = []
+    for path in sorted(root.rglob("*.safetensors")):
+        print(f"sha-256  {sha256(path)}  {path.relative_to(root)}", flush=True)
+    for part in (TransformerCheck, VAECheck, TextCheck):
+        for check, passed, text in outcomes(part(root, configs, picked), parity):
+            word = {True: "ok", False: "FAILED", None: "skipped"}[passed]
+            print(f"{word:8} {check:36}  {text}", flush=True)
+            failed += [check] if passed is False else []
+    if failed:
+        raise CheckpointError(f"{folder} failed: {', '.join(failed)}")
+    print(f"{folder}: all well")
+
+
+def outcomes(part: "Check", parity: bool) -> Iterator[Outcome]:
+    """The checks of one component, each as soon as it is done."""
+    import torch
+
+    from ..finite import NonFiniteError, check_finite
+    from ..models import CheckpointError
+
+    try:
+        model = part.load()
+    except CheckpointError as error:
+        yield f"{part.name}: names and shapes", False, str(error)
+        return
+    module = getattr(model, "model", model)  # a text encoder holds its network
+    sizes = [tensor.numel() for tensor in module.parameters()]
+    yield f"{part.name}: names and shapes", True, f"{len(sizes)} tensors, {sum(sizes):,} parameters"
+    with torch.inference_mode():
+        ours = part.run(model)
+        try:
+            for output in ours:
+                check_finite(output, "a small pass", module, lambda: part.run(model))
+        except NonFiniteError as error:
+            yield f"{part.name}: finite values", False, str(error)
+            return
+    yield f"{part.name}: finite values", True, f"{sum(output.numel() for output in ours):,} values"
+    del model, module
+    gc.collect()
+    if not parity or importlib.util.find_spec("diffusers") is None:
+        yield f"{part.name}: parity with diffusers", None, "diffusers is not installed" if parity else "not asked for"
+        return
+    yield (f"{part.name}: parity with diffusers", *compare(part, ours))
+
+
+def compare(part: "Check", ours: "list[Tensor]") -> tuple[bool | None, str]:
+    import torch
+
+    diffusers, transformers = importlib.import_module("diffusers"), importlib.import_module("transformers")
+    diffusers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        with torch.inference_mode():
+            theirs = part.run_theirs(diffusers, transformers)
+    except MissingPackageError as error:
+        return None, " ".join(str(error).split())[:200]
+    error = max(((a - b).double().norm() / b.double().norm()).item() for a, b in zip(ours, theirs, strict=True))
+    return error <= part.limit, f"relative error {error:.1e}, at most {part.limit:.0e}"
+
+
+class MissingPackageError(ImportError):
+    """What diffusers does not install by itself and needs for this folder."""
+
+
+class Check:
+    """One component: how it is loaded, what it computes on small inputs, and the same in diffusers."""
+
+    name: str
+    limit: float  # of the relative error against diffusers, in fp32
+
+    def __init__(self, root: Path, configs: "Configs", device: "torch.device"):
+        self.root, self.configs, self.device = root, configs, device
+
+    def load(self) -> Any:
+        raise NotImplementedError
+
+    def run(self, model: Any) -> "list[Tensor]":
+        raise NotImplementedError
+
+    def run_theirs(self, diffusers: Any, transformers: Any) -> "list[Tensor]":
+        raise NotImplementedError
+
+    def load_theirs(self, model_class: Any) -> Any:
+        import torch
+
+        model = model_class.from_pretrained(self.root, subfolder=self.name, torch_dtype=torch.float32)
+        return model.eval().to(self.device)
+
+    def draw(self, *shape: int) -> "Tensor":
+        import torch
+
+        return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(self.device)
+
+
+class TransformerCheck(Check):
+    name, limit = "transformer", 1e-5
+
+    def load(self) -> Any:
+        import torch
+
+        from ..models import ExpertTransformer
+
+        return ExpertTransformer.from_pretrained(self.root, "diffusers", torch.float32, self.device)
+
+    def inputs(self) -> "tuple[Tensor, Tensor, Tensor]":
+        import torch
+
+        config = self.configs.transformer
+        latents = self.draw(1, config.in_channels, 3, 4 * config.patch_size, 6 * config.patch_size)
+        text = self.draw(1, config.max_text_seq_length, config.text_embed_dim)
+        return latents, text, torch.tensor([500], device=self.device)
+
+    def run(self, model: Any) -> "list[Tensor]":
+        return [model(*self.inputs())]
+
+    def run_theirs(self, diffusers: Any, transformers: Any) -> "list[Tensor]":
+        model, rotary = self.load_theirs(diffusers.CogVideoXTransformer3DModel), None
+        latents, text, timestep = self.inputs()
+        if self.configs.transformer.use_rotary_positional_embeddings:
+            pipeline = diffusers.CogVideoXPipeline(None, None, None, model, None)
+            height, width = (8 * size for size in latents.shape[3:])
+            rotary = pipeline._prepare_rotary_positional_embeddings(height, width, 3, self.device)
+        v = model(latents.transpose(1, 2), text, timestep, image_rotary_emb=rotary, return_dict=False)[0]
+        return [v.transpose(1, 2)]
+
+
+class VAECheck(Check):
+    name, limit = "vae", 1e-4
+
+    def load(self) -> Any:
+        import torch
+
+        from ..models import CausalVAE
+
+        return CausalVAE.from_pretrained(self.root, "diffusers", torch.float32, self.device)
+
+    def inputs(self) -> "tuple[Tensor, Tensor]":
+        return self.draw(1, self.configs.vae.latent_channels, 5, 4, 6), self.draw(1, 3, 17, 32, 48).clamp(-1, 1)
+
+    def run(self, model: Any) -> "list[Tensor]":
+        z, video = self.inputs()
+        return [model.decode(z[:, :, :1]), model.decode(z), model.encode(video).mode()]
+
+    def run_theirs(self, diffusers: Any, transformers: Any) -> "list[Tensor]":
+        model, (z, video) = self.load_theirs(diffusers.AutoencoderKLCogVideoX), self.inputs()
+        return [model.decode(z[:, :, :1]).sample, model.decode(z).sample, model.encode(video).latent_dist.mean]
+
+
+class TextCheck(Check):
+    name, limit = "text_encoder", 1e-5
+
+    def load(self) -> Any:
+        import torch
+
+        from ..models.text import TextEncoder
+
+        length = self.configs.transformer.max_text_seq_length
+        return TextEncoder.from_pretrained(self.root, length, torch.float32, self.device)
+
+    def run(self, model: Any) -> "list[Tensor]":
+        return [model.encode(PROMPTS)]
+
+    def run_theirs(self, diffusers: Any, transformers: Any) -> "list[Tensor]":
+        try:
+            tokenizer = transformers.T5Tokenizer.from_pretrained(self.root, subfolder="tokenizer")
+        except (ImportError, ValueError) as error:  # what it takes to read `spiece.model` is not there
+            raise MissingPackageError(str(error)) from error
+        model = self.load_theirs(transformers.T5EncoderModel)
+        pipeline = diffusers.CogVideoXPipeline(tokenizer, model, None, None, None)
+        length = self.configs.transformer.max_text_seq_length
+        return [pipeline._get_t5_prompt_embeds(PROMPTS, max_sequence_length=length, device=self.device)]
+
+
+def sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
