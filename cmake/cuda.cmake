@@ -29,9 +29,9 @@ if("$ENV{COGVX_CUDA}" MATCHES "^(0|off|OFF|no|false)$")
 else()
   include(CheckLanguage)
   if(NOT CMAKE_CUDA_COMPILER AND NOT DEFINED ENV{CUDACXX})
-    find_program(COGVX_NVCC nvcc HINTS $ENV{CUDA_HOME}/bin $ENV{CUDA_PATH}/bin /usr/local/cuda/bin)
+    find_program(COGVX_NVCC nvcc HINTS $ENV{CUDA_HOME}/bin $ENV{CUDA_PATH}/bin PATHS /usr/local/cuda/bin)
     if(COGVX_NVCC)
-      set(CMAKE_CUDA_COMPILER ${COGVX_NVCC})
+      set(ENV{CUDACXX} ${COGVX_NVCC}) # a compiler that is set as a variable is not checked below
     endif()
   endif()
   check_language(CUDA) # compiles and links a program in a project of its own, so that a broken nvcc is no error here

@@ -185,10 +185,11 @@ class Pipeline:
         seconds = (time.perf_counter() - start) / len(batch)
         reasons = [name for name, value in {**given, "callback_on_step_end": callback}.items() if value is not None]
         reasons += [] if self.folder else ["model"]
-        return [Clip(f, FPS, self.describe(s, reasons, len(batch)), seconds) for f, s in zip(frames, batch, strict=True)]
+        described = [self.describe(s, reasons, len(batch)) for s in batch]
+        return [Clip(f, FPS, about, seconds) for f, about in zip(frames, described, strict=True)]
 
     def encode_text(self, batch: list[Settings], given: dict[str, Tensor | None]) -> Tensor:
-        """Embeddings [B, L, D] of the prompts, behind those of the negative prompt where guidance needs them: [2B, L, D]."""
+        """Embeddings of the prompts, [B, L, D]; with guidance behind those of the negative prompt, [2B, L, D]."""
         settings = batch[0]
         prompted = given.get("prompt_embeds")
         if prompted is None:
@@ -317,12 +318,12 @@ def pick_device(device: str | torch.device | None) -> torch.device:
         torch.empty(1, device=picked)
     except (RuntimeError, AssertionError, NotImplementedError) as error:  # an unknown word; no such device; no driver
         reason = str(error).strip().split("\n")[0]
-        raise SettingsError(f"device is {str(device)!r}, which cannot be used here ({reason}); valid: {best}") from error
+        raise SettingsError(f"device is {str(device)!r}, which is not to be had ({reason}); valid: {best}") from error
     return picked
 
 
 def computable(model: nn.Module, dtype: torch.dtype | None) -> nn.Module:
-    """The model as it is, but in fp32 where fp16 weights are on a CPU and no dtype was asked for: fp16 is slow there."""
+    """The model, but in fp32 where fp16 weights are on a CPU and no dtype was asked for: fp16 is slow there."""
     weight = next(model.parameters())
     slow = dtype is None and weight.dtype == torch.float16 and weight.device.type == "cpu"
     return model.float() if slow else model

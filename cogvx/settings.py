@@ -61,7 +61,8 @@ def check_configs(configs: Configs, root: Path) -> None:
             raise CheckpointError(f"{root}: {what}; text-to-video needs equal ones")
     times = configs.transformer.temporal_compression_ratio, configs.time_factor
     if times[0] != times[1]:
-        raise CheckpointError(f"{root}: temporal_compression_ratio is {times[0]} in the transformer, {times[1]} in the VAE")
+        what = f"temporal_compression_ratio is {times[0]} in the transformer, {times[1]} in the VAE"
+        raise CheckpointError(f"{root}: {what}")
     try:
         cumulative_alphas(configs.schedule)
     except ValueError as error:
@@ -70,7 +71,7 @@ def check_configs(configs: Configs, root: Path) -> None:
 
 @dataclass(frozen=True)
 class Settings:
-    """The settings of one video. None stands for what the checkpoint says; a resolved one holds no None but `prompt`."""
+    """The settings of one video. None stands for what the checkpoint says; resolved, only `prompt` may be None."""
 
     prompt: str | None
     negative_prompt: str = ""
@@ -116,7 +117,8 @@ class Settings:
             check_int(name, size)
             if size < unit or size % unit:
                 nearest = max(unit, round(size / unit) * unit)
-                raise SettingsError(f"{name} is {size}; it must be a multiple of {unit} pixels, the nearest is {nearest}")
+                what = f"a multiple of {unit} pixels, the nearest is {nearest}"
+                raise SettingsError(f"{name} is {size}; it must be {what}")
 
     def check_sampling(self, configs: Configs) -> None:
         try:
@@ -125,7 +127,8 @@ class Settings:
             raise SettingsError(str(error)) from error
         scale = self.guidance_scale
         if isinstance(scale, bool) or not isinstance(scale, int | float) or not math.isfinite(scale) or scale < 0:
-            raise SettingsError(f"guidance_scale is {scale!r}; it must be a finite number from 0 (up to 1 is no guidance)")
+            what = "a finite number from 0 (up to 1 is no guidance)"
+            raise SettingsError(f"guidance_scale is {scale!r}; it must be {what}")
         if self.dynamic_guidance not in (None, "wave", "cosine"):
             raise SettingsError(f"dynamic_guidance is {self.dynamic_guidance!r}; valid: None, 'wave', 'cosine'")
         if self.sampler not in SAMPLERS:

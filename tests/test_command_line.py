@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tyro.conf import Positional
 
 import cogvx.commands.show
-import cogvx.models.vae
 from cogvx.data.video import read_metadata, read_video, write_video
 
 ROOT = Path(__file__).parents[1]
@@ -106,13 +106,12 @@ def test_words_that_are_not_understood(words, message, run_command):
     (["--num-inference-steps", 0], "num_inference_steps must be from 1 to 1000, not 0; nearest: 1"),
     (["--guidance-scale", "nan"], "guidance_scale is nan; it must be a finite number from 0"),
     (["--seed", -3], "seed is -3; it must be from 0 to"),
-    (["--device", "abacus"], "device is 'abacus', which cannot be used here"),
+    (["--device", "abacus"], "device is 'abacus', which is not to be had"),
     (["-o", "gone/a.mp4"], "cannot write gone/a.mp4: there is no folder"),
     (["-o", "a.avi"], "cannot write a.avi: the name must end in .mp4, such as a.mp4"),
     (["--model", "nowhere"], "'nowhere' is no folder; give a checkpoint folder, a hub name like owner/name, or tiny"),
 ])  # fmt: skip
-def test_settings_that_do_not_fit_are_refused_before_any_weight_is_read(words, message, hollow, run_command, tmp_path,
-                                                                        monkeypatch):  # fmt: skip
+def test_settings_that_do_not_fit_cost_no_weight(words, message, hollow, run_command, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert message in one_line(run_command("generate", PROMPT, "-o", "a.mp4", "--model", hollow, *words))
     assert not list(tmp_path.iterdir())
@@ -182,13 +181,16 @@ def test_a_damaged_checkpoint_says_what_is_wrong_with_it(spoil, folder, run_comm
     assert not (tmp_path / "a.mp4").exists()
 
 
-@pytest.mark.parametrize("model", ["file.safetensors", "weights.bin", "empty"])
-def test_what_is_no_checkpoint_folder(model, run_command, tmp_path):
+@pytest.mark.parametrize(("model", "words"), [
+    ("file.safetensors", "is a file; a checkpoint is a folder"),
+    ("weights.bin", "is a pickle"),
+    ("empty", "is no checkpoint"),
+])  # fmt: skip
+def test_what_is_no_checkpoint_folder(model, words, run_command, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "file.safetensors").write_bytes(b"x")
     message = one_line(run_command("generate", PROMPT, "-o", tmp_path / "a.mp4", "--model", tmp_path / model))
-    words = {"empty": "is no checkpoint", "file.safetensors": "is a file; a checkpoint is a folder", "weights.bin": "pickle"}
-    assert words[model] in message and str(tmp_path / model) in message
+    assert words in message and str(tmp_path / model) in message
 
 
 def test_a_prompt_that_is_too_long_is_cut_and_shows_what_was_cut(folder, run_command, tmp_path):
@@ -210,8 +212,7 @@ def plant(file, name):
     ("transformer", "transformer_blocks.1.ff.net.2.bias", "transformer_blocks.1.ff.net.2 in step 1 of 2"),
     ("vae", "decoder.conv_out.conv.bias", "CausalVAE.decoder.conv_out in decoding"),
 ])  # fmt: skip
-def test_a_nan_in_the_weights_stops_with_step_and_module_and_leaves_no_file(component, weight, where, folder, run_command,
-                                                                            tmp_path):  # fmt: skip
+def test_a_nan_in_the_weights_stops_and_leaves_no_file(component, weight, where, folder, run_command, tmp_path):
     plant(folder / component / WEIGHTS, weight)
     message = one_line(run_command("generate", PROMPT, "-o", tmp_path / "a.mp4", "--model", folder, *QUICK))
     assert where in message and weight in message
@@ -220,7 +221,7 @@ def test_a_nan_in_the_weights_stops_with_step_and_module_and_leaves_no_file(comp
 
 @pytest.mark.parametrize("words", [["show"], ["replay"], ["encode", "-o", "l.safetensors"]])
 @pytest.mark.parametrize(("content", "message"), [
-    (b"", "is damaged, or no mp4, mov, mkv or webm video"),
+    (b"", "is empty"),
     (b"no video at all" * 100, "is damaged, or no mp4, mov, mkv or webm video"),
     (None, "cannot read"),
 ])  # fmt: skip
@@ -275,7 +276,8 @@ def test_latents_that_the_vae_cannot_take(tensors, message, hollow, run_command,
 def test_encode_and_decode_give_a_video_of_the_same_size_and_rate(small_checkpoint, run_command, tmp_path):
     write_video(tmp_path / "a.mp4", np.full((9, 32, 48, 3), 90, np.uint8), 12)
     latents, model = tmp_path / "l.safetensors", ("--model", small_checkpoint("2b"))
-    assert run_command("encode", tmp_path / "a.mp4", "-o", latents, *model)[:2] == (0, f"{latents}  latents [1, 4, 3, 4, 6]\n")
+    status, out, _ = run_command("encode", tmp_path / "a.mp4", "-o", latents, *model)
+    assert (status, out) == (0, f"{latents}  latents [1, 4, 3, 4, 6]\n")
     status, out, _ = run_command("decode", latents, "-o", tmp_path / "b.mp4", *model)
     assert status == 0 and "9 frames of 48 x 32" in out
     frames, fps = read_video(tmp_path / "b.mp4")
@@ -289,7 +291,7 @@ def test_show_prints_what_a_video_carries(video, run_command):
 
 
 def test_a_fault_of_the_program_keeps_its_traceback(run_command, monkeypatch):
-    def broken(file: Path) -> None:
+    def broken(file: Positional[Path]) -> None:
         raise ValueError("too many values to unpack")
 
     monkeypatch.setattr(cogvx.commands.show, "main", broken)
@@ -333,53 +335,3 @@ main()
     printed, err = run.communicate()
     assert run.returncode == 130 and err == "cogvx: stopped\n" and printed == "1\n"
     assert not list(out.iterdir())
-
-
-def test_doctor_says_what_runs_here(run_command):
-    status, out, _ = run_command("doctor")
-    assert status == 0
-    for word in ("cogvx ", "torch ", "triton ", "cpu ", "expert_layernorm ", "compiler ", "embedded checkpoint"):
-        assert word in out
-    assert torch.__version__ in out and torch.backends.cpu.get_cpu_capability() in out
-
-
-def test_doctor_works_without_triton_and_extension():
-    program = """
-import sys
-sys.modules["triton"] = sys.modules["cogvx_kernels._C"] = None
-sys.argv = ["cogvx", "doctor"]
-from cogvx.__main__ import main
-main()
-"""
-    run = python(program)
-    out, err = run.communicate()
-    assert run.returncode == 0, err
-    row = next(line for line in out.splitlines() if line.lstrip().startswith("expert_layernorm"))
-    assert row.split()[1] == "reference;" and "no native: the compiled extension cannot be loaded" in row
-    assert "no triton: " in row and "missing" in out
-
-
-def test_verify_passes_what_diffusers_saved(small_checkpoint, run_command):
-    folder = small_checkpoint("5b")
-    status, out, err = run_command("verify", folder)
-    assert status == 0, out + err
-    assert out.count("sha-256 ") == 3 and out.strip().endswith("all well")
-    passed = [line for line in out.splitlines() if line.startswith("ok ")]
-    assert len(passed) == 9 and sum("relative error" in line for line in passed) == 3
-
-
-def test_verify_names_what_fails(folder, run_command):
-    plant(folder / "vae" / WEIGHTS, "encoder.conv_out.conv.bias")
-    missing_tensor(folder)
-    plant(folder / "transformer" / WEIGHTS, "proj_out.bias")
-    status, out, err = run_command("verify", folder, "--no-parity")
-    assert status == 2
-    assert f"{folder} failed: transformer: finite values, vae: names and shapes" in err
-    rows = {line[9:45].strip(): line[:8].strip() for line in out.splitlines()}
-    assert rows["transformer: finite values"] == "FAILED" and rows["text_encoder: parity with diffusers"] == "skipped"
-
-
-def test_verify_sees_another_result_than_diffusers(small_checkpoint, run_command, monkeypatch):
-    monkeypatch.setattr(cogvx.models.vae, "decode_chunks", lambda num_latents: [1] * num_latents)  # other statistics
-    status, out, err = run_command("verify", small_checkpoint("2b"))
-    assert status == 2 and err.strip().endswith("2b failed: vae: parity with diffusers"), out + err

@@ -1,6 +1,7 @@
 """The whole way from a prompt to frames, beside diffusers' and against the promises of the public face."""
 
 import inspect
+import re
 
 import numpy as np
 import pytest
@@ -49,14 +50,14 @@ def share_within_a_level(ours, theirs):
 def test_makes_what_diffusers_makes_from_the_same_noise_and_embeddings(kind, sampler, small_checkpoint, oracle):
     ours = Pipeline.from_pretrained(small_checkpoint(kind), numerics="diffusers")
     generator = torch.Generator().manual_seed(11)
-    size = {"num_frames": 17, "height": 48, "width": 64} if sampler == "ddim" else dict(num_frames=9, height=64, width=48)
-    shape = (1, 4, (size["num_frames"] - 1) // 4 + 1, size["height"] // 8, size["width"] // 8)
-    noise = torch.randn(shape, generator=generator)
+    num_frames, height, width = (17, 48, 64) if sampler == "ddim" else (9, 64, 48)
+    size = {"num_frames": num_frames, "height": height, "width": width, "num_inference_steps": 5}
+    noise = torch.randn(1, 4, (num_frames - 1) // 4 + 1, height // 8, width // 8, generator=generator)
     embeds = {name: torch.randn(1, 16, 24, generator=generator) for name in ("prompt_embeds", "negative_prompt_embeds")}
     # What DPM-Solver++ draws on the way comes from the seed, in the same order here and there.
-    mine = ours(latents=noise, **embeds, **size, sampler=sampler, num_inference_steps=5, seed=4, progress=False)
+    mine = ours(latents=noise, **embeds, **size, sampler=sampler, seed=4, progress=False)
     theirs = oracle(kind, sampler)(
-        latents=noise.transpose(1, 2), **embeds, **size, num_inference_steps=5, generator=torch.Generator().manual_seed(4)
+        latents=noise.transpose(1, 2), **embeds, **size, generator=torch.Generator().manual_seed(4)
     )
     assert mine.frames.std() > 20 and np.abs(np.diff(mine.frames.astype(int), axis=0)).mean() > 1  # a real picture
     assert share_within_a_level(mine.frames, theirs) >= 0.999
@@ -135,17 +136,17 @@ def test_a_callback_that_returns_what_it_got_changes_nothing(pipeline):
 
 
 @pytest.mark.parametrize(("wrong", "message"), [
-    ({"latents": torch.zeros(1, 4, 3, 6, 7)}, r"latents has shape \[1, 4, 3, 6, 7\]; here it must be \[1, 4, 3, 6, 8\]"),
+    ({"latents": torch.zeros(1, 4, 3, 6, 7)}, "latents has shape [1, 4, 3, 6, 7]; here it must be [1, 4, 3, 6, 8]"),
     ({"latents": torch.full((1, 4, 3, 6, 8), torch.nan)}, "latents holds values that are not finite"),
     ({"prompt_embeds": torch.full((1, 16, 24), torch.inf)}, "prompt_embeds holds values that are not finite"),
-    ({"prompt_embeds": torch.zeros(1, 15, 24)}, r"prompt_embeds has shape \[1, 15, 24\]; here it must be \[1, 16, 24\]"),
+    ({"prompt_embeds": torch.zeros(1, 15, 24)}, "prompt_embeds has shape [1, 15, 24]; here it must be [1, 16, 24]"),
     ({"negative_prompt_embeds": [1.0]}, "negative_prompt_embeds is of type list; it must be a tensor"),
     ({"prompt": None}, "prompt is None and so is prompt_embeds"),
     ({"prompt": " "}, "prompt is ' '; say in words"),
-    ({"callback_on_step_end": lambda *_: {"latents": torch.zeros(2)}}, r"latents of callback_on_step_end has shape \[2\]"),
+    ({"callback_on_step_end": lambda *_: {"latents": torch.zeros(2)}}, "latents of callback_on_step_end has shape [2]"),
 ])  # fmt: skip
 def test_what_does_not_fit_is_named(wrong, message, pipeline):
-    with pytest.raises(SettingsError, match=message):
+    with pytest.raises(SettingsError, match=re.escape(message)):
         pipeline(**{"prompt": PROMPT, **QUICK, **wrong})
 
 

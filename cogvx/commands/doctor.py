@@ -10,7 +10,7 @@ PACKAGES = ("torch", "triton", "transformers", "safetensors", "huggingface_hub",
 
 
 def main() -> None:
-    """Print versions, devices, which backends of each operator run here and why not the others, and what is built in."""
+    """Print versions, devices, which backends of each operator run here, why not the others, and what is built in."""
     sections = {
         "versions": versions(),
         "devices": devices(),

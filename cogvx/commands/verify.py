@@ -5,6 +5,7 @@ import hashlib
 import importlib
 import importlib.util
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -69,16 +70,16 @@ def outcomes(part: "Check", parity: bool) -> Iterator[Outcome]:
     module = getattr(model, "model", model)  # a text encoder holds its network
     sizes = [tensor.numel() for tensor in module.parameters()]
     yield f"{part.name}: names and shapes", True, f"{len(sizes)} tensors, {sum(sizes):,} parameters"
-    with torch.inference_mode():
-        ours = part.run(model)
-        try:
-            for output in ours:
-                check_finite(output, "a small pass", module, lambda: part.run(model))
-        except NonFiniteError as error:
-            yield f"{part.name}: finite values", False, str(error)
-            return
+    run = torch.inference_mode()(partial(part.run, model))
+    ours = run()
+    try:
+        for output in ours:
+            check_finite(output, "a small pass", module, run)
+    except NonFiniteError as error:
+        yield f"{part.name}: finite values", False, str(error)
+        return
     yield f"{part.name}: finite values", True, f"{sum(output.numel() for output in ours):,} values"
-    del model, module
+    del model, module, run
     gc.collect()
     if not parity or importlib.util.find_spec("diffusers") is None:
         yield f"{part.name}: parity with diffusers", None, "diffusers is not installed" if parity else "not asked for"
@@ -97,6 +98,9 @@ def compare(part: "Check", ours: "list[Tensor]") -> tuple[bool | None, str]:
             theirs = part.run_theirs(diffusers, transformers)
     except MissingPackageError as error:
         return None, " ".join(str(error).split())[:200]
+    shapes = [[tuple(x.shape) for x in results] for results in (ours, theirs)]
+    if shapes[0] != shapes[1]:
+        return False, f"shapes {shapes[0]}, in diffusers {shapes[1]}"
     error = max(((a - b).double().norm() / b.double().norm()).item() for a, b in zip(ours, theirs, strict=True))
     return error <= part.limit, f"relative error {error:.1e}, at most {part.limit:.0e}"
 

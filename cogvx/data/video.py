@@ -31,8 +31,9 @@ EXACT = (
 )
 TO_YUV, TO_RGB = Interpolation.AREA | EXACT, Interpolation.POINT | EXACT
 # crf 14 cannot be told from the source by eye; a short key frame distance keeps seeking quick; chromaloc 1 says that
-# the averaged colour lies in the centre of its four pixels.
-X264 = {"preset": "medium", "crf": "14", "g": "24", "threads": "1", "x264-params": "chromaloc=1"}
+# the averaged colour lies in the centre of its four pixels; mbtree makes other bytes of the same frames at times, even
+# in one thread.
+X264 = {"preset": "medium", "crf": "14", "g": "24", "threads": "1", "x264-params": "chromaloc=1:mbtree=0"}
 
 
 class VideoError(ValueError):
@@ -283,10 +284,13 @@ def _reading(path: str | os.PathLike) -> Iterator[av.container.InputContainer]:
     """An open video file; whatever goes wrong with it is a VideoError."""
     try:
         options = {"format_whitelist": READABLE_FORMATS}
-        with open(path, "rb") as file, av.open(file, container_options=options, metadata_errors="replace") as container:
-            if container.format.name.startswith("matroska") and _matroska_is_cut(file):
-                raise VideoError(f"{path} is cut short: the file ends before its content does")
-            yield container
+        with open(path, "rb") as file:
+            if os.fstat(file.fileno()).st_size == 0:
+                raise VideoError(f"{path} is empty")
+            with av.open(file, container_options=options, metadata_errors="replace") as container:
+                if container.format.name.startswith("matroska") and _matroska_is_cut(file):
+                    raise VideoError(f"{path} is cut short: the file ends before its content does")
+                yield container
     except av.FFmpegError as error:
         raise VideoError(f"{path} is damaged, or no mp4, mov, mkv or webm video: {error.strerror}") from error
     except OSError as error:

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from ..data.shapes import FPS, HELD_OUT_SCENES, SIZES, TRAINING_SCENES, Scene, is_held_out, parse
 from ..data.video import read_video, write_video
 from ..pipeline import Pipeline
+from ..settings import SettingsError
 from .shapes import compare, read_clip
 
 WORDS = ("colour", "background", "motion", "shape", "size", "all right")
@@ -141,7 +142,7 @@ def resume_log(log: Path, settings: dict) -> list[dict]:
     whole, _, _ = log.read_text().rpartition("\n")
     lines = list(_json_lines(whole, log))
     if lines[:1] != [settings]:
-        raise ValueError(
+        raise SettingsError(
             f"log is {str(log)!r}, which is of other settings than {json.dumps(settings)}; name another file"
         )
     log.write_text(whole + "\n")
@@ -153,7 +154,7 @@ def _json_lines(text: str, log: Path) -> Iterator[dict]:
         try:
             yield json.loads(line)
         except json.JSONDecodeError as error:
-            raise ValueError(f"log is {str(log)!r}, whose line {number} is not JSON") from error
+            raise SettingsError(f"log is {str(log)!r}, whose line {number} is not JSON") from error
 
 
 def _share(records: list[dict], word: str) -> Share:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ..data.video import check_writable
 from ..pipeline import Pipeline, environment
+from ..settings import SettingsError
 from .generation import GROUPS, WORDS, Adherence, Share, evaluate_prompts
 from .reconstruction import Reconstruction, evaluate_reconstruction
 
@@ -91,7 +92,7 @@ def evaluate(
     a line for each judged clip, from which a stopped evaluation goes on.
 
     Raises:
-        ValueError: for an argument that is out of range, before the model is loaded.
+        SettingsError: for an argument that is out of range, before the model is loaded.
     """
     _check(num_prompts, num_clips, steps, batch_size, output)
     started = time.perf_counter()
@@ -119,16 +120,17 @@ def evaluate(
 def _check(num_prompts: int, num_clips: int, steps: int, batch_size: int, output: Path | None) -> None:
     if num_prompts < 0 or num_prompts % 2:
         nearest = max(0, num_prompts - 1)
-        raise ValueError(f"num_prompts is {num_prompts}, which is not 0 or an even number; nearest: {nearest}")
+        raise SettingsError(f"num_prompts is {num_prompts}, which is not 0 or an even number; nearest: {nearest}")
     for name, value, least in (("num_clips", num_clips, 0), ("steps", steps, 1), ("batch_size", batch_size, 1)):
         if value < least:
-            raise ValueError(f"{name} is {value}, which is less than {least}")
+            raise SettingsError(f"{name} is {value}, which is less than {least}")
     if output is not None:
         try:
             output.mkdir(parents=True, exist_ok=True)
             check_writable(output / "evaluation.json")
         except OSError as error:
-            raise ValueError(f"output is {str(output)!r}, which cannot be made a folder: {error.strerror}") from error
+            reason = f"which cannot be made a folder: {error.strerror}"
+            raise SettingsError(f"output is {str(output)!r}, {reason}") from error
 
 
 def _write(path: Path, text: str) -> None:

@@ -11,12 +11,14 @@
 
 #ifdef COGVX_X86_VARIANTS
 #define COGVX_EACH_ISA(declare) declare(generic) declare(avx2) declare(avx512)
-#define COGVX_ON_THIS_CPU(call)                               \
-  switch (cogvx::chosen_isa()) {                              \
-    case cogvx::Isa::avx512: avx512::call; break;             \
-    case cogvx::Isa::avx2: avx2::call; break;                 \
-    default: generic::call;                                   \
-  }
+#define COGVX_ON_THIS_CPU(call)                     \
+  do {                                              \
+    switch (cogvx::chosen_isa()) {                  \
+      case cogvx::Isa::avx512: avx512::call; break; \
+      case cogvx::Isa::avx2: avx2::call; break;     \
+      default: generic::call;                       \
+    }                                               \
+  } while (false)
 #else
 #define COGVX_EACH_ISA(declare) declare(generic)
 #define COGVX_ON_THIS_CPU(call) generic::call

@@ -42,7 +42,7 @@ void forward(const PyPlace& where, const std::string& dtype, const Sizes& sizes,
     throw std::runtime_error("expert_layernorm: the extension was built without CUDA");
 #endif
   } else {
-    COGVX_ON_THIS_CPU(forward(args, at.threads))
+    COGVX_ON_THIS_CPU(forward(args, at.threads));
   }
 }
 
@@ -67,7 +67,7 @@ void backward(const PyPlace& where, const std::string& dtype, const Sizes& sizes
     throw std::runtime_error("expert_layernorm: the extension was built without CUDA");
 #endif
   } else {
-    COGVX_ON_THIS_CPU(backward(args, at.threads))
+    COGVX_ON_THIS_CPU(backward(args, at.threads));
   }
 }
 
