@@ -2,13 +2,13 @@
 
 from typing import TYPE_CHECKING
 
-__version__ = "0.1.0"
+from .version import __version__
 
 if TYPE_CHECKING:
     from .clip import Clip
     from .pipeline import Pipeline
 
-__all__ = ["Clip", "Pipeline"]
+__all__ = ["Clip", "Pipeline", "__version__"]
 
 
 def __getattr__(name: str):

@@ -1,26 +1,24 @@
 """Text in, video out, in five visible steps: settings, text, noise, sampling, frames."""
 
 import os
-import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
-from . import __version__
 from .clip import Clip
 from .data.pixels import to_frames
 from .diffusion.guidance import guide
 from .diffusion.samplers import SAMPLERS
 from .diffusion.schedule import sampling_steps
 from .finite import NonFiniteError, all_finite, check_finite
+from .machine import computable, environment, peak_memory, pick_device
 from .models.checkpoint import CheckpointError, check_numerics, resolve_folder
 from .models.saving import content_hash, new_folder, write_json
 from .models.text import TextEncoder
@@ -308,51 +306,6 @@ def checked(name: str, value: object, shape: Sequence[int]) -> Tensor:
     if not all_finite(value):
         raise SettingsError(f"{name} holds values that are not finite; it must hold finite numbers alone")
     return value
-
-
-def pick_device(device: str | torch.device | None) -> torch.device:
-    """The device asked for, else a GPU where there is one. Raises SettingsError for one that is not there."""
-    best = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        picked = torch.device(device or best)
-        torch.empty(1, device=picked)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:  # an unknown word; no such device; no driver
-        reason = str(error).strip().split("\n")[0]
-        raise SettingsError(f"device is {str(device)!r}, which is not to be had ({reason}); valid: {best}") from error
-    return picked
-
-
-def computable(model: nn.Module, dtype: torch.dtype | None) -> nn.Module:
-    """The model, but in fp32 where fp16 weights are on a CPU and no dtype was asked for: fp16 is slow there."""
-    weight = next(model.parameters())
-    slow = dtype is None and weight.dtype == torch.float16 and weight.device.type == "cpu"
-    return model.float() if slow else model
-
-
-def environment(device: torch.device) -> dict:
-    """What else the bytes of a video depend on: versions, device and its capability."""
-    gpu = device.type == "cuda"
-    return {
-        "cogvx": __version__,
-        "torch": torch.__version__,
-        "transformers": version("transformers"),
-        "av": version("av"),
-        "python": platform.python_version(),
-        "device": torch.cuda.get_device_name(device) if gpu else f"{device.type} {platform.machine()}",
-        "capability": str(torch.cuda.get_device_capability(device)) if gpu else torch.backends.cpu.get_cpu_capability(),
-    }
-
-
-def peak_memory(device: torch.device) -> int:
-    """The most memory held so far, in bytes: of the GPU by tensors, else of the process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    if platform.system() == "Windows":
-        return 0
-    import resource
-
-    unit = 1 if platform.system() == "Darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 __all__ = ["NonFiniteError", "Pipeline"]

@@ -17,11 +17,12 @@ SOURCES = ("cogvx", "cogvx_kernels", "csrc", "tests", "benchmarks")
 
 # A module imports from earlier lines or from its own package; cogvx/__init__.py is the face and may reach for any.
 LAYERS = (
-    ("config", "finite"),
+    ("config", "finite", "version"),
     ("diffusion",),
     ("models",),
     ("data",),
     ("clip", "settings"),
+    ("machine",),
     ("pipeline",),
     ("train", "eval"),
     ("commands",),

@@ -21,8 +21,8 @@ def torch_dtype(name: str | None) -> "torch.dtype | None":
 
 def load_vae(model: str, numerics: str, device: str | None) -> "CausalVAE":
     """The VAE of a checkpoint, ready to compute on the device."""
+    from ..machine import computable, pick_device
     from ..models.vae import CausalVAE
-    from ..pipeline import computable, pick_device
 
     return computable(CausalVAE.from_pretrained(model, numerics, device=pick_device(device)), None)
 

@@ -28,7 +28,7 @@ def main() -> None:
 
 
 def versions() -> Rows:
-    from .. import __version__
+    from ..version import __version__
 
     yield "cogvx", __version__
     yield "python", f"{platform.python_version()} on {platform.platform()}"

@@ -11,6 +11,7 @@ def main(
     num_prompts: int = 480,
     num_clips: int = 96,
     num_inference_steps: int = 50,
+    guidance_scale: float = 6.0,
     seed: int = 0,
     output: Annotated[Path | None, arg(aliases=["-o"])] = None,
 ) -> None:
@@ -21,9 +22,10 @@ def main(
         num_prompts: how many videos to generate and judge.
         num_clips: how many rendered clips the VAE encodes and decodes.
         num_inference_steps: of the sampler.
+        guidance_scale: how closely the prompts are followed.
         seed: prompt i is made with seed + i.
         output: a folder for the table and the figures as JSON.
     """
     from ..eval.report import evaluate
 
-    print(evaluate(model, num_prompts, num_clips, seed, num_inference_steps, output))
+    print(evaluate(model, num_prompts, num_clips, seed, num_inference_steps, output, guidance_scale))

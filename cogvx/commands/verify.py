@@ -35,9 +35,9 @@ def main(
         parity: compare with diffusers too.
         device: unset, a GPU where there is one.
     """
+    from ..machine import pick_device
     from ..models import CheckpointError
     from ..models.checkpoint import resolve_folder
-    from ..pipeline import pick_device
     from ..settings import read_configs
 
     configs, root = read_configs(folder), resolve_folder(folder)

@@ -38,7 +38,7 @@ def encode_shapes(vae: CausalVAE, folder: Path, num_clips: int, seed: int) -> No
 
 
 def load_shapes(folder: Path) -> tuple[Tensor, Tensor, list[str]]:
-    """Means and standard deviations [clips, C, T, H, W] in fp16, and the prompts. Raises ValueError where there are none."""
+    """Means and standard deviations [clips, C, T, H, W] in fp16, and prompts. Raises ValueError if there are none."""
     paths = sorted(folder.glob("*.safetensors"))
     if not paths:
         raise ValueError(f"folder is {str(folder)!r}, which holds no encoded clips")

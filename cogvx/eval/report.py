@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..data.video import check_writable
-from ..pipeline import Pipeline, environment
+from ..machine import environment
+from ..pipeline import Pipeline
 from ..settings import SettingsError
 from .generation import GROUPS, WORDS, Adherence, Share, evaluate_prompts
 from .reconstruction import Reconstruction, evaluate_reconstruction

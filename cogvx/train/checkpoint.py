@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 
 def save_state(folder: Path, step: int, trees: dict[str, dict]) -> None:
-    """Write `trees` (nested dicts, lists, tensors, numbers) as `folder`/step-NNNNNNN; earlier steps go once it stands."""
+    """Write `trees` (nested dicts, lists, tensors, numbers) as `folder`/step-NNNNNNN; earlier steps go then."""
     final = folder / f"step-{step:07d}"
     partial = folder / f"partial-{step:07d}"
     shutil.rmtree(partial, ignore_errors=True)

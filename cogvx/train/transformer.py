@@ -27,6 +27,9 @@ from ..models.transformer import ExpertTransformer
 from .checkpoint import restore, save_state
 from .optim import muon_adamw, warmup_hold_decay
 
+# Where weights enter, leave and modulate; Muon takes the matrices of attention and MLPs.
+ADAMW_NAMES = ("patch_embed", "proj_out", "time_embedding", "norm", "shared", "embed_tokens", "relative_attention_bias")
+
 
 @dataclass(frozen=True)
 class TransformerTraining:
@@ -61,15 +64,14 @@ def tiny_text_encoder(run: TransformerTraining) -> TextEncoder:
 
 
 def train(run: TransformerTraining) -> tuple[ExpertTransformer, TextEncoder, float]:
-    """Train to the end and return the model, its text encoder and the latents' scaling factor; resumes from `run.out`."""
+    """Train to the end, resuming from `run.out`; the model, its text encoder and the latents' scaling factor."""
     torch.manual_seed(run.seed)
     mean, std, prompts = load_shapes(run.latents)
     scaling = 1.0 / float(mean.float().std())
     model, text = ExpertTransformer(run.config).init_for_training(), tiny_text_encoder(run)
     tokens = text.tokenize(["", *prompts])  # row 0 is the empty prompt
     both = nn.ModuleList([model, text.model])
-    adamw_names = ("patch_embed", "proj_out", "time_embedding", "norm", "shared", "embed_tokens", "relative_attention_bias")
-    optimiser = muon_adamw(both, run.muon_lr, run.adamw_lr, adamw_names)
+    optimiser = muon_adamw(both, run.muon_lr, run.adamw_lr, ADAMW_NAMES)
     parts = {"transformer": model, "text_encoder": text.model, "optimiser": optimiser}
     step = restore(run.out, parts)
     alphas = cumulative_alphas(run.schedule)
@@ -100,7 +102,7 @@ def train(run: TransformerTraining) -> tuple[ExpertTransformer, TextEncoder, flo
 
 
 def embed(encoder: T5EncoderModel, tokens: Tensor, rows: np.ndarray, drop: float, generator: torch.Generator) -> Tensor:
-    """Embeddings [B, L, D] of the rows' prompts; a share of `drop` is replaced by no text, in one of two conventions."""
+    """Embeddings [B, L, D] of the rows' prompts; a share `drop` of them becomes no text, in one of two conventions."""
     chance = torch.rand(len(rows), generator=generator)
     rows = torch.where(chance < drop / 2, 0, torch.from_numpy(rows))  # the empty prompt
     text = encoder(tokens[rows]).last_hidden_state

@@ -11,7 +11,7 @@ from cogvx.train import transformer as training
 from cogvx.train.tokenizer import build_tokenizer
 from cogvx.train.transformer import TransformerTraining, embed, tiny_text_encoder, train
 
-WORDS = "a red green moves left right on black background circle".split()
+WORDS = ["a", "red", "green", "moves", "left", "right", "on", "black", "background", "circle"]
 SMALL = TransformerConfig(
     num_attention_heads=1, attention_head_dim=16, in_channels=4, out_channels=4, num_layers=1, time_embed_dim=8,
     text_embed_dim=16, max_text_seq_length=8, sample_width=8, sample_height=8, sample_frames=17,

@@ -1,0 +1,55 @@
+"""What this machine has and how models run on it: devices, dtypes, memory and versions."""
+
+import platform
+from importlib.metadata import version
+
+import torch
+from torch import nn
+
+from .settings import SettingsError
+from .version import __version__
+
+
+def pick_device(device: str | torch.device | None) -> torch.device:
+    """The device asked for, else a GPU where there is one. Raises SettingsError for one that is not there."""
+    best = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        picked = torch.device(device or best)
+        torch.empty(1, device=picked)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # an unknown word; no such device; no driver
+        reason = str(error).strip().split("\n")[0]
+        raise SettingsError(f"device is {str(device)!r}, which is not to be had ({reason}); valid: {best}") from error
+    return picked
+
+
+def computable(model: nn.Module, dtype: torch.dtype | None) -> nn.Module:
+    """The model, but in fp32 where fp16 weights are on a CPU and no dtype was asked for: fp16 is slow there."""
+    weight = next(model.parameters())
+    slow = dtype is None and weight.dtype == torch.float16 and weight.device.type == "cpu"
+    return model.float() if slow else model
+
+
+def environment(device: torch.device) -> dict:
+    """What else the bytes of a video depend on: versions, device and its capability."""
+    gpu = device.type == "cuda"
+    return {
+        "cogvx": __version__,
+        "torch": torch.__version__,
+        "transformers": version("transformers"),
+        "av": version("av"),
+        "python": platform.python_version(),
+        "device": torch.cuda.get_device_name(device) if gpu else f"{device.type} {platform.machine()}",
+        "capability": str(torch.cuda.get_device_capability(device)) if gpu else torch.backends.cpu.get_cpu_capability(),
+    }
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most memory held so far, in bytes: of the GPU by tensors, else of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if platform.system() == "Windows":
+        return 0
+    import resource
+
+    unit = 1 if platform.system() == "Darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
