@@ -5,12 +5,13 @@ from typing import Annotated
 
 from tyro.conf import Positional, arg
 
-PROMPT = "a large red circle moves left on a black background"
+PROMPT = "a large orange square moves right on a navy background"
+GUIDANCE = 3.0  # the embedded checkpoint draws sharper shapes with it than with the 6.0 of the released models
 
 
 def main(
     prompt: Annotated[Positional[str], arg(metavar="PROMPT")] = PROMPT,
-    output: Annotated[Path, arg(aliases=["-o"])] = Path("demo/red.mp4"),
+    output: Annotated[Path, arg(aliases=["-o"])] = Path("demo/square.mp4"),
     seed: int = 7,
 ) -> None:
     """Make a video with the embedded checkpoint, and a contact sheet beside it.
@@ -25,7 +26,7 @@ def main(
 
     output.parent.mkdir(parents=True, exist_ok=True)
     check_writable(output, ".mp4")
-    clip = Pipeline.from_pretrained("tiny", numerics="diffusers")(prompt, seed=seed)
+    clip = Pipeline.from_pretrained("tiny", numerics="diffusers")(prompt, guidance_scale=GUIDANCE, seed=seed)
     clip.save(output)
     sheet = output.with_suffix(".png")
     write_contact_sheet(sheet, clip.frames)

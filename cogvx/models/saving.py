@@ -47,9 +47,10 @@ def write_component(
         places = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
         index = {"metadata": {"total_size": sum(t.nbytes for t in weights.values())}, "weight_map": places}
         write_json(folder / f"{stem}.safetensors.index.json", index)
+    write_json(folder / "config.json", config)
     for file, shard in zip(names, shards, strict=True):
         save_file(shard, folder / file, metadata={"format": "pt"})
-    write_json(folder / "config.json", config)
+        shutil.copymode(folder / "config.json", folder / file)  # the library makes files that only their owner can read
 
 
 @contextmanager
