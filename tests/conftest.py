@@ -1,6 +1,7 @@
 """What every test run says and takes: the live backends in the header, `--require`."""
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,8 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read where a Triton kernel is defined, so before any is imported
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell in the background makes it ignored, children too
 
 import cogvx_kernels
 from cogvx_kernels._op import OPS, declared_backends

@@ -148,6 +148,7 @@ def test_links_within_a_hub_cache_are_followed(published, tmp_path):
 
 def test_a_folder_that_is_no_checkpoint_says_so(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "notes.txt").write_text("x")
     for name, message in (
         (tmp_path, "is no checkpoint: it holds neither vae/config.json nor config.json"),
