@@ -10,8 +10,6 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read where a Triton kernel is defined, so before any is imported
 
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell in the background makes it ignored, children too
-
 import cogvx_kernels
 from cogvx_kernels._op import OPS, declared_backends
 
@@ -21,6 +19,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # A shell makes what it runs in the background ignore Ctrl-C, and with it every process that a test starts.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     live = cogvx_kernels.explain()
     for backend in required(config):
         if backend not in declared_backends():
