@@ -41,34 +41,42 @@ def test_the_newest_whole_state_wins_and_partial_ones_go(tmp_path):
 
 
 SAVING_FOR_EVER = """
-import sys, torch
+import os, sys, torch
 from pathlib import Path
 from cogvx.train.checkpoint import save_state
-for step in range(1, 10**6):
-    save_state(Path(sys.argv[1]), step, {"model": {"weight": torch.full((4000,), float(step))}})
-    print(step, flush=True)
+for line in sys.stdin:  # a child a folder: importing torch once for all of them
+    if child := os.fork():
+        os.waitpid(child, 0)
+        os.write(1, b"killed\\n")
+        continue
+    os.write(1, b"%d\\n" % os.getpid())
+    for step in range(1, 10**6):
+        save_state(Path(line.strip()), step, {"model": {"weight": torch.full((4000,), float(step))}})
+        os.write(1, b"%d\\n" % step)
 """
 
 
-def kill_while_saving(folder, delay: float) -> None:
-    """Start a process that saves without end, kill it `delay` seconds after its first save, and load what is left."""
-    process = subprocess.Popen([sys.executable, "-c", SAVING_FOR_EVER, str(folder)], stdout=subprocess.PIPE, text=True)
-    process.stdout.readline()
-    time.sleep(delay)
-    os.kill(process.pid, signal.SIGKILL)
-    reported = [int(line) for line in process.communicate()[0].split()]
-    step, trees = load_state(folder)
-    assert step >= max(reported, default=1)
-    assert (trees["model"]["weight"] == step).all()
+def kill_while_saving(folders, delays) -> None:
+    """For each folder, start a process that saves without end, kill it a delay in seconds after its first save, and
+    load what is left."""
+    command = [sys.executable, "-c", SAVING_FOR_EVER]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1) as saving:
+        for folder, delay in zip(folders, delays, strict=True):
+            saving.stdin.write(f"{folder}\n")
+            child, first = int(saving.stdout.readline()), int(saving.stdout.readline())
+            time.sleep(delay)
+            os.kill(child, signal.SIGKILL)
+            *_, last = [first, *(int(line) for line in iter(saving.stdout.readline, "killed\n"))]
+            step, trees = load_state(folder)
+            assert step >= last
+            assert (trees["model"]["weight"] == step).all()
 
 
 @pytest.mark.slow
 def test_a_killed_save_leaves_the_last_good_state(tmp_path):
-    for i in range(3):
-        kill_while_saving(tmp_path / str(i), 0.01 + 0.007 * i)
+    kill_while_saving([tmp_path / str(i) for i in range(5)], [0.01 + 0.007 * i for i in range(5)])
 
 
 @pytest.mark.soak
 def test_a_killed_save_leaves_the_last_good_state_every_time(tmp_path):
-    for i in range(1000):
-        kill_while_saving(tmp_path / str(i), 0.03 * (i % 97) / 97)
+    kill_while_saving([tmp_path / str(i) for i in range(1000)], [0.03 * (i % 97) / 97 for i in range(1000)])
