@@ -17,17 +17,18 @@ elseif(NOT MSVC)
 endif()
 
 if(COGVX_ISA)
-  set(COGVX_FLAGS_avx2 -mavx2 -mfma)
-  set(COGVX_FLAGS_avx512 -mavx2 -mfma -mavx512f -mavx512bw -mavx512dq -mavx512vl -mprefer-vector-width=512)
-  string(JOIN " " CMAKE_REQUIRED_FLAGS ${COGVX_FLAGS_avx512})
+  set(COGVX_FLAGS_avx2 -mavx2 -mfma -mf16c)
+  set(COGVX_FLAGS_avx512 -mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512dq -mavx512vl -mprefer-vector-width=512)
+  set(COGVX_FLAGS_avx512bf16 ${COGVX_FLAGS_avx512} -mavx512bf16)
+  string(JOIN " " CMAKE_REQUIRED_FLAGS ${COGVX_FLAGS_avx512bf16})
   check_cxx_source_compiles("
     #if !defined(__x86_64__)
     #error only x86 has these
     #endif
-    int main() { return __builtin_cpu_supports(\"avx512bw\") ? 0 : 1; }" COGVX_HAS_X86_VARIANTS)
+    int main() { return __builtin_cpu_supports(\"avx512bf16\") ? 0 : 1; }" COGVX_HAS_X86_VARIANTS)
   unset(CMAKE_REQUIRED_FLAGS)
   if(COGVX_HAS_X86_VARIANTS)
-    list(APPEND COGVX_ISAS avx2 avx512)
+    list(APPEND COGVX_ISAS avx2 avx512 avx512bf16)
     list(APPEND COGVX_DEFINITIONS COGVX_X86_VARIANTS)
   endif()
 endif()
