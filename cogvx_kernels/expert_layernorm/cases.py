@@ -57,3 +57,19 @@ def draw(rng: random.Random) -> partial:
     tokens = rng.choice([0, 1, 2, 7, 13])
     width = rng.choice([1, 2, 8, 59, 64, 111, 257])
     return partial(make, rng.choice([0, 1, 1, 2, 3]), tokens, width, rng.randint(0, tokens))
+
+
+def kernels(module):
+    """Each Triton kernel with the types of its arguments, its constants and options, at the widths of the models."""
+    for dtype, width in (("bf16", 1920), ("bf16", 3072), ("fp32", 3072)):
+        for kernel, rows in (
+            (module.forward_kernel, module.FORWARD_ROWS),
+            (module.backward_kernel, module.BACKWARD_ROWS),
+        ):
+            options = module.options(width, rows)
+            constants = {name: options.pop(name) for name in kernel.arg_names if name in options}
+            types = {name: f"*{dtype}:16" for name in kernel.arg_names if name not in constants}
+            types |= {name: "i32:16" for name in types if name == "width" or name.endswith(("_b", "_n", "_m"))}
+            types |= {name: "i32" for name in types if name in ("num_rows", "num_text")} | {"eps": "fp32"}
+            types |= {"partials": "*fp32:16"} if "partials" in types else {}
+            yield kernel, types, constants, options

@@ -1,6 +1,10 @@
-"""Every GPU kernel compiles for every architecture, without a GPU: no spills, shared memory within limits."""
+"""Every GPU kernel compiles for every architecture, without a GPU: no spills, shared memory within limits.
+
+docs/triton.md lists what each Triton kernel needs; `python tests/kernels/test_compile.py` writes it anew.
+"""
 
 import importlib
+import importlib.metadata
 import json
 import os
 import re
@@ -15,25 +19,16 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 SHARED_LIMITS = {80: 163, 90: 227, 100: 227, 120: 99}  # KiB a block, by compute capability
 SOURCES = sorted(ROOT.glob("csrc/**/*.cu"))
+OPERATORS = sorted(path.parent.name for path in ROOT.glob("cogvx_kernels/*/_triton.py"))
+TABLE = ROOT / "docs" / "triton.md"
+HEADER = """# What the Triton kernels need
 
+Registers a thread and shared memory in bytes, compiled ahead of time by Triton {version}; no kernel spills a register.
+Written by `python tests/kernels/test_compile.py`, kept true by `tests/kernels/test_compile.py`.
 
-def expert_layernorm_kernels(triton_module):
-    """Kernel, types of its arguments and options, for the real widths."""
-    for dtype, width in (("bf16", 1920), ("bf16", 3072), ("fp32", 3072)):
-        for kernel, rows in (
-            (triton_module.forward_kernel, triton_module.FORWARD_ROWS),
-            (triton_module.backward_kernel, triton_module.BACKWARD_ROWS),
-        ):
-            options = triton_module.options(width, rows)
-            constants = {name: options.pop(name) for name in kernel.arg_names if name in options}
-            sizes = ("num_rows", "num_text", "width")
-            types = dict.fromkeys(kernel.arg_names, f"*{dtype}")
-            types |= {name: "i32" for name in kernel.arg_names if name in sizes or name.endswith(("_b", "_n", "_m"))}
-            types |= {"eps": "fp32"} | ({"partials": "*fp32"} if "partials" in types else {})
-            yield kernel, {name: types[name] for name in kernel.arg_names if name not in constants}, constants, options
-
-
-KERNELS = {"expert_layernorm": expert_layernorm_kernels}
+| operator | kernel | {architectures} |
+|---|---|{dashes}
+"""
 
 
 def compile_triton(op: str, capability: int) -> None:
@@ -43,11 +38,13 @@ def compile_triton(op: str, capability: int) -> None:
     from triton.compiler import ASTSource
 
     cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    for kernel, types, constants, options in KERNELS[op](importlib.import_module(f"cogvx_kernels.{op}._triton")):
-        # What the launcher would find: pointers, widths and strides that 16 divides.
-        aligned = [n for n in types if types[n][0] == "*" or n == "width" or n.endswith(("_b", "_n", "_m"))]
+    cases = importlib.import_module(f"cogvx_kernels.{op}.cases")
+    for kernel, types, constants, options in cases.kernels(importlib.import_module(f"cogvx_kernels.{op}._triton")):
+        # What the launcher would find: ":16" marks addresses, sizes and strides that 16 divides.
+        aligned = [name for name, kind in types.items() if kind.endswith(":16")]
         hints = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned}
-        signature = types | dict.fromkeys(constants, "constexpr")
+        signature = {name: kind.removesuffix(":16") for name, kind in types.items()}
+        signature |= dict.fromkeys(constants, "constexpr")
         source = ASTSource(kernel, {name: signature[name] for name in kernel.arg_names}, constants, hints)
         compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -55,28 +52,56 @@ def compile_triton(op: str, capability: int) -> None:
             file.flush()
             usage = subprocess.run([cuobjdump, "-res-usage", file.name], capture_output=True, text=True, check=True)
         needs = {key.lower(): int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage.stdout)}
-        print(json.dumps({"kernel": kernel.__name__, "shared": compiled.metadata.shared} | needs))
+        dtype = next(kind for kind in signature.values() if kind.startswith("*"))[1:]
+        shape = " ".join(f"{name}={value}" for name, value in constants.items())
+        print(json.dumps({"kernel": f"{kernel.__name__} {dtype} {shape}", "shared": compiled.metadata.shared} | needs))
 
 
-@pytest.mark.parametrize("op", KERNELS)
-@pytest.mark.parametrize("capability", SHARED_LIMITS)
-def test_triton_kernels_compile(op, capability, tmp_path):
+def what_kernels_need(op: str, capability: int, cache: Path) -> list[dict]:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    environment |= {"TRITON_CACHE_DIR": str(cache), "PYTHONPATH": str(ROOT)}
     command = [sys.executable, __file__, op, str(capability)]
     found = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert found.returncode == 0, found.stderr[-2000:]
-    kernels = [json.loads(line) for line in found.stdout.splitlines()]
+    return [json.loads(line) for line in found.stdout.splitlines()]
+
+
+def listed_needs(op: str, capability: int) -> dict[str, str]:
+    """The table's cells of one operator and architecture, by kernel."""
+    column = 3 + list(SHARED_LIMITS).index(capability)
+    rows = [line.split("|") for line in TABLE.read_text().splitlines() if line.startswith(f"| {op} |")]
+    return {row[2].strip(): row[column].strip() for row in rows}
+
+
+def cell(needs: dict) -> str:
+    return f"{needs['reg']}, {needs['shared']}"
+
+
+@pytest.mark.parametrize("op", OPERATORS)
+@pytest.mark.parametrize("capability", SHARED_LIMITS)
+def test_triton_kernels_compile(op, capability, tmp_path):
+    kernels = what_kernels_need(op, capability, tmp_path)
     assert kernels
     for needs in kernels:
         assert needs["stack"] == needs["local"] == 0, f"spills: {needs}"
         assert 0 < needs["reg"] <= 255, needs
         assert needs["shared"] <= SHARED_LIMITS[capability] * 1024, needs
+    pinned = re.search(r"Triton ([\d.]+);", TABLE.read_text())[1]
+    if (version := importlib.metadata.version("triton")) != pinned:
+        pytest.skip(f"the table is of Triton {pinned}, this is {version}")
+    assert listed_needs(op, capability) == {needs["kernel"]: cell(needs) for needs in kernels}
 
 
-def test_every_triton_operator_is_compiled_here():
-    declared = {path.parent.name for path in ROOT.glob("cogvx_kernels/*/_triton.py")}
-    assert declared == set(KERNELS)
+def write_table() -> None:
+    version = importlib.metadata.version("triton")
+    architectures = " | ".join(f"sm_{capability}" for capability in SHARED_LIMITS)
+    lines = [HEADER.format(version=version, architectures=architectures, dashes="---|" * len(SHARED_LIMITS))]
+    for op in OPERATORS:
+        with tempfile.TemporaryDirectory() as cache:
+            columns = [what_kernels_need(op, capability, Path(cache)) for capability in SHARED_LIMITS]
+        for row in zip(*columns, strict=True):
+            lines.append(f"| {op} | {row[0]['kernel']} | {' | '.join(cell(needs) for needs in row)} |\n")
+    TABLE.write_text("".join(lines))
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: str(path.relative_to(ROOT / "csrc")))
@@ -94,4 +119,7 @@ def test_nvcc_compiles(source, tmp_path):
 
 
 if __name__ == "__main__":
-    compile_triton(sys.argv[1], int(sys.argv[2]))
+    if len(sys.argv) == 3:
+        compile_triton(sys.argv[1], int(sys.argv[2]))
+    else:
+        write_table()
