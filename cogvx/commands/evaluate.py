@@ -11,7 +11,7 @@ def main(
     num_prompts: int = 480,
     num_clips: int = 96,
     num_inference_steps: int = 50,
-    guidance_scale: float = 3.0,
+    guidance_scale: float = 6.0,
     seed: int = 0,
     output: Annotated[Path | None, arg(aliases=["-o"])] = None,
 ) -> None:

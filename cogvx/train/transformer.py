@@ -38,12 +38,12 @@ class TransformerTraining:
     latents: Path = Path("runs/latents")
     tokenizer: Path = Path("runs/tokenizer")
     out: Path = Path("runs/transformer")
-    num_steps: int = 2000
+    num_steps: int = 3600
     batch: int = 64
     muon_lr: float = 0.01
     adamw_lr: float = 1e-3
     num_warmup: int = 100
-    num_decay: int = 900
+    num_decay: int = 1100
     clip_norm: float = 1.0
     drop_text: float = 0.1
     save_every: int = 100
