@@ -2,6 +2,7 @@
 // between the variants, and one compiled for a newer processor could be linked into all.
 #include "joint_attention/cpu_backward.h"
 #include "joint_attention/cpu_forward.h"
+#include "joint_attention/joint_attention.h"
 
 namespace cogvx::joint_attention::COGVX_ISA {
 

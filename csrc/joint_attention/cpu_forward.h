@@ -149,12 +149,13 @@ template <class T> void soften(const Queries<T>& at, int64_t row, int64_t keys, 
       put<A>(sums, load(sums) * ratio);
       for (int64_t j = 0; j < columns; j += kCount) put<A>(out + j, load(out + j) * ratio);
     }
-    const Vec<A> shift = spread<A>(top * factor);
+    const A shift = top * factor;
     Vec<A> sum = load(sums);
     for (int64_t j = 0; j < keys; j += kCount * kPair) {
       Vec<A> weights[2] = {};
       for (int i = 0; i < kPair; ++i) {
-        weights[i] = exp2_of<Kind<T>::kCoarse>(load(scores + j + i * kCount) * factor - shift);
+        const Vec<A> score = load(scores + j + i * kCount);
+        weights[i] = exp2_of<Kind<T>::kCoarse>(Kind<T>::kCoarse ? score * factor - shift : (score - top) * factor);
         sum += weights[i];
       }
       put_weights<T>(at.weights + (r * Kind<T>::kKeyTile + j) / kPair, weights[0], weights[1]);

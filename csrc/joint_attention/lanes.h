@@ -36,6 +36,7 @@ constexpr int kLaneBytes = 16, kPanelVectors = 2;
 #ifdef __GNUC__
 template <class A> struct Lanes {
   typedef A type __attribute__((vector_size(kLaneBytes)));
+  typedef A in_memory __attribute__((vector_size(kLaneBytes), aligned(sizeof(A)), may_alias));
   static constexpr int count = kLaneBytes / static_cast<int>(sizeof(A));
 };
 template <class A> inline A lane(typename Lanes<A>::type vector, int i) { return vector[i]; }
@@ -43,6 +44,7 @@ template <class A> inline void set_lane(typename Lanes<A>::type& vector, int i, 
 #else
 template <class A> struct Lanes {
   using type = A;
+  using in_memory = A;
   static constexpr int count = 1;
 };
 template <class A> inline A lane(A vector, int) { return vector; }
@@ -52,12 +54,12 @@ template <class A> inline void set_lane(A& vector, int, A value) { vector = valu
 template <class A> using Vec = typename Lanes<A>::type;
 
 template <class A> inline Vec<A> load(const A* from) {
-  Vec<A> vector;
-  std::memcpy(&vector, from, sizeof vector);
-  return vector;
+  return *reinterpret_cast<const typename Lanes<A>::in_memory*>(from);
 }
 
-template <class A> inline void put(A* target, Vec<A> vector) { std::memcpy(target, &vector, sizeof vector); }
+template <class A> inline void put(A* target, Vec<A> vector) {
+  *reinterpret_cast<typename Lanes<A>::in_memory*>(target) = vector;
+}
 
 template <class A> inline Vec<A> spread(A value) { return value - Vec<A>{}; }  // minus zero changes nothing, -0 neither
 

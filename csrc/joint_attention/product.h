@@ -10,6 +10,14 @@
 namespace cogvx::joint_attention::COGVX_ISA {
 namespace {
 
+#if defined(__clang__)
+#define COGVX_UNROLL _Pragma("unroll")
+#elif defined(__GNUC__)
+#define COGVX_UNROLL _Pragma("GCC unroll 8")
+#else
+#define COGVX_UNROLL
+#endif
+
 constexpr int kBlockRows = 4;  // of `a` in a micro-kernel: 16 sums in registers, enough to hide their latency
 
 template <class T> struct Kind {
@@ -53,7 +61,7 @@ template <class T> inline int64_t steps_of(int64_t size) { return ceil_div(size,
 template <class T> inline int64_t columns_of(int64_t size) { return round_up(size, kLanes<T>); }
 template <class T> inline int64_t keys_of(int64_t size) { return round_up(size, kLanes<T> * Kind<T>::kPair); }
 
-// The first columns of a panel, and how many it has, in vectors; the last may be narrower.
+// How many vectors the panel has that begins at column `first`; the last may be narrower.
 inline int64_t panel_vectors(int64_t columns, int64_t first, int lanes) {
   const int64_t left = (columns - first) / lanes;
   return left < kPanelVectors ? left : kPanelVectors;
@@ -114,7 +122,8 @@ void pack_rows(const T* x, int64_t stride, int64_t count, int64_t rows, int64_t 
   }
 }
 
-template <class T> struct Left {  // the word of row r and step s is at data[r * row + s * step]
+// The word of row r and step s is data[r * row + s * step].
+template <class T> struct Left {
   const Word<T>* data;
   int64_t row, step;
 };
@@ -125,14 +134,22 @@ template <class T, int kVectors, bool kAdd>
 __attribute__((noinline))
 #endif
 void micro_kernel(Left<T> a, const Word<T>* b, int64_t steps, Sum<T>* c, int64_t stride) {
-  Vec<Sum<T>> sums[kBlockRows][kVectors] = {};
+  Vec<Sum<T>> sums[kBlockRows][kVectors];  // unrolled early enough, these become registers
+  COGVX_UNROLL
+  for (int r = 0; r < kBlockRows; ++r)
+    COGVX_UNROLL
+    for (int i = 0; i < kVectors; ++i) sums[r][i] = Vec<Sum<T>>{};
   for (int64_t s = 0; s < steps; ++s, b += kVectors * kLanes<T>) {
     const Word<T>* words = a.data + s * a.step;
+    COGVX_UNROLL
     for (int r = 0; r < kBlockRows; ++r)
+      COGVX_UNROLL
       for (int i = 0; i < kVectors; ++i)
         sums[r][i] = Kind<T>::multiply_add(sums[r][i], words[r * a.row], b + i * kLanes<T>);
   }
+  COGVX_UNROLL
   for (int r = 0; r < kBlockRows; ++r) {
+    COGVX_UNROLL
     for (int i = 0; i < kVectors; ++i) {
       Sum<T>* target = c + r * stride + i * kLanes<T>;
       put<Sum<T>>(target, kAdd ? load<Sum<T>>(target) + sums[r][i] : sums[r][i]);
