@@ -34,6 +34,8 @@ SMALL = [
     partial(make, 1, 2, 1, 16),
     partial(make, 1, 2, 19, 64, lengths=[7, 1, 11]),
     partial(make, 1, 1, 5, 8, lengths=[5]),
+    partial(make, 1, 1, 133, 32),
+    partial(make, 1, 1, 144, 16, lengths=[131, 13]),
     partial(make, 1, 2, 0, 16),
     partial(make, 0, 2, 3, 16),
 ]
@@ -58,7 +60,7 @@ ILLEGAL = [
 
 def draw(rng: random.Random) -> partial:
     lengths = None
-    batch, tokens = rng.choice([0, 1, 1, 2, 3]), rng.choice([0, 1, 2, 13, 31, 67])
+    batch, tokens = rng.choice([0, 1, 1, 2, 3]), rng.choice([0, 1, 2, 13, 31, 67, 131])
     if rng.random() < 0.4:
         lengths = [rng.choice([1, 2, 7, 13, 31]) for _ in range(rng.randint(1, 4))]
         batch, tokens = 1, sum(lengths)

@@ -3,10 +3,15 @@
 import math
 
 import numpy as np
+import pytest
 import torch
 
-from cogvx_kernels import joint_attention
+from cogvx_kernels import joint_attention, use_backend
+from cogvx_kernels._op import OPS
 from cogvx_kernels.joint_attention.cases import make
+from cogvx_kernels.testing import assert_as_accurate
+
+each_backend = pytest.mark.parametrize("backend", ["reference", *OPS["joint_attention"].backends])
 
 
 def in_loops(q, k, v, lengths):
@@ -56,3 +61,64 @@ def test_the_order_of_keys_does_not_matter():
     q, k, v, _ = make(1, 2, 9, 8, dtype=torch.float64)
     order = torch.randperm(9, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(joint_attention(q, k[:, :, order], v[:, :, order]), joint_attention(q, k, v))
+
+
+def with_gradients(args):
+    q, k, v = (x.detach().requires_grad_() for x in args[:3])
+    y = joint_attention(q, k, v, *args[3:])
+    grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y.dtype)
+    return y.detach(), *torch.autograd.grad(y, (q, k, v), grad)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@each_backend
+def test_many_tiles_of_keys_whose_scores_grow(backend, dtype, run_on):
+    q, k, v, lengths = make(1, 1, 391, 64, [300, 91], dtype=dtype)
+    k = k * torch.linspace(0.1, 4, k.shape[2], dtype=dtype)[:, None]
+    args = q, k, v, lengths
+    run_on("joint_attention", backend, *args)
+    with use_backend("reference"):
+        eager, exact = with_gradients(args), with_gradients((q.double(), k.double(), v.double(), lengths))
+    with use_backend(backend):
+        found = with_gradients(args)
+    for name, *values in zip(("y", "grad_q", "grad_k", "grad_v"), found, eager, exact, strict=True):
+        assert_as_accurate(*values, 2 if name == "y" else 3, name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_number_of_threads_changes_no_bit(dtype, run_on):
+    args = make(1, 2, 391, 40, [300, 91], dtype=dtype)
+    run_on("joint_attention", "native", *args)
+    before = torch.get_num_threads()
+    found = []
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            with use_backend("native"):
+                found.append(with_gradients(args))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(one, three) for one, three in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@each_backend
+def test_a_nan_spoils_what_depends_on_it_alone(backend, dtype, run_on):
+    q, k, v, _ = make(1, 2, 200, 16, dtype=dtype)
+    q[0, 0, 5], v[0, 1, 150, 3] = float("nan"), float("nan")
+    run_on("joint_attention", backend, q, k, v, None)
+    with use_backend(backend):
+        bad = joint_attention(q, k, v).isnan()[0].unflatten(1, (2, 16))
+    assert bad[5, 0].all()
+    assert bad[:, 1, 3].all()
+    assert bad.sum() == 16 + 200
+
+
+@each_backend
+def test_a_score_of_minus_infinity_gets_no_weight(backend, run_on):
+    q, k, v, _ = make(1, 1, 150, 8)
+    q[..., 0], k[:, :, :140, 0] = 1e30, -1e30
+    run_on("joint_attention", backend, q, k, v, None)
+    with use_backend(backend):
+        y, *_ = with_gradients((q, k, v))
+    assert y.isfinite().all()
