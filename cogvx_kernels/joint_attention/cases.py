@@ -1,7 +1,9 @@
 """Arguments of `joint_attention` for tests (SMALL), fuzzing (`draw`, ILLEGAL) and benchmarks (REAL)."""
 
 import random
+from collections.abc import Iterator
 from functools import partial
+from types import ModuleType
 
 import torch
 
@@ -63,3 +65,24 @@ def draw(rng: random.Random) -> partial:
         lengths = [rng.choice([1, 2, 7, 13, 31]) for _ in range(rng.randint(1, 4))]
         batch, tokens = 1, sum(lengths)
     return partial(make, batch, rng.choice([1, 2, 3, 5]), tokens, rng.choice([1, 8, 59, 64, 111, 128]), lengths)
+
+
+def kernels(module: ModuleType, capability: int = 80) -> Iterator[tuple]:
+    """Kernel, types of its arguments, constants and options, for compiling ahead of time; 80 is right for sm_80."""
+    for dtype, width in (("bf16", 64), ("bf16", 128), ("fp32", 64)):
+        for name, kernel in module.KERNELS.items():
+            for packed in (False, True) if width == 64 and dtype == "bf16" else (False,):
+                torch_dtype = torch.float32 if dtype == "fp32" else torch.bfloat16
+                options = module.options(name, torch_dtype, width, capability)
+                constants = {name: options.pop(name) for name in kernel.arg_names if name in options}
+                constants["PACKED"] = packed
+                types = {name: f"*{dtype}:16" for name in kernel.arg_names if name not in constants}
+                types |= {name: "*fp32:16" for name in ("log_sums", "deltas") if name in types}
+                types |= {name: "i32:16" for name in types if name.endswith(("_b", "_a", "_n"))}
+                types |= dict.fromkeys(("num_tiles", "num_heads", "num_tokens"), "i32")
+                types |= {name: "fp32" for name in ("bits", "scale") if name in types}
+                types |= {"tiles": "*i32:16"}
+                if not packed:
+                    constants["tiles"] = None
+                    del types["tiles"]
+                yield kernel, types, constants, options
