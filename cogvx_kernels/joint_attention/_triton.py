@@ -20,42 +20,39 @@ _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 @triton.jit
-def _place(tiles, num_tiles, num_heads, num_tokens, SIZE: tl.constexpr, PACKED: tl.constexpr):
+def _place(tiles, num_tiles, num_heads, num_tokens, SIZE: tl.constexpr):
     """Batch entry, head and first row of this program, first row of its sample and the row after the last."""
     index = tl.program_id(0)
     tile = index % num_tiles
     head = index // num_tiles % num_heads
     b = index // num_tiles // num_heads
-    if PACKED:
-        first, start, end = tl.load(tiles + tile * 3), tl.load(tiles + tile * 3 + 1), tl.load(tiles + tile * 3 + 2)
+    if tiles is None:
+        row, start, end = tile * SIZE, tile * 0, tile * 0 + num_tokens
     else:
-        first, start, end = tile * SIZE, tile * 0, tile * 0 + num_tokens
-    return b.to(tl.int64), head.to(tl.int64), first, start, end
+        row, start, end = tl.load(tiles + tile * 3), tl.load(tiles + tile * 3 + 1), tl.load(tiles + tile * 3 + 2)
+    return b.to(tl.int64), head.to(tl.int64), row, start, end
 
 
 @triton.jit
-def _load(x, first, end, stride, SIZE: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr):
-    """SIZE rows of x from `first` on, zeros outside; WHOLE promises that every row is inside."""
-    rows, columns = tl.arange(0, SIZE)[:, None], tl.arange(0, BLOCK)[None, :]
+def _load(
+    x, first, end, stride, SIZE: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr, skip=0
+):
+    """BLOCK channels of SIZE rows of x, from row `first` and channel `skip` on, zeros outside.
+
+    WHOLE promises that every row is inside.
+    """
+    rows, columns = tl.arange(0, SIZE)[:, None], tl.arange(0, BLOCK)[None, :] + skip
     x += tl.cast(first, tl.int64) * stride
     x += rows * stride + columns
-    if WHOLE and WIDTH == BLOCK:
+    if WHOLE and WIDTH % BLOCK == 0:
         tile = tl.load(x)
     elif WHOLE:
         tile = tl.load(x, mask=columns < WIDTH, other=0.0)
-    elif WIDTH == BLOCK:
+    elif WIDTH % BLOCK == 0:
         tile = tl.load(x, mask=rows < end - first, other=0.0)
     else:
         tile = tl.load(x, mask=(rows < end - first) & (columns < WIDTH), other=0.0)
     return tile
-
-
-@triton.jit
-def _load_chunk(x, first, end, stride, skip, SIZE: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr):
-    """CHUNK channels of those rows, after the first `skip`."""
-    rows, columns = tl.arange(0, SIZE)[:, None], tl.arange(0, CHUNK)[None, :] + skip
-    x += tl.cast(first, tl.int64) * stride
-    return tl.load(x + rows * stride + columns, mask=(rows < end - first) & (columns < WIDTH), other=0.0)
 
 
 @triton.jit
@@ -87,8 +84,8 @@ def _products(
     else:
         products = tl.zeros([X_ROWS, Y_ROWS], tl.float32)
         for c in range(0, WIDTH, CHUNK):
-            x_chunk = _load_chunk(x, x_first, end, x_n, c, X_ROWS, WIDTH, CHUNK)
-            y_chunk = _load_chunk(y, y_first, end, y_n, c, Y_ROWS, WIDTH, CHUNK)
+            x_chunk = _load(x, x_first, end, x_n, X_ROWS, WIDTH, CHUNK, False, c)
+            y_chunk = _load(y, y_first, end, y_n, Y_ROWS, WIDTH, CHUNK, False, c)
             products = _multiply(x_chunk, tl.trans(y_chunk), products)
     return products
 
@@ -121,9 +118,8 @@ def forward_kernel(
     q, k, v, y, tiles, num_tiles, num_heads, num_tokens, bits,
     q_b, q_a, q_n, k_b, k_a, k_n, v_b, v_a, v_n,
     QUERIES: tl.constexpr, KEYS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
-    PACKED: tl.constexpr,
 ):  # fmt: skip
-    b, a, row, start, end = _place(tiles, num_tiles, num_heads, num_tokens, QUERIES, PACKED)
+    b, a, row, start, end = _place(tiles, num_tiles, num_heads, num_tokens, QUERIES)
     q += b * q_b + a * q_a
     k += b * k_b + a * k_a
     v += b * v_b + a * v_a
@@ -160,18 +156,36 @@ def _visit_keys_for_statistics(
 
 
 @triton.jit
-def statistics_kernel(
-    grad, q, k, v, log_sums, deltas, tiles, num_tiles, num_heads, num_tokens, bits,
+def _visit_keys_for_gradient(
+    queries, grads, log_sum, delta, grad, q, k, v, grad_n, q_n, k_n, v_n, row, first, end, bits, scale, sums,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
+    WHOLE: tl.constexpr,
+):  # fmt: skip
+    """Add what one tile of keys gives to the gradient of the queries."""
+    keys = _load(k, first, end, k_n, KEYS, WIDTH, BLOCK, WHOLE)
+    values = _load(v, first, end, v_n, KEYS, WIDTH, BLOCK, WHOLE)
+    scores = _products(queries, keys, q, q_n, row, k, k_n, first, end, QUERIES, KEYS, WIDTH, BLOCK, CHUNK)
+    weights = tl.exp2(scores * bits - log_sum[:, None])
+    if not WHOLE:
+        weights = tl.where((tl.arange(0, KEYS) < end - first)[None, :], weights, 0.0)
+    of_weights = _products(grads, values, grad, grad_n, row, v, v_n, first, end, QUERIES, KEYS, WIDTH, BLOCK, CHUNK)
+    of_scores = weights * (of_weights - delta[:, None]) * scale
+    return _multiply(of_scores.to(keys.dtype), keys, sums)
+
+
+@triton.jit
+def queries_backward_kernel(
+    grad, q, k, v, grad_q, log_sums, deltas, tiles, num_tiles, num_heads, num_tokens, bits, scale,
     grad_b, grad_n, q_b, q_a, q_n, k_b, k_a, k_n, v_b, v_a, v_n,
     QUERIES: tl.constexpr, KEYS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
-    PACKED: tl.constexpr,
 ):  # fmt: skip
-    """What the gradients need of every row: log2 of its softmax denominator and delta = sum(p * grad v^T).
+    """With p the weights and ds = p * (grad v^T - delta) / sqrt(E): grad_q = ds k.
 
-    sum(grad * y) is the same number, but rounded otherwise: where one key takes all the weight, the difference of
-    grad v^T and delta must be nothing, not noise.
+    A first pass over the keys finds log2 of the softmax's denominator and delta = sum(p * grad v^T), which the keys
+    need too. delta is sum(grad * y) as well, but rounded otherwise: where one key takes all the weight, the difference
+    must be nothing, not noise.
     """
-    b, a, row, start, end = _place(tiles, num_tiles, num_heads, num_tokens, QUERIES, PACKED)
+    b, a, row, start, end = _place(tiles, num_tiles, num_heads, num_tokens, QUERIES)
     q += b * q_b + a * q_a
     k += b * k_b + a * k_a
     v += b * v_b + a * v_a
@@ -191,62 +205,24 @@ def statistics_kernel(
         queries, grads, grad, q, k, v, grad_n, q_n, k_n, v_n, row, last, end, bits, peak, total, delta,
         QUERIES, KEYS, WIDTH, BLOCK, CHUNK, False,
     )  # fmt: skip
-    target = (b * num_heads + a) * num_tokens + row + tl.arange(0, QUERIES)
-    inside = tl.arange(0, QUERIES) < end - row
-    tl.store(log_sums + target, peak + tl.log2(total), mask=inside)
-    tl.store(deltas + target, delta / total, mask=inside)
-
-
-@triton.jit
-def _visit_keys_again(
-    queries, grads, log_sum, delta, grad, q, k, v, grad_n, q_n, k_n, v_n, row, first, end, bits, scale, sums,
-    QUERIES: tl.constexpr, KEYS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
-    WHOLE: tl.constexpr,
-):  # fmt: skip
-    """Add what one tile of keys gives to the gradient of the queries."""
-    keys = _load(k, first, end, k_n, KEYS, WIDTH, BLOCK, WHOLE)
-    values = _load(v, first, end, v_n, KEYS, WIDTH, BLOCK, WHOLE)
-    scores = _products(queries, keys, q, q_n, row, k, k_n, first, end, QUERIES, KEYS, WIDTH, BLOCK, CHUNK)
-    weights = tl.exp2(scores * bits - log_sum[:, None])
-    if not WHOLE:
-        weights = tl.where((tl.arange(0, KEYS) < end - first)[None, :], weights, 0.0)
-    of_weights = _products(grads, values, grad, grad_n, row, v, v_n, first, end, QUERIES, KEYS, WIDTH, BLOCK, CHUNK)
-    of_scores = weights * (of_weights - delta[:, None]) * scale
-    return _multiply(of_scores.to(keys.dtype), keys, sums)
-
-
-@triton.jit
-def queries_backward_kernel(
-    grad, q, k, v, log_sums, deltas, grad_q, tiles, num_tiles, num_heads, num_tokens, bits, scale,
-    grad_b, grad_n, q_b, q_a, q_n, k_b, k_a, k_n, v_b, v_a, v_n,
-    QUERIES: tl.constexpr, KEYS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
-    PACKED: tl.constexpr,
-):  # fmt: skip
-    """With p the weights and ds = p * (grad v^T - delta) / sqrt(E): grad_q = ds k."""
-    b, a, row, start, end = _place(tiles, num_tiles, num_heads, num_tokens, QUERIES, PACKED)
-    q += b * q_b + a * q_a
-    k += b * k_b + a * k_a
-    v += b * v_b + a * v_a
-    grad += b * grad_b + a * WIDTH
-    queries = _load(q, row, end, q_n, QUERIES, WIDTH, BLOCK, False)
-    grads = _load(grad, row, end, grad_n, QUERIES, WIDTH, BLOCK, False)
-    source = (b * num_heads + a) * num_tokens + row + tl.arange(0, QUERIES)
-    inside = tl.arange(0, QUERIES) < end - row
-    log_sum = tl.load(log_sums + source, mask=inside, other=float("inf"))
-    delta = tl.load(deltas + source, mask=inside, other=0.0)
+    log_sum = peak + tl.log2(total)
+    delta /= total
     sums = tl.zeros([QUERIES, BLOCK], tl.float32)
-    last = start + (end - start - 1) // KEYS * KEYS
     for first in range(start, last, KEYS):
-        sums = _visit_keys_again(
+        sums = _visit_keys_for_gradient(
             queries, grads, log_sum, delta, grad, q, k, v, grad_n, q_n, k_n, v_n, row, first, end, bits, scale, sums,
             QUERIES, KEYS, WIDTH, BLOCK, CHUNK, True,
         )  # fmt: skip
-    sums = _visit_keys_again(
+    sums = _visit_keys_for_gradient(
         queries, grads, log_sum, delta, grad, q, k, v, grad_n, q_n, k_n, v_n, row, last, end, bits, scale, sums,
         QUERIES, KEYS, WIDTH, BLOCK, CHUNK, False,
     )  # fmt: skip
-    grad_q += (b * num_heads + a) * num_tokens * WIDTH
-    _store(grad_q, sums, row, end, WIDTH, QUERIES, WIDTH, BLOCK)
+    head = (b * num_heads + a) * num_tokens
+    target = head + row + tl.arange(0, QUERIES)
+    inside = tl.arange(0, QUERIES) < end - row
+    tl.store(log_sums + target, log_sum, mask=inside)
+    tl.store(deltas + target, delta, mask=inside)
+    _store(grad_q + head * WIDTH, sums, row, end, WIDTH, QUERIES, WIDTH, BLOCK)
 
 
 @triton.jit
@@ -274,13 +250,12 @@ def _visit_queries(
 
 @triton.jit
 def keys_backward_kernel(
-    grad, q, k, v, log_sums, deltas, grad_k, grad_v, tiles, num_tiles, num_heads, num_tokens, bits, scale,
+    grad, q, k, v, grad_k, grad_v, log_sums, deltas, tiles, num_tiles, num_heads, num_tokens, bits, scale,
     grad_b, grad_n, q_b, q_a, q_n, k_b, k_a, k_n, v_b, v_a, v_n,
     QUERIES: tl.constexpr, KEYS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
-    PACKED: tl.constexpr,
 ):  # fmt: skip
     """grad_k = ds^T q and grad_v = p^T grad, with p and ds as for the queries."""
-    b, a, row, start, end = _place(tiles, num_tiles, num_heads, num_tokens, KEYS, PACKED)
+    b, a, row, start, end = _place(tiles, num_tiles, num_heads, num_tokens, KEYS)
     q += b * q_b + a * q_a
     k += b * k_b + a * k_a
     v += b * v_b + a * v_a
@@ -309,25 +284,22 @@ def keys_backward_kernel(
 def options(kernel: str, dtype: torch.dtype, width: int, capability: int) -> dict:
     """The compile-time arguments of a kernel; capability is 90 for sm_90, and 0 for the interpreter."""
     block = max(triton.next_power_of_2(width), 16)
-    if capability == 0 or dtype == torch.float32:  # small, so that small cases have several
+    chunk, warps, stages = block, 4 if width <= 64 else 8, 2
+    if capability == 0:
+        queries, keys = 64, 32
+    elif dtype == torch.float32:
         queries, keys, warps, stages = 32, 16, 4, 1
-    elif kernel in ("forward", "statistics"):
-        queries, keys, warps, stages = 128, 64, 4 if width <= 64 else 8, 3
-        if capability == 90:
-            queries, keys, warps, stages = 128, 128, 8, 2
+    elif kernel != "forward":
+        queries, keys = 64, 64
+    elif capability == 90:
+        queries, keys, warps = 128, 128, 8
     else:
-        queries, keys, warps, stages = 64, 64, 4 if width <= 64 else 8, 2
-    return {
-        "QUERIES": queries,
-        "KEYS": keys,
-        "WIDTH": width,
-        "BLOCK": block,
-        "CHUNK": 16 if dtype == torch.float32 else block,
-        "num_warps": warps,
-        "num_stages": stages,
-        # One instruction from score to exponent. Gradients cannot have it: the largest weight must be 2^0, no less.
-        "enable_fp_fusion": kernel == "forward",
-    }
+        queries, keys, stages = 128, 64, 3
+    if dtype == torch.float32:
+        chunk = 32 if capability == 0 else 16
+    sizes = {"QUERIES": queries, "KEYS": keys, "WIDTH": width, "BLOCK": block, "CHUNK": chunk}
+    # One instruction from score to exponent. Gradients cannot have it: the largest weight must be 2^0, no less.
+    return sizes | {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": kernel == "forward"}
 
 
 def why_not(q: Tensor, k: Tensor, v: Tensor, lengths: list[int] | None) -> str | None:
@@ -365,10 +337,9 @@ def backward(
         grad, q, k, v = map(_with_close_rows, (grad, q, k, v))
         strides = [*grad.stride()[:2], *(size for x in (q, k, v) for size in x.stride()[:3])]
         log_sums, deltas = (torch.empty(q.shape[:3], dtype=torch.float32, device=q.device) for _ in range(2))
-        given, numbers = (grad, q, k, v, log_sums, deltas), (_bits(q.shape[-1]), q.shape[-1] ** -0.5)
-        _launch("statistics", q, lengths, given, numbers[:1], strides)
-        _launch("queries_backward", q, lengths, (*given, grads[0]), numbers, strides)
-        _launch("keys_backward", q, lengths, (*given, *grads[1:]), numbers, strides)
+        numbers = _bits(q.shape[-1]), q.shape[-1] ** -0.5
+        _launch("queries_backward", q, lengths, (grad, q, k, v, grads[0], log_sums, deltas), numbers, strides)
+        _launch("keys_backward", q, lengths, (grad, q, k, v, *grads[1:], log_sums, deltas), numbers, strides)
     return tuple(grads)
 
 
@@ -381,14 +352,11 @@ def _launch(
     tiles = _tiles(tuple(lengths), size, q.is_cuda).to(q.device, non_blocking=True) if lengths else None
     num_tiles = -(-n // size) if tiles is None else len(tiles)
     with torch.cuda.device_of(q):
-        KERNELS[name][(num_tiles * a * b,)](
-            *tensors, tiles, num_tiles, a, n, *numbers, *strides, PACKED=tiles is not None, **chosen
-        )
+        KERNELS[name][(num_tiles * a * b,)](*tensors, tiles, num_tiles, a, n, *numbers, *strides, **chosen)
 
 
 KERNELS = {
     "forward": forward_kernel,
-    "statistics": statistics_kernel,
     "queries_backward": queries_backward_kernel,
     "keys_backward": keys_backward_kernel,
 }

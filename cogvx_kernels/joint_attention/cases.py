@@ -68,21 +68,14 @@ def draw(rng: random.Random) -> partial:
 
 
 def kernels(module: ModuleType, capability: int = 80) -> Iterator[tuple]:
-    """Kernel, types of its arguments, constants and options, for compiling ahead of time; 80 is right for sm_80."""
-    for dtype, width in (("bf16", 64), ("bf16", 128), ("fp32", 64)):
+    """Kernel, types of its arguments, constants and options, for compiling ahead of time."""
+    for dtype, width, packed in (("bf16", 64, False), ("bf16", 64, True), ("bf16", 128, False), ("fp32", 64, False)):
         for name, kernel in module.KERNELS.items():
-            for packed in (False, True) if width == 64 and dtype == "bf16" else (False,):
-                torch_dtype = torch.float32 if dtype == "fp32" else torch.bfloat16
-                options = module.options(name, torch_dtype, width, capability)
-                constants = {name: options.pop(name) for name in kernel.arg_names if name in options}
-                constants["PACKED"] = packed
-                types = {name: f"*{dtype}:16" for name in kernel.arg_names if name not in constants}
-                types |= {name: "*fp32:16" for name in ("log_sums", "deltas") if name in types}
-                types |= {name: "i32:16" for name in types if name.endswith(("_b", "_a", "_n"))}
-                types |= dict.fromkeys(("num_tiles", "num_heads", "num_tokens"), "i32")
-                types |= {name: "fp32" for name in ("bits", "scale") if name in types}
-                types |= {"tiles": "*i32:16"}
-                if not packed:
-                    constants["tiles"] = None
-                    del types["tiles"]
-                yield kernel, types, constants, options
+            options = module.options(name, torch.float32 if dtype == "fp32" else torch.bfloat16, width, capability)
+            constants = {name: options.pop(name) for name in kernel.arg_names if name in options}
+            constants |= {} if packed else {"tiles": None}
+            kinds = {"tiles": "*i32:16", "log_sums": "*fp32:16", "deltas": "*fp32:16", "bits": "fp32", "scale": "fp32"}
+            kinds |= {name: "i32:16" for name in kernel.arg_names if name.endswith(("_b", "_a", "_n"))}
+            kinds |= dict.fromkeys(("num_tiles", "num_heads", "num_tokens"), "i32")
+            types = {name: kinds.get(name, f"*{dtype}:16") for name in kernel.arg_names if name not in constants}
+            yield kernel, types, constants, options
