@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .reference import KEYS, QUERIES, SMALLEST_PEAK, mean_of_tokens
 
-_MAX_WIDTH = 256
+_MAX_WIDTH = 128
 _MAX_STRIDE = 2**23  # of a token; within a tile offsets are 32-bit
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)

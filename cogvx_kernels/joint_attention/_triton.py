@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_MAX_WIDTH = 256
+_MAX_WIDTH = 128
 _MAX_STRIDE = 2**23  # of a token; within a tile offsets are 32-bit
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
@@ -284,22 +284,24 @@ def keys_backward_kernel(
 def options(kernel: str, dtype: torch.dtype, width: int, capability: int) -> dict:
     """The compile-time arguments of a kernel; capability is 90 for sm_90, and 0 for the interpreter."""
     block = max(triton.next_power_of_2(width), 16)
-    chunk, warps, stages = block, 4 if width <= 64 else 8, 2
+    chunk, stages, backward = block, 2, kernel != "forward"
+    # Rows of the tile that a program owns, rows of the tiles that it visits: as many as registers hold.
     if capability == 0:
-        queries, keys = 64, 32
+        own, visited, warps = 64, 32, 4
     elif dtype == torch.float32:
-        queries, keys, warps, stages = 32, 16, 4, 1
-    elif kernel != "forward":
-        queries, keys = 64, 64
+        own, visited, warps, stages = 32, 16, 8 if backward else 4, 1
     elif capability == 90:
-        queries, keys, warps = 128, 128, 8
+        own, visited, warps = 128, 64 if backward else 128, 8
+    elif backward:
+        own, visited, warps = 128, 32 if width <= 64 else 16, 8
     else:
-        queries, keys, stages = 128, 64, 3
+        own, visited, warps, stages = 128, 64, 4 if width <= 64 else 8, 3
     if dtype == torch.float32:
         chunk = 32 if capability == 0 else 16
+    queries, keys = (visited, own) if kernel == "keys_backward" else (own, visited)
     sizes = {"QUERIES": queries, "KEYS": keys, "WIDTH": width, "BLOCK": block, "CHUNK": chunk}
     # One instruction from score to exponent. Gradients cannot have it: the largest weight must be 2^0, no less.
-    return sizes | {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": kernel == "forward"}
+    return sizes | {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": not backward}
 
 
 def why_not(q: Tensor, k: Tensor, v: Tensor, lengths: list[int] | None) -> str | None:

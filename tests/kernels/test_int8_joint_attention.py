@@ -96,9 +96,9 @@ def test_without_smoothing_the_bar_is_missed():
 
 
 def test_a_vector_added_to_every_key_changes_nothing(backend):
-    q, k, v = make(1, 2, 70, 16)
-    k = (k * 256).round() / 256  # so that the sums are exact
-    torch.testing.assert_close(int8_joint_attention(q, k + 64, v), int8_joint_attention(q, k, v), rtol=1e-4, atol=1e-4)
+    q, k, v = make(1, 1, 128, 16)
+    k = (k * 256).round() / 256  # so that the sums and, of 128 keys, the means are exact
+    torch.testing.assert_close(int8_joint_attention(q, k + 64, v), int8_joint_attention(q, k, v))
 
 
 def test_groups_of_zeros_and_equal_keys_average_the_values(backend):
@@ -108,11 +108,14 @@ def test_groups_of_zeros_and_equal_keys_average_the_values(backend):
     torch.testing.assert_close(int8_joint_attention(q, torch.ones_like(k), v), expected)
 
 
-def test_a_value_that_is_no_number_is_not_hidden(backend):
+@pytest.mark.parametrize("name", BACKENDS[1:])  # torch's own attention takes a NaN in q for a row that sees nothing
+def test_a_kernel_hides_no_nan(name, run_on):
     for argument in range(3):
         args = make(1, 1, 9, 8)
         args[argument][0, 0, 4, 2] = float("nan")
-        assert int8_joint_attention(*args)[0, 4].isnan().any()
+        run_on("int8_joint_attention", name, *args)
+        with use_backend(name):
+            assert int8_joint_attention(*args)[0, 4].isnan().any()
 
 
 def test_a_gradient_is_refused(backend):
