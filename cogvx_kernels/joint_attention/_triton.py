@@ -286,18 +286,17 @@ def options(kernel: str, dtype: torch.dtype, width: int, capability: int) -> dic
     block = max(triton.next_power_of_2(width), 16)
     chunk, stages, backward = block, 2, kernel != "forward"
     # Rows of the tile that a program owns, rows of the tiles that it visits: as many as registers hold.
+    own, visited, warps = 128, 64 if width <= 64 else 32, 8
     if capability == 0:
-        own, visited, warps = 64, 32, 4
+        own, visited, chunk = 64, 32, 32 if dtype == torch.float32 else block
     elif dtype == torch.float32:
-        own, visited, warps, stages = 32, 16, 8 if backward else 4, 1
+        own, visited, chunk, warps, stages = 32, 16, 16, 8 if backward else 4, 1
     elif capability == 90:
-        own, visited, warps = 128, 64 if backward else 128, 8
+        visited = 128 if not backward else visited
     elif backward:
-        own, visited, warps = 128, 32 if width <= 64 else 16, 8
+        own, visited, chunk = (128, 32, block) if width <= 64 else (64, 32, 64)
     else:
-        own, visited, warps, stages = 128, 64, 4 if width <= 64 else 8, 3
-    if dtype == torch.float32:
-        chunk = 32 if capability == 0 else 16
+        stages = 3
     queries, keys = (visited, own) if kernel == "keys_backward" else (own, visited)
     sizes = {"QUERIES": queries, "KEYS": keys, "WIDTH": width, "BLOCK": block, "CHUNK": chunk}
     # One instruction from score to exponent. Gradients cannot have it: the largest weight must be 2^0, no less.

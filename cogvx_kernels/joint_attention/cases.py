@@ -69,13 +69,8 @@ def draw(rng: random.Random) -> partial:
 
 def kernels(module: ModuleType, capability: int = 80) -> Iterator[tuple]:
     """Kernel, types of its arguments, constants and options, for compiling ahead of time."""
-    for dtype, width, packed in (
-        ("bf16", 64, False),
-        ("bf16", 64, True),
-        ("bf16", 128, False),
-        ("fp32", 64, False),
-        ("fp32", 128, False),
-    ):
+    whole = [("bf16", 64), ("bf16", 128), ("fp32", 64), ("fp32", 128)]
+    for dtype, width, packed in [(*one, False) for one in whole] + [("bf16", 64, True)]:
         for name, kernel in module.KERNELS.items():
             options = module.options(name, torch.float32 if dtype == "fp32" else torch.bfloat16, width, capability)
             constants = {name: options.pop(name) for name in kernel.arg_names if name in options}
