@@ -3,10 +3,13 @@
 import math
 
 import numpy as np
+import pytest
 import torch
 
-from cogvx_kernels import joint_attention
+from cogvx_kernels import joint_attention, use_backend
+from cogvx_kernels._op import OPS
 from cogvx_kernels.joint_attention.cases import make
+from cogvx_kernels.testing import Normal, assert_as_accurate
 
 
 def in_loops(q, k, v, lengths):
@@ -56,3 +59,22 @@ def test_the_order_of_keys_does_not_matter():
     q, k, v, _ = make(1, 2, 9, 8, dtype=torch.float64)
     order = torch.randperm(9, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(joint_attention(q, k[:, :, order], v[:, :, order]), joint_attention(q, k, v))
+
+
+@pytest.mark.parametrize("lengths", [None, [40, 1, 70, 20]])
+@pytest.mark.parametrize("backend", OPS["joint_attention"].backends)
+def test_many_tiles_make_the_same_sums(backend, lengths, run_on):
+    args = make(1, 1, 131, 24, lengths)
+    run_on("joint_attention", backend, *args)
+    grad = Normal(torch.float32, "cpu", 1)(1, 131, 24)
+
+    def result_and_gradients(name, dtype):
+        leaves = [x.to(dtype).requires_grad_() for x in args[:3]]
+        with use_backend(name):
+            y = joint_attention(*leaves, lengths)
+            return y, *torch.autograd.grad(y, leaves, grad.to(dtype))
+
+    found, eager = result_and_gradients(backend, torch.float32), result_and_gradients("reference", torch.float32)
+    exact = result_and_gradients("reference", torch.float64)
+    for what, a, b, c in zip(("result", "of q", "of k", "of v"), found, eager, exact, strict=True):
+        assert_as_accurate(a, b, c, 2 if what == "result" else 3, what)
