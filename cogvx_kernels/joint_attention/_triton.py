@@ -294,7 +294,7 @@ def options(kernel: str, dtype: torch.dtype, width: int, capability: int) -> dic
     elif capability == 90:
         visited = 128 if not backward else visited
     elif backward:
-        own, visited, chunk = (128, 32, block) if width <= 64 else (64, 32, 64)
+        own, visited, chunk = (128, 32, block) if width <= 64 or capability // 10 == 10 else (64, 32, 64)
     else:
         stages = 3
     queries, keys = (visited, own) if kernel == "keys_backward" else (own, visited)
