@@ -7,6 +7,7 @@ from ._op import explain, use_backend
 from .causal_conv3d import causal_conv3d
 from .expert_layernorm import expert_layernorm
 from .group_norm_silu import group_norm_silu
+from .int8_joint_attention import int8_joint_attention
 from .joint_attention import joint_attention
 from .qk_norm_rope import qk_norm_rope
 from .spatial_norm_silu import spatial_norm_silu
@@ -17,6 +18,7 @@ __all__ = [
     "expert_layernorm",
     "explain",
     "group_norm_silu",
+    "int8_joint_attention",
     "joint_attention",
     "qk_norm_rope",
     "spatial_norm_silu",

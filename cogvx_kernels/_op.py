@@ -41,7 +41,8 @@ class Op:
 
     `backends` are in the order of preference. `check(*args)` raises ValueError for shapes and values that the formula
     does not cover. All tensors share one dtype, but those in `wide` may also be float32; under autocast they stay as
-    they are and the others are cast to the low precision.
+    they are and the others are cast to the low precision. Where it is not `differentiable`, asking for a gradient
+    raises RuntimeError.
     """
 
     def __init__(
@@ -51,9 +52,11 @@ class Op:
         *backends: str,
         check: Callable[..., None],
         wide: tuple[str, ...] = (),
+        differentiable: bool = True,
     ):
         signature = inspect.signature(reference.forward)
         self.name, self.reference, self.backends, self.check = name, reference, backends, check
+        self.differentiable = differentiable
         self.arguments = tuple(signature.parameters)
         self._kinds = tuple((p.name, *_KINDS[p.annotation]) for p in signature.parameters.values())
         self._tensors = tuple(i for i, (_, _, kinds) in enumerate(self._kinds) if Tensor in kinds)
@@ -120,25 +123,30 @@ class Op:
 
     def _register(self) -> None:
         schema = torch.library.infer_schema(self.reference.forward, mutates_args=())
-        arguments = schema[1 : schema.rindex(") ->")]
-        backward = f"{self.name}_backward"
         tags = (torch.Tag.pt2_compliant_tag,)
         _library.define(self.name + schema, tags=tags)
+        self._overload = getattr(torch.ops.cogvx, self.name).default
+        _library.impl(self.name, self._run, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"cogvx::{self.name}", self._run_fake, lib=_library)
+        for device in ("cpu", "cuda"):
+            _library.impl(self.name, self._autocast(device), f"Autocast{device.upper()}")
+        if self.differentiable:
+            self._register_backward(schema[1 : schema.rindex(") ->")], tags)
+        else:
+            torch.library.register_autograd(f"cogvx::{self.name}", self._refuse_first, lib=_library)
+
+    def _register_backward(self, arguments: str, tags: tuple[torch.Tag, ...]) -> None:
+        backward = f"{self.name}_backward"
         # The gradients that are needed, in the order of the tensor arguments; `needs` has an entry for each of those.
         _library.define(f"{backward}(Tensor[] grads, bool[] needs, {arguments}) -> Tensor[]", tags=tags)
-        self._overload = getattr(torch.ops.cogvx, self.name).default
         self._backward_overload = getattr(torch.ops.cogvx, backward).default
-
-        _library.impl(self.name, self._run, "CompositeExplicitAutograd")
         _library.impl(backward, self._run_backward, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"cogvx::{self.name}", self._run_fake, lib=_library)
         torch.library.register_fake(f"cogvx::{backward}", self._run_backward_fake, lib=_library)
         torch.library.register_autograd(
             f"cogvx::{self.name}", self._differentiate, setup_context=self._save, lib=_library
         )
-        torch.library.register_autograd(f"cogvx::{backward}", self._refuse, lib=_library)
+        torch.library.register_autograd(f"cogvx::{backward}", self._refuse_second, lib=_library)
         for device in ("cpu", "cuda"):
-            _library.impl(self.name, self._autocast(device), f"Autocast{device.upper()}")
             _library.impl(backward, self._autocast_backward(device), f"Autocast{device.upper()}")
 
     def _run(self, *args: Any) -> Any:
@@ -189,7 +197,10 @@ class Op:
         found = iter(self._backward_overload(list(grads), needs, *args))
         return tuple(next(found) if need else None for need in ctx.needs_input_grad)
 
-    def _refuse(self, ctx: Any, *grads: Any) -> None:
+    def _refuse_first(self, ctx: Any, *grads: Any) -> None:
+        raise RuntimeError(f"{self.name} is for inference: it has no gradient")
+
+    def _refuse_second(self, ctx: Any, *grads: Any) -> None:
         raise RuntimeError(f"{self.name}: second derivatives are not supported")
 
     def _autocast(self, device: str) -> Callable[..., Any]:

@@ -1,7 +1,9 @@
 """Arguments of `joint_attention` for tests (SMALL), fuzzing (`draw`, ILLEGAL) and benchmarks (REAL)."""
 
 import random
+from collections.abc import Iterator
 from functools import partial
+from types import ModuleType
 
 import torch
 
@@ -65,3 +67,18 @@ def draw(rng: random.Random) -> partial:
         lengths = [rng.choice([1, 2, 7, 13, 31]) for _ in range(rng.randint(1, 4))]
         batch, tokens = 1, sum(lengths)
     return partial(make, batch, rng.choice([1, 2, 3, 5]), tokens, rng.choice([1, 8, 59, 64, 111, 128]), lengths)
+
+
+def kernels(module: ModuleType, capability: int = 80) -> Iterator[tuple]:
+    """Kernel, types of its arguments, constants and options, for compiling ahead of time."""
+    whole = [("bf16", 64), ("bf16", 128), ("fp32", 64), ("fp32", 128)]
+    for dtype, width, packed in [(*one, False) for one in whole] + [("bf16", 64, True)]:
+        for name, kernel in module.KERNELS.items():
+            options = module.options(name, torch.float32 if dtype == "fp32" else torch.bfloat16, width, capability)
+            constants = {name: options.pop(name) for name in kernel.arg_names if name in options}
+            constants |= {} if packed else {"tiles": None}
+            kinds = {"tiles": "*i32:16", "log_sums": "*fp32:16", "deltas": "*fp32:16", "bits": "fp32", "scale": "fp32"}
+            kinds |= {name: "i32:16" for name in kernel.arg_names if name.endswith(("_b", "_a", "_n"))}
+            kinds |= dict.fromkeys(("num_tiles", "num_heads", "num_tokens"), "i32")
+            types = {name: kinds.get(name, f"*{dtype}:16") for name in kernel.arg_names if name not in constants}
+            yield kernel, types, constants, options

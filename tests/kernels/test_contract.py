@@ -15,9 +15,10 @@ from cogvx_kernels.testing import assert_as_accurate, devices, noncontiguous, po
 CASES = {name: import_module(f"cogvx_kernels.{name}.cases") for name in OPS}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-each_backend = pytest.mark.parametrize(
-    ("name", "backend"), [(name, backend) for name, op in OPS.items() for backend in ("reference", *op.backends)]
-)
+ALL = [(name, backend) for name, op in OPS.items() for backend in ("reference", *op.backends)]
+
+each_backend = pytest.mark.parametrize(("name", "backend"), ALL)
+each_backend_with_gradients = pytest.mark.parametrize(("name", "backend"), [x for x in ALL if OPS[x[0]].differentiable])
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 each_device = pytest.mark.parametrize("device", devices())
 
@@ -28,6 +29,8 @@ def calls(sample, soak):
 
 
 each_op = pytest.mark.parametrize("name", OPS)
+each_op_with_gradients = pytest.mark.parametrize("name", [name for name, op in OPS.items() if op.differentiable])
+each_op_without_gradients = pytest.mark.parametrize("name", [name for name, op in OPS.items() if not op.differentiable])
 
 
 def public(name):
@@ -60,8 +63,10 @@ def make_grads(y):
     return [torch.randn(p.shape, generator=generator, dtype=torch.float32, device=p.device).to(p.dtype) for p in y]
 
 
-def differentiate(function, args, grads):
-    """The results and the gradient of every tensor argument."""
+def differentiate(name, function, args, grads):
+    """The results and the gradient of every tensor argument, where the operator has gradients."""
+    if not OPS[name].differentiable:
+        return parts(function(*args)), ()
     args = leaves(args)
     y = parts(function(*args))
     grads = [grad.to(p.dtype) for grad, p in zip(grads, y, strict=True)]
@@ -72,14 +77,14 @@ def check_accuracy(name, args):
     """Results and gradients of the live backend against the reference in the same dtype and in float64."""
     reference = OPS[name].reference.forward
     grads = make_grads([p.detach() for p in parts(reference(*args))])
-    y, found = differentiate(opaque(name), args, grads)
-    y_eager, eager = differentiate(reference, args, grads)
-    y_exact, exact = differentiate(reference, changed(args, Tensor.double), grads)
+    y, found = differentiate(name, opaque(name), args, grads)
+    y_eager, eager = differentiate(name, reference, args, grads)
+    y_exact, exact = differentiate(name, reference, changed(args, Tensor.double), grads)
     for i, p in enumerate(y):
         assert_as_accurate(p, y_eager[i], y_exact[i], what=f"result {i}")
     arguments = [a for a, x in zip(OPS[name].arguments, args, strict=True) if isinstance(x, Tensor)]
-    for i, argument in enumerate(arguments):
-        assert_as_accurate(found[i], eager[i], exact[i], factor=3.0, what=f"gradient of {argument}")
+    for argument, gradient, other, truth in zip(arguments, found, eager, exact, strict=bool(found)):
+        assert_as_accurate(gradient, other, truth, factor=3.0, what=f"gradient of {argument}")
 
 
 @each_device
@@ -104,8 +109,8 @@ def test_noncontiguous_arguments_and_gradients(name, backend, device, run_on):
             check_accuracy(name, gapped)
             y = parts(opaque(name)(*args))
             grads = make_grads(y)
-            _, expected = differentiate(opaque(name), args, grads)
-            _, found = differentiate(opaque(name), args, [noncontiguous(grad) for grad in grads])
+            _, expected = differentiate(name, opaque(name), args, grads)
+            _, found = differentiate(name, opaque(name), args, [noncontiguous(grad) for grad in grads])
         for a, b in zip(found, expected, strict=True):
             torch.testing.assert_close(a, b)
 
@@ -119,12 +124,18 @@ def test_every_value_is_written(name, backend, device, run_on):
         with use_backend(backend):
             y = parts(opaque(name)(*args))
             grads = make_grads(y)
-            clean = differentiate(opaque(name), args, grads)
+            clean = differentiate(name, opaque(name), args, grads)
             with poisoned_memory():
                 assert torch.empty(1, device=device).isnan().all()
-                poisoned = differentiate(opaque(name), args, grads)
+                poisoned = differentiate(name, opaque(name), args, grads)
         for a, b in zip(clean[0] + clean[1], poisoned[0] + poisoned[1], strict=True):
             torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+def assert_new_memory(results, others):
+    filled = [x.untyped_storage().data_ptr() for x in (*results, *others) if x.numel()]
+    assert len(set(filled)) == len(filled)
+    assert not any(x.requires_grad for x in results)
 
 
 @each_device
@@ -134,25 +145,43 @@ def test_results_are_new_memory(name, backend, device, run_on):
         args = case(device=device)
         run_on(name, backend, *args)
         with use_backend(backend):
-            y = parts(opaque(name)(*args))
+            assert_new_memory(parts(opaque(name)(*args)), tensors(args))
+
+
+@each_device
+@each_backend_with_gradients
+def test_gradients_are_new_memory(name, backend, device, run_on):
+    for case in CASES[name].SMALL:
+        args = case(device=device)
+        run_on(name, backend, *args)
+        with use_backend(backend):
             needs = [isinstance(args[i], Tensor) for i in OPS[name]._tensors]
-            grads = make_grads(y)
+            grads = make_grads(parts(opaque(name)(*args)))
             found = getattr(torch.ops.cogvx, f"{name}_backward")(grads, needs, *args)
-        for results, others in ((y, tensors(args)), (found, [*tensors(args), *grads])):
-            filled = [x.untyped_storage().data_ptr() for x in (*results, *others) if x.numel()]
-            assert len(set(filled)) == len(filled)
-            assert not any(x.requires_grad for x in results)
+            assert_new_memory(found, [*tensors(args), *grads])
+
+
+OPCHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
 
 
 @each_device
 @each_backend
 def test_opcheck(name, backend, device, run_on):
-    every = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
-    for case, checks in ((CASES[name].SMALL[0], every), (CASES[name].SMALL[1], every[:3])):
+    for case, checks in ((CASES[name].SMALL[0], OPCHECKS), (CASES[name].SMALL[1], OPCHECKS[:3])):
         args = case(device=device)
         run_on(name, backend, *args)
         with use_backend(backend):
-            torch.library.opcheck(opaque(name).default, leaves(args), test_utils=checks)
+            args = leaves(args) if OPS[name].differentiable else args
+            torch.library.opcheck(opaque(name).default, args, test_utils=checks)
+
+
+@each_device
+@each_backend_with_gradients
+def test_opcheck_of_gradients(name, backend, device, run_on):
+    for case, checks in ((CASES[name].SMALL[0], OPCHECKS), (CASES[name].SMALL[1], OPCHECKS[:3])):
+        args = case(device=device)
+        run_on(name, backend, *args)
+        with use_backend(backend):
             needs = [isinstance(args[i], Tensor) and i != 1 for i in OPS[name]._tensors]
             call = make_grads(parts(opaque(name)(*args))), needs, *args
             torch.library.opcheck(getattr(torch.ops.cogvx, f"{name}_backward").default, call, test_utils=checks)
@@ -172,8 +201,8 @@ def test_fullgraph_compile(name, backend, face, device, run_on):
     torch.compiler.reset()
     with use_backend(backend):
         grads = make_grads(parts(function(*args)))
-        compiled = differentiate(torch.compile(model, fullgraph=True, backend="aot_eager"), args, grads)
-        eager = differentiate(model, args, grads)
+        compiled = differentiate(name, torch.compile(model, fullgraph=True, backend="aot_eager"), args, grads)
+        eager = differentiate(name, model, args, grads)
     for a, b in zip(compiled[0] + compiled[1], eager[0] + eager[1], strict=True):
         torch.testing.assert_close(a, b)
 
@@ -218,16 +247,26 @@ def test_autocast_gives_low_precision_and_full_precision_gradients(name, backend
             mixed = leaves(args)
             y = parts(function(*(x.bfloat16() if x is mixed[0] else x for x in mixed)))
             assert {p.dtype for p in y} == {torch.bfloat16}
+            if not OPS[name].differentiable:
+                continue
             found = torch.autograd.grad(y, tensors(mixed), make_grads(y), allow_unused=True, materialize_grads=True)
             assert {g.dtype for g in found} == {torch.float32}
 
 
-@each_op
+@each_op_with_gradients
 def test_second_derivatives_are_refused_rather_than_wrong(name):
     args = leaves(CASES[name].SMALL[0]())
     first = torch.autograd.grad(parts(opaque(name)(*args))[0].square().sum(), args[0], create_graph=True)[0]
     with pytest.raises(RuntimeError, match=f"^{name}: second derivatives are not supported"):
         torch.autograd.grad(first.sum(), args[0])
+
+
+@each_op_without_gradients
+def test_an_operator_without_gradients_refuses_them(name):
+    for function in (opaque(name), public(name)):
+        y = parts(function(*leaves(CASES[name].SMALL[0]())))[0]
+        with pytest.raises(RuntimeError, match=f"^{name} is for inference: it has no gradient"):
+            y.sum().backward()
 
 
 @calls(50, 1000)

@@ -1,0 +1,393 @@
+"""`joint_attention` in Triton, for CUDA tensors, and for any tensor under TRITON_INTERPRET=1.
+
+A program owns a tile of rows of one head and visits the tiles of the other side; scores never leave the chip. Every
+sum has one owner, so that results repeat bit for bit.
+"""
+
+import math
+from functools import lru_cache
+from itertools import accumulate
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_MAX_WIDTH = 128
+_MAX_STRIDE = 2**23  # of a token; within a tile offsets are 32-bit
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
+
+@triton.jit
+def _place(tiles, num_tiles, num_heads, num_tokens, SIZE: tl.constexpr):
+    """Batch entry, head and first row of this program, first row of its sample and the row after the last."""
+    index = tl.program_id(0)
+    tile = index % num_tiles
+    head = index // num_tiles % num_heads
+    b = index // num_tiles // num_heads
+    if tiles is None:
+        row, start, end = tile * SIZE, tile * 0, tile * 0 + num_tokens
+    else:
+        row, start, end = tl.load(tiles + tile * 3), tl.load(tiles + tile * 3 + 1), tl.load(tiles + tile * 3 + 2)
+    return b.to(tl.int64), head.to(tl.int64), row, start, end
+
+
+@triton.jit
+def _load(
+    x, first, end, stride, SIZE: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr, skip=0
+):
+    """BLOCK channels of SIZE rows of x, from row `first` and channel `skip` on, zeros outside.
+
+    WHOLE promises that every row is inside.
+    """
+    rows, columns = tl.arange(0, SIZE)[:, None], tl.arange(0, BLOCK)[None, :] + skip
+    x += tl.cast(first, tl.int64) * stride
+    x += rows * stride + columns
+    if WHOLE and WIDTH % BLOCK == 0:
+        tile = tl.load(x)
+    elif WHOLE:
+        tile = tl.load(x, mask=columns < WIDTH, other=0.0)
+    elif WIDTH % BLOCK == 0:
+        tile = tl.load(x, mask=rows < end - first, other=0.0)
+    else:
+        tile = tl.load(x, mask=(rows < end - first) & (columns < WIDTH), other=0.0)
+    return tile
+
+
+@triton.jit
+def _store(x, tile, first, end, stride, SIZE: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    rows, columns = tl.arange(0, SIZE)[:, None], tl.arange(0, BLOCK)[None, :]
+    x += tl.cast(first, tl.int64) * stride
+    mask = (rows < end - first) & (columns < WIDTH)
+    tl.store(x + rows * stride + columns, tile.to(x.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _multiply(a, b, sums=None):
+    """a b in full precision, added to `sums`: float32 must not become tf32."""
+    if _INTERPRETED:  # where bfloat16 would be multiplied as the integers that hold it
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, sums, input_precision="ieee")
+
+
+@triton.jit
+def _products(
+    x_tile, y_tile, x, x_n, x_first, y, y_n, y_first, end,
+    X_ROWS: tl.constexpr, Y_ROWS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """The inner products of the rows of two tiles. float32 is read again by CHUNK channels: without tensor cores a
+    thread holds all channels of its rows, and they would spill.
+    """
+    if CHUNK == BLOCK:
+        products = _multiply(x_tile, tl.trans(y_tile))
+    else:
+        products = tl.zeros([X_ROWS, Y_ROWS], tl.float32)
+        for c in range(0, WIDTH, CHUNK):
+            x_chunk = _load(x, x_first, end, x_n, X_ROWS, WIDTH, CHUNK, False, c)
+            y_chunk = _load(y, y_first, end, y_n, Y_ROWS, WIDTH, CHUNK, False, c)
+            products = _multiply(x_chunk, tl.trans(y_chunk), products)
+    return products
+
+
+@triton.jit
+def _weigh(scores, first, end, bits, peak, KEYS: tl.constexpr, WHOLE: tl.constexpr):
+    """The next tile of an online softmax: the new peak in bits, weights under it, what earlier weights shrink by."""
+    if not WHOLE:
+        scores = tl.where((tl.arange(0, KEYS) < end - first)[None, :], scores, float("-inf"))
+    new_peak = tl.maximum(peak, tl.max(scores, 1) * bits)
+    return new_peak, tl.exp2(scores * bits - new_peak[:, None]), tl.exp2(peak - new_peak)
+
+
+@triton.jit
+def _visit_keys(
+    queries, q, k, v, q_n, k_n, v_n, row, first, end, bits, peak, total, sums, QUERIES: tl.constexpr,
+    KEYS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """Add a tile of keys to the weighted sums of values."""
+    keys = _load(k, first, end, k_n, KEYS, WIDTH, BLOCK, WHOLE)
+    scores = _products(queries, keys, q, q_n, row, k, k_n, first, end, QUERIES, KEYS, WIDTH, BLOCK, CHUNK)
+    peak, weights, decay = _weigh(scores, first, end, bits, peak, KEYS, WHOLE)
+    values = _load(v, first, end, v_n, KEYS, WIDTH, BLOCK, WHOLE)
+    sums = _multiply(weights.to(values.dtype), values, sums * decay[:, None])
+    return peak, total * decay + tl.sum(weights, 1), sums
+
+
+@triton.jit
+def forward_kernel(
+    q, k, v, y, tiles, num_tiles, num_heads, num_tokens, bits,
+    q_b, q_a, q_n, k_b, k_a, k_n, v_b, v_a, v_n,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    b, a, row, start, end = _place(tiles, num_tiles, num_heads, num_tokens, QUERIES)
+    q += b * q_b + a * q_a
+    k += b * k_b + a * k_a
+    v += b * v_b + a * v_a
+    queries = _load(q, row, end, q_n, QUERIES, WIDTH, BLOCK, False)
+    peak = tl.full([QUERIES], float("-inf"), tl.float32)
+    total = tl.zeros([QUERIES], tl.float32)
+    sums = tl.zeros([QUERIES, BLOCK], tl.float32)
+    last = start + (end - start - 1) // KEYS * KEYS
+    for first in range(start, last, KEYS):
+        peak, total, sums = _visit_keys(
+            queries, q, k, v, q_n, k_n, v_n, row, first, end, bits, peak, total, sums,
+            QUERIES, KEYS, WIDTH, BLOCK, CHUNK, True,
+        )  # fmt: skip
+    peak, total, sums = _visit_keys(
+        queries, q, k, v, q_n, k_n, v_n, row, last, end, bits, peak, total, sums,
+        QUERIES, KEYS, WIDTH, BLOCK, CHUNK, False,
+    )  # fmt: skip
+    y += (b * num_tokens * num_heads + a) * WIDTH
+    _store(y, sums / total[:, None], row, end, num_heads * WIDTH, QUERIES, WIDTH, BLOCK)
+
+
+@triton.jit
+def _visit_keys_for_statistics(
+    queries, grads, grad, q, k, v, grad_n, q_n, k_n, v_n, row, first, end, bits, peak, total, delta,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
+    WHOLE: tl.constexpr,
+):  # fmt: skip
+    keys = _load(k, first, end, k_n, KEYS, WIDTH, BLOCK, WHOLE)
+    values = _load(v, first, end, v_n, KEYS, WIDTH, BLOCK, WHOLE)
+    scores = _products(queries, keys, q, q_n, row, k, k_n, first, end, QUERIES, KEYS, WIDTH, BLOCK, CHUNK)
+    peak, weights, decay = _weigh(scores, first, end, bits, peak, KEYS, WHOLE)
+    of_weights = _products(grads, values, grad, grad_n, row, v, v_n, first, end, QUERIES, KEYS, WIDTH, BLOCK, CHUNK)
+    return peak, total * decay + tl.sum(weights, 1), delta * decay + tl.sum(weights * of_weights, 1)
+
+
+@triton.jit
+def _visit_keys_for_gradient(
+    queries, grads, log_sum, delta, grad, q, k, v, grad_n, q_n, k_n, v_n, row, first, end, bits, scale, sums,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
+    WHOLE: tl.constexpr,
+):  # fmt: skip
+    """Add what one tile of keys gives to the gradient of the queries."""
+    keys = _load(k, first, end, k_n, KEYS, WIDTH, BLOCK, WHOLE)
+    values = _load(v, first, end, v_n, KEYS, WIDTH, BLOCK, WHOLE)
+    scores = _products(queries, keys, q, q_n, row, k, k_n, first, end, QUERIES, KEYS, WIDTH, BLOCK, CHUNK)
+    weights = tl.exp2(scores * bits - log_sum[:, None])
+    if not WHOLE:
+        weights = tl.where((tl.arange(0, KEYS) < end - first)[None, :], weights, 0.0)
+    of_weights = _products(grads, values, grad, grad_n, row, v, v_n, first, end, QUERIES, KEYS, WIDTH, BLOCK, CHUNK)
+    of_scores = weights * (of_weights - delta[:, None]) * scale
+    return _multiply(of_scores.to(keys.dtype), keys, sums)
+
+
+@triton.jit
+def queries_backward_kernel(
+    grad, q, k, v, grad_q, log_sums, deltas, tiles, num_tiles, num_heads, num_tokens, bits, scale,
+    grad_b, grad_n, q_b, q_a, q_n, k_b, k_a, k_n, v_b, v_a, v_n,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """With p the weights and ds = p * (grad v^T - delta) / sqrt(E): grad_q = ds k.
+
+    A first pass over the keys finds log2 of the softmax's denominator and delta = sum(p * grad v^T), which the keys
+    need too. delta is sum(grad * y) as well, but rounded otherwise: where one key takes all the weight, the difference
+    must be nothing, not noise.
+    """
+    b, a, row, start, end = _place(tiles, num_tiles, num_heads, num_tokens, QUERIES)
+    q += b * q_b + a * q_a
+    k += b * k_b + a * k_a
+    v += b * v_b + a * v_a
+    grad += b * grad_b + a * WIDTH
+    queries = _load(q, row, end, q_n, QUERIES, WIDTH, BLOCK, False)
+    grads = _load(grad, row, end, grad_n, QUERIES, WIDTH, BLOCK, False)
+    peak = tl.full([QUERIES], float("-inf"), tl.float32)
+    total = tl.zeros([QUERIES], tl.float32)
+    delta = tl.zeros([QUERIES], tl.float32)
+    last = start + (end - start - 1) // KEYS * KEYS
+    for first in range(start, last, KEYS):
+        peak, total, delta = _visit_keys_for_statistics(
+            queries, grads, grad, q, k, v, grad_n, q_n, k_n, v_n, row, first, end, bits, peak, total, delta,
+            QUERIES, KEYS, WIDTH, BLOCK, CHUNK, True,
+        )  # fmt: skip
+    peak, total, delta = _visit_keys_for_statistics(
+        queries, grads, grad, q, k, v, grad_n, q_n, k_n, v_n, row, last, end, bits, peak, total, delta,
+        QUERIES, KEYS, WIDTH, BLOCK, CHUNK, False,
+    )  # fmt: skip
+    log_sum = peak + tl.log2(total)
+    delta /= total
+    sums = tl.zeros([QUERIES, BLOCK], tl.float32)
+    for first in range(start, last, KEYS):
+        sums = _visit_keys_for_gradient(
+            queries, grads, log_sum, delta, grad, q, k, v, grad_n, q_n, k_n, v_n, row, first, end, bits, scale, sums,
+            QUERIES, KEYS, WIDTH, BLOCK, CHUNK, True,
+        )  # fmt: skip
+    sums = _visit_keys_for_gradient(
+        queries, grads, log_sum, delta, grad, q, k, v, grad_n, q_n, k_n, v_n, row, last, end, bits, scale, sums,
+        QUERIES, KEYS, WIDTH, BLOCK, CHUNK, False,
+    )  # fmt: skip
+    head = (b * num_heads + a) * num_tokens
+    target = head + row + tl.arange(0, QUERIES)
+    inside = tl.arange(0, QUERIES) < end - row
+    tl.store(log_sums + target, log_sum, mask=inside)
+    tl.store(deltas + target, delta, mask=inside)
+    _store(grad_q + head * WIDTH, sums, row, end, WIDTH, QUERIES, WIDTH, BLOCK)
+
+
+@triton.jit
+def _visit_queries(
+    keys, values, grad, q, k, v, log_sums, deltas, grad_n, q_n, k_n, v_n, row, first, end, bits, scale, sums_k, sums_v,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
+    WHOLE: tl.constexpr,
+):  # fmt: skip
+    """Add what one tile of queries gives to the gradients of the keys and the values."""
+    queries = _load(q, first, end, q_n, QUERIES, WIDTH, BLOCK, WHOLE)
+    rows = tl.arange(0, QUERIES)
+    if WHOLE:
+        log_sum, delta = tl.load(log_sums + first + rows), tl.load(deltas + first + rows)
+    else:  # an infinite denominator gives no weight to a query that is not there
+        log_sum = tl.load(log_sums + first + rows, mask=rows < end - first, other=float("inf"))
+        delta = tl.load(deltas + first + rows, mask=rows < end - first, other=0.0)
+    grads = _load(grad, first, end, grad_n, QUERIES, WIDTH, BLOCK, WHOLE)
+    scores = _products(keys, queries, k, k_n, row, q, q_n, first, end, KEYS, QUERIES, WIDTH, BLOCK, CHUNK)
+    weights = tl.exp2(scores * bits - log_sum[None, :])
+    sums_v = _multiply(weights.to(grads.dtype), grads, sums_v)
+    of_weights = _products(values, grads, v, v_n, row, grad, grad_n, first, end, KEYS, QUERIES, WIDTH, BLOCK, CHUNK)
+    of_scores = weights * (of_weights - delta[None, :]) * scale
+    return _multiply(of_scores.to(queries.dtype), queries, sums_k), sums_v
+
+
+@triton.jit
+def keys_backward_kernel(
+    grad, q, k, v, grad_k, grad_v, log_sums, deltas, tiles, num_tiles, num_heads, num_tokens, bits, scale,
+    grad_b, grad_n, q_b, q_a, q_n, k_b, k_a, k_n, v_b, v_a, v_n,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """grad_k = ds^T q and grad_v = p^T grad, with p and ds as for the queries."""
+    b, a, row, start, end = _place(tiles, num_tiles, num_heads, num_tokens, KEYS)
+    q += b * q_b + a * q_a
+    k += b * k_b + a * k_a
+    v += b * v_b + a * v_a
+    grad += b * grad_b + a * WIDTH
+    log_sums += (b * num_heads + a) * num_tokens
+    deltas += (b * num_heads + a) * num_tokens
+    keys = _load(k, row, end, k_n, KEYS, WIDTH, BLOCK, False)
+    values = _load(v, row, end, v_n, KEYS, WIDTH, BLOCK, False)
+    sums_k = tl.zeros([KEYS, BLOCK], tl.float32)
+    sums_v = tl.zeros([KEYS, BLOCK], tl.float32)
+    last = start + (end - start - 1) // QUERIES * QUERIES
+    for query in range(start, last, QUERIES):
+        sums_k, sums_v = _visit_queries(
+            keys, values, grad, q, k, v, log_sums, deltas, grad_n, q_n, k_n, v_n, row, query, end, bits, scale,
+            sums_k, sums_v, QUERIES, KEYS, WIDTH, BLOCK, CHUNK, True,
+        )  # fmt: skip
+    sums_k, sums_v = _visit_queries(
+        keys, values, grad, q, k, v, log_sums, deltas, grad_n, q_n, k_n, v_n, row, last, end, bits, scale,
+        sums_k, sums_v, QUERIES, KEYS, WIDTH, BLOCK, CHUNK, False,
+    )  # fmt: skip
+    head = (b * num_heads + a) * num_tokens * WIDTH
+    _store(grad_k + head, sums_k, row, end, WIDTH, KEYS, WIDTH, BLOCK)
+    _store(grad_v + head, sums_v, row, end, WIDTH, KEYS, WIDTH, BLOCK)
+
+
+def options(kernel: str, dtype: torch.dtype, width: int, capability: int) -> dict:
+    """The compile-time arguments of a kernel; capability is 90 for sm_90, and 0 for the interpreter."""
+    block = max(triton.next_power_of_2(width), 16)
+    chunk, stages, backward = block, 2, kernel != "forward"
+    # Rows of the tile that a program owns, rows of the tiles that it visits: as many as registers hold.
+    own, visited, warps = 128, 64 if width <= 64 else 32, 8
+    if capability == 0:
+        own, visited, chunk = 64, 32, 32 if dtype == torch.float32 else block
+    elif dtype == torch.float32:
+        own, visited, chunk, warps, stages = 32, 16, 16, 8 if backward else 4, 1
+    elif capability == 90:
+        visited = 128 if not backward else visited
+    elif backward:
+        own, visited, chunk = (128, 32, block) if width <= 64 or capability // 10 == 10 else (64, 32, 64)
+    else:
+        stages = 3
+    queries, keys = (visited, own) if kernel == "keys_backward" else (own, visited)
+    sizes = {"QUERIES": queries, "KEYS": keys, "WIDTH": width, "BLOCK": block, "CHUNK": chunk}
+    # One instruction from score to exponent. Gradients cannot have it: the largest weight must be 2^0, no less.
+    return sizes | {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": not backward}
+
+
+def why_not(q: Tensor, k: Tensor, v: Tensor, lengths: list[int] | None) -> str | None:
+    if not (q.is_cuda or triton.knobs.runtime.interpret):
+        return "Triton runs on CUDA tensors, or anywhere with TRITON_INTERPRET=1"
+    if q.dtype not in _DTYPES or any(x.dtype != q.dtype for x in (k, v)):
+        return "every tensor must be of one dtype: float32, float16 or bfloat16"
+    return f"a head width of {q.shape[-1]} is above {_MAX_WIDTH}" if q.shape[-1] > _MAX_WIDTH else None
+
+
+def forward(
+    q: Tensor,  # [B, A, N, E]
+    k: Tensor,  # [B, A, N, E]
+    v: Tensor,  # [B, A, N, E]
+    lengths: list[int] | None,
+) -> Tensor:  # [B, N, A E]
+    b, a, n, e = q.shape
+    y = torch.empty(b, n, a * e, dtype=q.dtype, device=q.device)
+    if y.numel():
+        q, k, v = map(_with_close_rows, (q, k, v))
+        strides = [size for x in (q, k, v) for size in x.stride()[:3]]
+        _launch("forward", q, lengths, (q, k, v, y), (_bits(e),), strides)
+    return y
+
+
+def backward(
+    grad: Tensor,  # [B, N, A E]
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lengths: list[int] | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # of q, k, v
+    grads = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v)]
+    if grad.numel():
+        grad, q, k, v = map(_with_close_rows, (grad, q, k, v))
+        strides = [*grad.stride()[:2], *(size for x in (q, k, v) for size in x.stride()[:3])]
+        log_sums, deltas = (torch.empty(q.shape[:3], dtype=torch.float32, device=q.device) for _ in range(2))
+        numbers = _bits(q.shape[-1]), q.shape[-1] ** -0.5
+        _launch("queries_backward", q, lengths, (grad, q, k, v, grads[0], log_sums, deltas), numbers, strides)
+        _launch("keys_backward", q, lengths, (grad, q, k, v, *grads[1:], log_sums, deltas), numbers, strides)
+    return tuple(grads)
+
+
+def _launch(
+    name: str, q: Tensor, lengths: list[int] | None, tensors: tuple, numbers: tuple[float, ...], strides: list[int]
+) -> None:
+    b, a, n, e = q.shape
+    chosen = options(name, q.dtype, e, _capability(q))
+    size = chosen["KEYS" if name == "keys_backward" else "QUERIES"]
+    tiles = _tiles(tuple(lengths), size, q.is_cuda).to(q.device, non_blocking=True) if lengths else None
+    num_tiles = -(-n // size) if tiles is None else len(tiles)
+    with torch.cuda.device_of(q):
+        KERNELS[name][(num_tiles * a * b,)](*tensors, tiles, num_tiles, a, n, *numbers, *strides, **chosen)
+
+
+KERNELS = {
+    "forward": forward_kernel,
+    "queries_backward": queries_backward_kernel,
+    "keys_backward": keys_backward_kernel,
+}
+
+
+@lru_cache(maxsize=256)
+def _tiles(lengths: tuple[int, ...], size: int, pinned: bool) -> Tensor:  # [tiles, 3]
+    """First row of each tile, first row of its sample and the row after the last; long samples first.
+
+    The table stays on the host, pinned: copying it does not wait for the device, and a captured graph copies it again.
+    """
+    samples = zip(accumulate(lengths, initial=0), lengths, strict=False)
+    rows = [(first, start, start + n) for start, n in samples for first in range(start, start + n, size)]
+    table = torch.tensor(sorted(rows, key=lambda row: row[1] - row[2]), dtype=torch.int32)
+    return table.pin_memory() if pinned else table
+
+
+def _capability(x: Tensor) -> int:
+    if triton.knobs.runtime.interpret:
+        return 0
+    major, minor = torch.cuda.get_device_capability(x.device)
+    return major * 10 + minor
+
+
+def _bits(width: int) -> float:
+    """What turns a score into the exponent of 2 of its weight."""
+    return math.log2(math.e) / math.sqrt(width)
+
+
+def _with_close_rows(x: Tensor) -> Tensor:
+    """`x`, or a copy where its rows are strided or far apart."""
+    close = (x.shape[-1] < 2 or x.stride(-1) == 1) and x.stride(-2) < _MAX_STRIDE
+    return x if close else x.contiguous()
