@@ -6,6 +6,7 @@
 from ._op import explain, use_backend
 from .causal_conv3d import causal_conv3d
 from .expert_layernorm import expert_layernorm
+from .gated_expert_layernorm import gated_expert_layernorm
 from .group_norm_silu import group_norm_silu
 from .joint_attention import joint_attention
 from .qk_norm_rope import qk_norm_rope
@@ -16,6 +17,7 @@ __all__ = [
     "causal_conv3d",
     "expert_layernorm",
     "explain",
+    "gated_expert_layernorm",
     "group_norm_silu",
     "joint_attention",
     "qk_norm_rope",
