@@ -46,7 +46,7 @@ REAL = {
 
 ILLEGAL = [
     ("x", lambda x: x[..., :0]),
-    ("y", lambda y: y[:, 1:]),
+    ("y", lambda y: torch.cat([y, y], -1)),
     ("gate", lambda gate: gate[:, :1]),
     ("weight", lambda x: torch.cat([x, x])),
     ("bias", lambda x: torch.cat([x, x])),

@@ -39,6 +39,8 @@ void forward_chunk(const Args& args, const Chunk& chunk, const Scratch<accumulat
   for (int64_t n = chunk.first; n < chunk.last; ++n) {
     load_row(x, row_of<T>(args.x, chunk.b, n), width);
     load_row(y, row_of<T>(args.y, chunk.b, n), width);
+    prefetch_row(row_of<T>(args.x, chunk.b, n + 1), width);
+    prefetch_row(row_of<T>(args.y, chunk.b, n + 1), width);
     copy_row(mutable_row_of<T>(args.x_new, chunk.b, n), add_gated<T>(y, gate, width, x, rounded), width, streamed);
     normalize_row(x, factor, offset, norm, y);
     write_row(mutable_row_of<T>(norm.y, chunk.b, n), y, width, streamed, rounded);
