@@ -9,6 +9,7 @@ from .expert_layernorm import expert_layernorm
 from .gated_expert_layernorm import gated_expert_layernorm
 from .group_norm_silu import group_norm_silu
 from .joint_attention import joint_attention
+from .linear import linear
 from .qk_norm_rope import qk_norm_rope
 from .spatial_norm_silu import spatial_norm_silu
 from .upsample_conv import upsample_conv
@@ -20,6 +21,7 @@ __all__ = [
     "gated_expert_layernorm",
     "group_norm_silu",
     "joint_attention",
+    "linear",
     "qk_norm_rope",
     "spatial_norm_silu",
     "upsample_conv",

@@ -41,7 +41,8 @@ class Op:
 
     `backends` are in the order of preference. `check(*args)` raises ValueError for shapes and values that the formula
     does not cover. All tensors share one dtype, but those in `wide` may also be float32; under autocast they stay as
-    they are and the others are cast to the low precision.
+    they are and the others are cast to the low precision. `devices` names the types of devices that the backends are
+    for; elsewhere, as without any backend, the call is the plain function, which torch.compile can fuse.
     """
 
     def __init__(
@@ -51,10 +52,11 @@ class Op:
         *backends: str,
         check: Callable[..., None],
         wide: tuple[str, ...] = (),
+        devices: tuple[str, ...] | None = None,
     ):
         signature = inspect.signature(reference.forward)
         self.name, self.reference, self.backends, self.check = name, reference, backends, check
-        self.arguments = tuple(signature.parameters)
+        self.devices, self.arguments = devices, tuple(signature.parameters)
         self._kinds = tuple((p.name, *_KINDS[p.annotation]) for p in signature.parameters.values())
         self._tensors = tuple(i for i, (_, _, kinds) in enumerate(self._kinds) if Tensor in kinds)
         self._wide = frozenset(self.arguments.index(argument) for argument in wide)
@@ -65,9 +67,10 @@ class Op:
         for (argument, expected, kinds), value in zip(self._kinds, args, strict=True):
             if not isinstance(value, kinds):
                 raise ValueError(f"{self.name}: {argument} must be {expected}, got {type(value).__name__}")
-        if self.backends:
+        device = args[0].device.type
+        if self.backends and (self.devices is None or device in self.devices):
             return self._overload(*args)
-        self._check(args, torch.is_autocast_enabled(args[0].device.type))
+        self._check(args, torch.is_autocast_enabled(device))
         return self.reference.forward(*args)
 
     def why_not(self, backend: str, *args: Any) -> str | None:
