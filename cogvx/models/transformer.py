@@ -279,7 +279,11 @@ class FeedForward(nn.Module):
         self.net = nn.ModuleList([nn.ModuleDict({"proj": up}), nn.Identity(), down])  # names: net.0.proj, net.2
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.net[2](F.gelu(self.net[0]["proj"](x), approximate="tanh"))
+        up, down = self.net[0]["proj"], self.net[2]
+        # GELU inside the product where that layer is still ours, and where no gradient needs what GELU saw.
+        if type(up) is Linear and not torch.is_grad_enabled():
+            return down(up(x, gelu=True))
+        return down(F.gelu(up(x), approximate="tanh"))
 
 
 class PatchEmbed(nn.Module):

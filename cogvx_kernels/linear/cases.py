@@ -14,6 +14,7 @@ def make(
     width: int,
     out: int,
     with_bias: bool = True,
+    gelu: bool = False,
     *,
     dtype=torch.float32,
     device="cpu",
@@ -25,12 +26,14 @@ def make(
         normal(batch, tokens, width, std=scale),
         normal(out, width, std=max(width, 1) ** -0.5),
         normal(out, std=0.5) if with_bias else None,
+        gelu,
     )
 
 
 SMALL = [
     partial(make, 2, 11, 64, 48),
     partial(make, 1, 5, 48, 7, False),
+    partial(make, 2, 5, 33, 70, True, True),
     partial(make, 1, 1, 1, 1),
     partial(make, 3, 7, 59, 130),
     partial(make, 2, 0, 16, 8),
@@ -38,7 +41,7 @@ SMALL = [
 ]
 
 REAL = {
-    "2b, up": partial(make, 1, 4096, 1920, 7680),
+    "2b, up and GELU": partial(make, 1, 4096, 1920, 7680, True, True),
     "2b, down": partial(make, 1, 4096, 7680, 1920),
     "2b, attention": partial(make, 1, 4096, 1920, 1920),
 }
@@ -52,4 +55,4 @@ ILLEGAL = [
 
 def draw(rng: random.Random) -> partial:
     sizes = (rng.choice([0, 1, 2, 7, 13]), rng.choice([1, 2, 8, 59, 64]), rng.choice([1, 3, 16, 111]))
-    return partial(make, rng.choice([0, 1, 1, 2, 3]), *sizes, rng.random() < 0.7)
+    return partial(make, rng.choice([0, 1, 1, 2, 3]), *sizes, rng.random() < 0.7, rng.random() < 0.4)

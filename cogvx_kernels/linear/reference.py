@@ -8,5 +8,7 @@ def forward(
     x: Tensor,  # [B, N, D]
     weight: Tensor,  # [K, D]
     bias: Tensor | None,  # [K]
+    gelu: bool,
 ) -> Tensor:  # [B, N, K]
-    return F.linear(x, weight, bias)
+    y = F.linear(x, weight, bias)
+    return F.gelu(y, approximate="tanh") if gelu else y
