@@ -89,6 +89,15 @@ class Pipeline:
                 partial / "model_index.json", MODEL_INDEX | {"scheduler": ["diffusers", scheduler["_class_name"]]}
             )
 
+    def release_modulation(self, num_inference_steps: int = 50) -> None:
+        """Free the weights that modulate the transformer, a fifth of 2B's, a seventh of 5B's.
+
+        What they compute for this number of steps is kept; calls with another number then raise ValueError, and so do
+        saving and training.
+        """
+        steps = sampling_steps(self.configs.schedule, num_inference_steps)
+        self.transformer.release_modulation([step.timestep for step in steps])
+
     @property
     def device(self) -> torch.device:
         return self.transformer.proj_out.weight.device
@@ -226,11 +235,13 @@ class Pipeline:
     ) -> Tensor:
         """From noise to scaled latents, [B, C, T, H, W] in fp32."""
         guided = len(text) > len(noise)
+        steps = sampling_steps(self.configs.schedule, settings.num_inference_steps)
+        table = self.transformer.tabulate([step.timestep for step in steps], batch=len(text))
 
         def denoise(frames: Tensor, timestep: int, index: int) -> Tensor:
             x = (torch.cat([frames, frames]) if guided else frames).transpose(1, 2)
             inputs = x.to(self.dtype), text, torch.full((len(x),), timestep, device=x.device)
-            v = self.transformer(*inputs).float().transpose(1, 2)
+            v = self.transformer(*inputs, table.at(timestep)).float().transpose(1, 2)
             step = f"step {index + 1} of {settings.num_inference_steps}"
             check_finite(v, step, self.transformer, lambda: self.transformer(*inputs))
             return guide(*v.chunk(2), settings.scale_at(timestep, index)) if guided else v
@@ -247,7 +258,6 @@ class Pipeline:
             return checked("latents of callback_on_step_end", replaced, latents.shape).to(frames).transpose(1, 2)
 
         with tqdm(total=settings.num_inference_steps, unit="step", disable=not progress) as bar:
-            steps = sampling_steps(self.configs.schedule, settings.num_inference_steps)
             # Frames first, [B, T, C, H, W]: so the noise that a sampler adds is that of diffusers too, seed for seed.
             frames = SAMPLERS[settings.sampler](denoise, noise.transpose(1, 2), steps, generators, on_step)
             return frames.transpose(1, 2)

@@ -6,9 +6,11 @@
 from ._op import explain, use_backend
 from .causal_conv3d import causal_conv3d
 from .expert_layernorm import expert_layernorm
+from .gated_expert_layernorm import gated_expert_layernorm
 from .group_norm_silu import group_norm_silu
 from .int8_joint_attention import int8_joint_attention
 from .joint_attention import joint_attention
+from .linear import linear
 from .qk_norm_rope import qk_norm_rope
 from .spatial_norm_silu import spatial_norm_silu
 from .upsample_conv import upsample_conv
@@ -17,9 +19,11 @@ __all__ = [
     "causal_conv3d",
     "expert_layernorm",
     "explain",
+    "gated_expert_layernorm",
     "group_norm_silu",
     "int8_joint_attention",
     "joint_attention",
+    "linear",
     "qk_norm_rope",
     "spatial_norm_silu",
     "upsample_conv",

@@ -42,7 +42,8 @@ class Op:
     `backends` are in the order of preference. `check(*args)` raises ValueError for shapes and values that the formula
     does not cover. All tensors share one dtype, but those in `wide` may also be float32; under autocast they stay as
     they are and the others are cast to the low precision. Where it is not `differentiable`, asking for a gradient
-    raises RuntimeError.
+    raises RuntimeError. `devices` names the types of devices that the backends are for; elsewhere, as without any
+    backend, the call is the plain function, which torch.compile can fuse.
     """
 
     def __init__(
@@ -53,10 +54,11 @@ class Op:
         check: Callable[..., None],
         wide: tuple[str, ...] = (),
         differentiable: bool = True,
+        devices: tuple[str, ...] | None = None,
     ):
         signature = inspect.signature(reference.forward)
         self.name, self.reference, self.backends, self.check = name, reference, backends, check
-        self.differentiable = differentiable
+        self.differentiable, self.devices = differentiable, devices
         self.arguments = tuple(signature.parameters)
         self._kinds = tuple((p.name, *_KINDS[p.annotation]) for p in signature.parameters.values())
         self._tensors = tuple(i for i, (_, _, kinds) in enumerate(self._kinds) if Tensor in kinds)
@@ -68,9 +70,10 @@ class Op:
         for (argument, expected, kinds), value in zip(self._kinds, args, strict=True):
             if not isinstance(value, kinds):
                 raise ValueError(f"{self.name}: {argument} must be {expected}, got {type(value).__name__}")
-        if self.backends:
+        device = args[0].device.type
+        if self.backends and (self.devices is None or device in self.devices):
             return self._overload(*args)
-        self._check(args, torch.is_autocast_enabled(args[0].device.type))
+        self._check(args, torch.is_autocast_enabled(device))
         return self.reference.forward(*args)
 
     def why_not(self, backend: str, *args: Any) -> str | None:

@@ -7,18 +7,21 @@ checkpoints.
 Source: "CogVideoX" (arXiv 2408.06072), section 2.2, and the released configurations.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Self
+from typing import NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cogvx_kernels import expert_layernorm, joint_attention, qk_norm_rope
+from cogvx_kernels import expert_layernorm, gated_expert_layernorm, joint_attention, qk_norm_rope
 
 from ..config import TransformerConfig
 from .checkpoint import load_model
 from .embeddings import rope_positions, sincos_positions, timestep_embedding
+from .linear import Linear
+from .modulation import Modulation, ModulationTable
 from .saving import SHARD_BYTES, save_model
 
 QK_EPS = 1e-6  # of the per-head norms of q and k; all others take the config's norm_eps
@@ -34,8 +37,9 @@ class ExpertTransformer(nn.Module):
         self.time_embedding = TimeEmbedding(config.width, config.time_embed_dim)
         self.transformer_blocks = nn.ModuleList(ExpertBlock(config) for _ in range(config.num_layers))
         self.norm_final = nn.LayerNorm(config.width, config.norm_eps)
-        self.norm_out = ModulatedNorm(config, num_chunks=2)
-        self.proj_out = nn.Linear(config.width, config.out_channels * config.patch_size**2)
+        self.norm_out = LastNorm(config)
+        self.proj_out = Linear(config.width, config.out_channels * config.patch_size**2)
+        self.table: ModulationTable | None = None  # what is left of the modulation once its weights are released
 
     @classmethod
     def from_pretrained(
@@ -53,7 +57,11 @@ class ExpertTransformer(nn.Module):
         return load_model(cls, TransformerConfig, "transformer", folder, numerics, dtype, device)
 
     def save_pretrained(self, folder: str | Path, shard_bytes: int = SHARD_BYTES) -> None:
-        """Write the transformer's own published folder; diffusers loads it too."""
+        """Write the transformer's own published folder; diffusers loads it too.
+
+        Raises ValueError for a model without its modulation weights.
+        """
+        self._refuse_if_released("saved")
         save_model(self, folder, shard_bytes)
 
     def forward(
@@ -61,18 +69,66 @@ class ExpertTransformer(nn.Module):
         latents: Tensor,  # [B, C, T, H, W]
         text: Tensor,  # [B, L, text_embed_dim]
         timestep: Tensor,  # [B], 0 ... 999
+        modulation: Modulation | None = None,  # of that timestep, where a table has it
     ) -> Tensor:  # [B, C, T, H, W]
         dtype, num_text, patch = self.proj_out.weight.dtype, text.shape[1], self.config.patch_size
         grid = self.check_shapes(latents, text, timestep)
         added, rope = self.positions(grid, latents.device)
-        x = self.patch_embed(latents.to(dtype), text.to(dtype), added)
-        condition = F.silu(self.time_embedding(timestep_embedding(timestep, self.config.width).to(dtype)))
-        for block in self.transformer_blocks:
-            x = block(x, condition, rope, num_text)
-        vision = self.norm_final(x[:, num_text:])
-        shift, scale = self.norm_out.linear(condition).chunk(2, dim=1)
-        vision = self.norm_out.norm(vision) * (1 + scale[:, None]) + shift[:, None]
-        return unpatchify(self.proj_out(vision), grid, patch)
+        modulation = (modulation or self.modulate(timestep)).expand(len(latents))
+        stream = Stream(self.patch_embed(latents.to(dtype), text.to(dtype), added))
+        for block, norms in zip(self.transformer_blocks, modulation.blocks.unbind(1), strict=True):
+            stream = block(stream, norms, rope, num_text)
+        vision = self.norm_final(stream.vision(num_text))
+        return unpatchify(self.proj_out(self.norm_out(vision, modulation.last)), grid, patch)
+
+    def modulate(self, timestep: Tensor) -> Modulation:  # [B]
+        """Shift, scale and gate of every norm at a timestep.
+
+        Raises ValueError for a timestep that is not in the table of a model without its modulation weights.
+        """
+        if self.table is not None:
+            return self.table.at(*timestep.tolist())
+        embedded = timestep_embedding(timestep, self.config.width).to(self.proj_out.weight.dtype)
+        condition = F.silu(self.time_embedding(embedded))
+        norms = [norm.modulate(condition) for block in self.transformer_blocks for norm in (block.norm1, block.norm2)]
+        return Modulation(torch.stack(norms, 1).unflatten(1, (-1, 2)), self.norm_out.modulate(condition))
+
+    @torch.no_grad()
+    def tabulate(self, timesteps: Sequence[int], batch: int = 1) -> ModulationTable:
+        """The modulation of each of these timesteps, for `forward(..., modulation=table.at(timestep))`.
+
+        A product's last bits may depend on how many rows it has: with the `batch` of the calls to come, those give the
+        same bits as without a table on a CPU (in widths that its vectors divide, as the released ones are). Raises
+        ValueError where the weights are released and a timestep was not kept.
+        """
+        if self.table is None:
+            device = self.proj_out.weight.device
+            rows = [self.modulate(torch.full((batch,), timestep, device=device)) for timestep in timesteps]
+            return ModulationTable(timesteps, [Modulation(*(part[:1] for part in row)) for row in rows])
+        for timestep in timesteps:
+            self.table.row(timestep)
+        return self.table
+
+    def release_modulation(self, timesteps: Sequence[int]) -> None:
+        """Keep the modulation of these timesteps and free the weights that make it: a fifth of 2B's, a seventh of 5B's.
+
+        The model then takes those timesteps alone, and can be neither trained nor saved.
+        """
+        table = self.eval().tabulate(timesteps)
+        self.table, self.time_embedding = table, None
+        for module in self.modules():
+            if isinstance(module, ModulatedNorm | LastNorm):
+                module.linear = None
+
+    def train(self, mode: bool = True) -> Self:
+        """Raises ValueError for a model without its modulation weights."""
+        if mode:
+            self._refuse_if_released("trained")
+        return super().train(mode)
+
+    def _refuse_if_released(self, what: str) -> None:
+        if self.table is not None:
+            raise ValueError(f"the modulation weights of this transformer were released, so it cannot be {what}")
 
     def positions(self, grid: tuple[int, int, int], device: torch.device):
         """What is added to the vision tokens and what rotates them; a model has one of the two, the other is None."""
@@ -111,11 +167,23 @@ class ExpertTransformer(nn.Module):
             elif isinstance(module, nn.LayerNorm):
                 module.reset_parameters()
         for module in self.modules():
-            if isinstance(module, ModulatedNorm):
+            if isinstance(module, ModulatedNorm | LastNorm):
                 nn.init.zeros_(module.linear.weight)
         for layer in (self.time_embedding.linear_1, self.time_embedding.linear_2):
             nn.init.normal_(layer.weight, std=0.02)
         return self
+
+
+class Stream(NamedTuple):
+    """The residual stream; what the last sub-layer made is added to it by the norm that comes next, in one pass."""
+
+    x: Tensor  # [B, N, D]
+    gate: Tensor | None = None  # [B, 2, D], of text, then of vision
+    y: Tensor | None = None  # [B, N, D]
+
+    def vision(self, num_text: int) -> Tensor:  # [B, N - L, D]
+        """The vision tokens of the sum x + gate y."""
+        return torch.addcmul(self.x[:, num_text:], self.gate[:, 1:], self.y[:, num_text:])
 
 
 class ExpertBlock(nn.Module):
@@ -123,37 +191,63 @@ class ExpertBlock(nn.Module):
 
     def __init__(self, config: TransformerConfig):
         super().__init__()
-        self.norm1 = ModulatedNorm(config, num_chunks=6)
+        self.norm1 = ModulatedNorm(config)
         self.attn1 = JointAttention(config)
-        self.norm2 = ModulatedNorm(config, num_chunks=6)
+        self.norm2 = ModulatedNorm(config)
         self.ff = FeedForward(config.width)
 
     def forward(
         self,
-        x: Tensor,  # [B, N, D]
-        condition: Tensor,  # [B, time_embed_dim]
+        stream: Stream,
+        norms: Tensor,  # [B, 2, 3, 2, D], the modulation of norm1 and norm2
         rope: tuple[Tensor, Tensor] | None,  # [N - L, E] each
         num_text: int,
-    ) -> Tensor:  # [B, N, D]
-        y, gate = self.norm1(x, condition, num_text)
-        x = add_gated(x, gate, self.attn1(y, rope, num_text), num_text)
-        y, gate = self.norm2(x, condition, num_text)
-        return add_gated(x, gate, self.ff(y), num_text)
+    ) -> Stream:
+        x, y, gate = self.norm1(stream, norms[:, 0], num_text)
+        x, y, gate = self.norm2(Stream(x, gate, self.attn1(y, rope, num_text)), norms[:, 1], num_text)
+        return Stream(x, gate, self.ff(y))
 
 
 class ModulatedNorm(nn.Module):
     """LayerNorm with one affine, then a shift and a scale from the timestep, different for text and vision."""
 
-    def __init__(self, config: TransformerConfig, num_chunks: int):
+    def __init__(self, config: TransformerConfig):
         super().__init__()
-        self.linear = nn.Linear(config.time_embed_dim, num_chunks * config.width)
+        self.linear = nn.Linear(config.time_embed_dim, 6 * config.width)
         self.norm = nn.LayerNorm(config.width, config.norm_eps)
 
-    def forward(self, x: Tensor, condition: Tensor, num_text: int) -> tuple[Tensor, Tensor]:
+    def modulate(self, condition: Tensor) -> Tensor:  # [B, time_embed_dim] -> [B, 3, 2, D]
         # The six chunks are shift, scale, gate of vision, then of text; the operators want text first.
-        chunks = self.linear(condition).unflatten(1, (2, 3, -1)).flip(1)
-        shift, scale, gate = chunks.unbind(2)  # [B, 2, D] each
-        return expert_layernorm(x, self.norm.weight, self.norm.bias, shift, scale, num_text, self.norm.eps), gate
+        return self.linear(condition).unflatten(1, (2, 3, -1)).flip(1).transpose(1, 2)
+
+    def forward(
+        self,
+        stream: Stream,
+        modulation: Tensor,  # [B, 3, 2, D]
+        num_text: int,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The stream with its last sub-layer added, its norm, and the gate of the sub-layer that reads that."""
+        shift, scale, gate = modulation.unbind(1)
+        norm = self.norm.weight, self.norm.bias, shift, scale, num_text, self.norm.eps
+        if stream.y is None:
+            return stream.x, expert_layernorm(stream.x, *norm), gate
+        return *gated_expert_layernorm(stream.x, stream.y, stream.gate, *norm), gate
+
+
+class LastNorm(nn.Module):
+    """LayerNorm of the vision tokens, with a shift and a scale from the timestep."""
+
+    def __init__(self, config: TransformerConfig):
+        super().__init__()
+        self.linear = nn.Linear(config.time_embed_dim, 2 * config.width)
+        self.norm = nn.LayerNorm(config.width, config.norm_eps)
+
+    def modulate(self, condition: Tensor) -> Tensor:  # [B, time_embed_dim] -> [B, 2, D]
+        return self.linear(condition).unflatten(1, (2, -1))
+
+    def forward(self, vision: Tensor, modulation: Tensor) -> Tensor:
+        shift, scale = modulation[:, :, None].expand(-1, -1, 2, -1).unbind(1)  # one for both experts
+        return expert_layernorm(vision, self.norm.weight, self.norm.bias, shift, scale, 0, self.norm.eps)
 
 
 class JointAttention(nn.Module):
@@ -162,10 +256,10 @@ class JointAttention(nn.Module):
         self.num_heads = config.num_attention_heads
         self.norm_q = nn.LayerNorm(config.attention_head_dim, QK_EPS)
         self.norm_k = nn.LayerNorm(config.attention_head_dim, QK_EPS)
-        self.to_q = nn.Linear(config.width, config.width)
-        self.to_k = nn.Linear(config.width, config.width)
-        self.to_v = nn.Linear(config.width, config.width)
-        self.to_out = nn.ModuleList([nn.Linear(config.width, config.width)])
+        self.to_q = Linear(config.width, config.width)
+        self.to_k = Linear(config.width, config.width)
+        self.to_v = Linear(config.width, config.width)
+        self.to_out = nn.ModuleList([Linear(config.width, config.width)])
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor] | None, num_text: int) -> Tensor:
         # Three calls, not one product over joined weights, so that LoRA and quantised layers can take their place.
@@ -181,11 +275,15 @@ class JointAttention(nn.Module):
 class FeedForward(nn.Module):
     def __init__(self, width: int):
         super().__init__()
-        up, down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        up, down = Linear(width, 4 * width), Linear(4 * width, width)
         self.net = nn.ModuleList([nn.ModuleDict({"proj": up}), nn.Identity(), down])  # names: net.0.proj, net.2
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.net[2](F.gelu(self.net[0]["proj"](x), approximate="tanh"))
+        up, down = self.net[0]["proj"], self.net[2]
+        # GELU inside the product where that layer is still ours, and where no gradient needs what GELU saw.
+        if type(up) is Linear and not torch.is_grad_enabled():
+            return down(up(x, gelu=True))
+        return down(F.gelu(up(x), approximate="tanh"))
 
 
 class PatchEmbed(nn.Module):
@@ -195,7 +293,7 @@ class PatchEmbed(nn.Module):
         super().__init__()
         patch = config.patch_size
         self.proj = nn.Conv2d(config.in_channels, config.width, patch, stride=patch)
-        self.text_proj = nn.Linear(config.text_embed_dim, config.width)
+        self.text_proj = Linear(config.text_embed_dim, config.width)
 
     def forward(self, latents: Tensor, text: Tensor, added: Tensor | None) -> Tensor:
         frames = self.proj(latents.transpose(1, 2).flatten(0, 1))  # [B T, D, H / p, W / p]
@@ -213,18 +311,6 @@ class TimeEmbedding(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.linear_2(F.silu(self.linear_1(x)))
-
-
-def add_gated(
-    x: Tensor,  # [B, N, D]
-    gate: Tensor,  # [B, 2, D], of text, then of vision
-    y: Tensor,  # [B, N, D]
-    num_text: int,
-) -> Tensor:  # [B, N, D]
-    """x + gate y, with each modality's own gate."""
-    text = torch.addcmul(x[:, :num_text], gate[:, :1], y[:, :num_text])
-    vision = torch.addcmul(x[:, num_text:], gate[:, 1:], y[:, num_text:])
-    return torch.cat([text, vision], dim=1)
 
 
 def unpatchify(

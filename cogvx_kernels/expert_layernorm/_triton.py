@@ -6,6 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .._extension import with_contiguous_rows
+from .._triton_rows import chunk_of_program, normalize, num_chunks, options
 
 # Rows of a program: enough to share the modulation, few enough to fill a GPU. Gradients are summed in these chunks.
 FORWARD_ROWS, BACKWARD_ROWS = 8, 32
@@ -14,32 +15,12 @@ _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 @triton.jit
-def _chunk(num_rows, num_text, ROWS: tl.constexpr):
-    """The chunk of program (index, b): first row, last row + 1 and 0 for text or 1 for vision; none mixes the two."""
-    index = tl.program_id(0)
-    num_text_chunks = tl.cdiv(num_text, ROWS)
-    is_vision = (index >= num_text_chunks).to(tl.int32)
-    first = index * ROWS + is_vision * (num_text - num_text_chunks * ROWS)
-    end = tl.where(is_vision == 1, num_rows, num_text)
-    return first, tl.minimum(first + ROWS, end), is_vision
-
-
-@triton.jit
-def _normalize(x, inside, width, eps):
-    """xhat = (x - mean) / sqrt(variance + eps) and the factor; two passes, so that a large mean costs no accuracy."""
-    mean = tl.sum(x, 0) / width
-    centered = tl.where(inside, x - mean, 0.0)
-    rstd = 1.0 / tl.sqrt(tl.sum(centered * centered, 0) / width + eps)
-    return centered * rstd, rstd
-
-
-@triton.jit
 def forward_kernel(
     x, weight, bias, shift, scale, y, num_rows, num_text, width, eps,
     x_b, x_n, shift_b, shift_m, scale_b, scale_m,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    first, last, m = _chunk(num_rows, num_text, ROWS)
+    first, last, m = chunk_of_program(num_rows, num_text, ROWS)
     b = tl.program_id(1).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     inside = columns < width
@@ -50,7 +31,7 @@ def forward_kernel(
     x += b * x_b + first.to(tl.int64) * x_n + columns
     y += (b * num_rows + first) * width + columns
     for _ in range(first, last):
-        xhat, _ = _normalize(tl.load(x, mask=inside, other=0.0).to(tl.float32), inside, width, eps)
+        xhat, _ = normalize(tl.load(x, mask=inside, other=0.0).to(tl.float32), inside, width, eps)
         tl.store(y, (xhat * factor + offset).to(y.dtype.element_ty), mask=inside)
         x += x_n
         y += width
@@ -63,7 +44,7 @@ def backward_kernel(
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """With d = grad * weight * (1 + scale): grad_x = rstd * (d - mean(d) - xhat * mean(d * xhat)); the chunk's sums."""
-    first, last, m = _chunk(num_rows, num_text, ROWS)
+    first, last, m = chunk_of_program(num_rows, num_text, ROWS)
     b = tl.program_id(1).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     inside = columns < width
@@ -75,7 +56,7 @@ def backward_kernel(
     grad += b * grad_b + first.to(tl.int64) * grad_n + columns
     grad_x += (b * num_rows + first) * width + columns
     for _ in range(first, last):
-        xhat, rstd = _normalize(tl.load(x, mask=inside, other=0.0).to(tl.float32), inside, width, eps)
+        xhat, rstd = normalize(tl.load(x, mask=inside, other=0.0).to(tl.float32), inside, width, eps)
         g = tl.load(grad, mask=inside, other=0.0).to(tl.float32)
         d = g * factor
         mean_d, mean_d_xhat = tl.sum(d, 0) / width, tl.sum(d * xhat, 0) / width
@@ -88,18 +69,6 @@ def backward_kernel(
     target = partials + (b * tl.num_programs(0) + tl.program_id(0)) * 2 * width + columns
     tl.store(target, sum_grad, mask=inside)
     tl.store(target + width, sum_grad_xhat, mask=inside)
-
-
-def options(width: int, rows: int) -> dict:
-    """The compile-time arguments of a kernel."""
-    block = triton.next_power_of_2(width)
-    return {
-        "ROWS": rows,
-        "BLOCK": block,
-        "num_warps": min(max(block // 512, 1), 16),
-        # A product that is fused into one sum and not into another leaves a difference where there is none.
-        "enable_fp_fusion": False,
-    }
 
 
 def why_not(
@@ -126,7 +95,7 @@ def forward(
         return y
     x, weight, bias, shift, scale = map(with_contiguous_rows, (x, weight, bias, shift, scale))
     b, n, d = x.shape
-    grid = (_num_chunks(num_text, FORWARD_ROWS) + _num_chunks(n - num_text, FORWARD_ROWS), b)
+    grid = (num_chunks(num_text, FORWARD_ROWS) + num_chunks(n - num_text, FORWARD_ROWS), b)
     with torch.cuda.device_of(x):
         forward_kernel[grid](
             x, weight, bias, shift, scale, y, n, num_text, d, eps,
@@ -147,8 +116,8 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # of x, weight, bias, shift, scale
     grad, x, weight, bias, shift, scale = map(with_contiguous_rows, (grad, x, weight, bias, shift, scale))
     b, n, d = x.shape
-    num_text_chunks = _num_chunks(num_text, BACKWARD_ROWS)
-    grid = (num_text_chunks + _num_chunks(n - num_text, BACKWARD_ROWS), b)
+    num_text_chunks = num_chunks(num_text, BACKWARD_ROWS)
+    grid = (num_text_chunks + num_chunks(n - num_text, BACKWARD_ROWS), b)
     grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     partials = torch.empty(b, grid[0], 2, d, dtype=torch.float32, device=x.device)  # sums of grad and of grad * xhat
     if x.numel():
@@ -163,7 +132,3 @@ def backward(
     grad_weight, grad_bias = (modulation * sum_grad_xhat).sum((0, 1)), (modulation * sum_grad).sum((0, 1))
     grad_scale = sum_grad_xhat * weight + sum_grad * bias
     return grad_x, *(g.to(x.dtype) for g in (grad_weight, grad_bias, sum_grad, grad_scale))
-
-
-def _num_chunks(num_rows: int, size: int) -> int:
-    return -(-num_rows // size)

@@ -7,7 +7,7 @@ namespace cogvx::expert_layernorm {
 namespace {
 
 constexpr int kForwardChunk = 8;  // enough rows to share the modulation, few enough to fill a GPU
-constexpr int kColumns = 32;      // of a block that adds up the chunks
+constexpr int kCudaColumns = 32;      // of a block that adds up the chunks
 constexpr int kMaxWidth = 4096;
 
 // Rows are read in vectors of 16 bytes where all are aligned to that, else value by value.
@@ -89,9 +89,9 @@ template <class T, class Layout> __global__ void __launch_bounds__(Layout::kMaxT
 }
 
 // Adds the chunks up, in an order that depends on their number alone.
-template <class T> __global__ void __launch_bounds__(kColumns * 32) columns_kernel(Args args) {
-  __shared__ double shared[2][32][kColumns];
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * kColumns + threadIdx.x;
+template <class T> __global__ void __launch_bounds__(kCudaColumns * 32) columns_kernel(Args args) {
+  __shared__ double shared[2][32][kCudaColumns];
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * kCudaColumns + threadIdx.x;
   const int64_t per_sample = num_chunks(args, kChunk), num_text_chunks = num_chunks(args.num_text, kChunk);
   double grad_weight = 0, grad_bias = 0;
   for (int64_t b = 0; b < args.batch; ++b) {
@@ -153,8 +153,8 @@ template <class T, class Layout> void launch_forward(const Args& args, cudaStrea
 template <class T, class Layout> void launch_backward(const Args& args, cudaStream_t stream) {
   const unsigned blocks = static_cast<unsigned>(args.batch * num_chunks(args, kChunk));
   if (blocks) backward_kernel<T, Layout><<<blocks, num_threads<Layout>(args), 0, stream>>>(args);
-  const unsigned column_blocks = static_cast<unsigned>((args.width + kColumns - 1) / kColumns);
-  columns_kernel<T><<<column_blocks, dim3(kColumns, 32), 0, stream>>>(args);
+  const unsigned column_blocks = static_cast<unsigned>((args.width + kCudaColumns - 1) / kCudaColumns);
+  columns_kernel<T><<<column_blocks, dim3(kCudaColumns, 32), 0, stream>>>(args);
 }
 
 template <class T> void forward_as(const Args& args, cudaStream_t stream) {

@@ -18,6 +18,7 @@ namespace cogvx::expert_layernorm {
 // Rows of the backward pass whose sums are kept together. It does not depend on the machine or the number of threads,
 // and so neither do the gradients.
 constexpr int kChunk = 32;
+constexpr int64_t kColumns = 64;  // that one task adds up: a cache line or more of every chunk's sums
 
 struct Args {
   DType dtype;  // of every tensor but `partials`
@@ -39,13 +40,13 @@ struct Chunk {
   int m;                   // 0 text, 1 vision
 };
 
-COGVX_HOST_DEVICE inline int64_t num_chunks(int64_t rows, int64_t size) { return (rows + size - 1) / size; }
+COGVX_HOST_DEVICE static inline int64_t num_chunks(int64_t rows, int64_t size) { return (rows + size - 1) / size; }
 
-COGVX_HOST_DEVICE inline int64_t num_chunks(const Args& args, int64_t size) {  // of a sample; text first
+COGVX_HOST_DEVICE static inline int64_t num_chunks(const Args& args, int64_t size) {  // of a sample; text first
   return num_chunks(args.num_text, size) + num_chunks(args.num_rows - args.num_text, size);
 }
 
-COGVX_HOST_DEVICE inline Chunk chunk_at(const Args& args, int64_t index, int64_t size) {
+COGVX_HOST_DEVICE static inline Chunk chunk_at(const Args& args, int64_t index, int64_t size) {
   const int64_t per_sample = num_chunks(args, size), num_text_chunks = num_chunks(args.num_text, size);
   const int64_t in_sample = index % per_sample;
   const bool is_text = in_sample < num_text_chunks;

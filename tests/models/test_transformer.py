@@ -48,6 +48,24 @@ def test_computes_what_diffusers_computes(published, relative_error, kind, grid)
     assert relative_error(ours(*given), theirs(oracle, *given)) <= 1e-5
 
 
+@pytest.mark.parametrize("kind", ["2b", "5b"])
+def test_learns_what_diffusers_learns(published, kind):
+    models = (
+        ExpertTransformer.from_pretrained(published / kind),
+        CogVideoXTransformer3DModel.from_pretrained(published / kind),
+    )
+    given = inputs(models[0].config, (3, 8, 12))
+    for model, run in zip(models, (models[0], lambda *args: theirs(models[1], *args)), strict=True):
+        model.requires_grad_().zero_grad()
+        run(*given).square().mean().backward()
+    expected = dict(models[1].named_parameters())
+    largest = max(parameter.grad.norm() for parameter in expected.values())
+    for name, parameter in models[0].named_parameters():
+        difference = (parameter.grad - expected[name].grad).norm()
+        # Where the gradient is 0 but for rounding (a bias of k), only its size beside the others means anything.
+        assert difference <= 1e-4 * expected[name].grad.norm() + 1e-6 * largest, name
+
+
 @torch.no_grad()
 def test_samples_of_a_batch_do_not_meet(published):
     model = ExpertTransformer.from_pretrained(published / "5b")

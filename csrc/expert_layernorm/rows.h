@@ -1,0 +1,103 @@
+// What expert_layernorm does with a row on a CPU, for its own kernel and for the one that adds a gated row first.
+#pragma once
+
+#include "common/row.h"
+#include "expert_layernorm/expert_layernorm.h"
+
+namespace cogvx::expert_layernorm {
+namespace {
+
+// The norm's affine and its modulation in one: y = xhat * factor + offset.
+template <class T>
+void load_modulation(const Args& args, const Chunk& chunk, accumulator_t<T>* factor, accumulator_t<T>* offset) {
+  using A = accumulator_t<T>;
+  const T *weight = reinterpret_cast<const T*>(args.weight), *bias = reinterpret_cast<const T*>(args.bias);
+  const T *shift = row_of<T>(args.shift, chunk.b, chunk.m), *scale = row_of<T>(args.scale, chunk.b, chunk.m);
+#pragma omp simd
+  for (int64_t i = 0; i < args.width; ++i) {
+    const A modulation = 1 + widen(scale[i]);
+    factor[i] = widen(weight[i]) * modulation;
+    offset[i] = widen(bias[i]) * modulation + widen(shift[i]);
+  }
+}
+
+template <class A> void normalize_row(const A* x, const A* factor, const A* offset, const Args& args, A* y) {
+  const Moments<A> of_x = moments(x, args.width, args.eps);
+#pragma omp simd
+  for (int64_t i = 0; i < args.width; ++i) y[i] = (x[i] - of_x.mean) * of_x.rstd * factor[i] + offset[i];
+}
+
+// The factor of the gradient: d = grad * weight * (1 + scale).
+template <class T> void load_factor(const Args& args, const Chunk& chunk, accumulator_t<T>* factor) {
+  const T *weight = reinterpret_cast<const T*>(args.weight), *scale = row_of<T>(args.scale, chunk.b, chunk.m);
+#pragma omp simd
+  for (int64_t i = 0; i < args.width; ++i) factor[i] = widen(weight[i]) * (1 + widen(scale[i]));
+}
+
+// Where the sums of grad and of grad * xhat over the rows of a chunk go; set to 0.
+template <class A> struct Sums {
+  A *grad, *grad_xhat;
+  Sums(const Args& args, int64_t index) : grad(reinterpret_cast<A*>(args.partials) + index * 2 * args.width) {
+    grad_xhat = grad + args.width;
+    for (int64_t i = 0; i < 2 * args.width; ++i) grad[i] = 0;
+  }
+};
+
+// With xhat = (x - mean) * rstd: grad_x = rstd * (d - mean(d) - xhat * mean(d * xhat)). `grad` becomes grad_x.
+template <class A> void backward_row(const A* x, const A* factor, const Args& args, const Sums<A>& sums, A* grad) {
+  const int64_t width = args.width;
+  const Moments<A> of_x = moments(x, width, args.eps);
+  A *sum_grad = sums.grad, *sum_grad_xhat = sums.grad_xhat;
+  // d is kept: a product fused into one sum and not into another leaves a difference where there is none.
+  A *d = grad, mean_d = 0, mean_d_xhat = 0;
+#pragma omp simd reduction(+ : mean_d, mean_d_xhat)
+  for (int64_t i = 0; i < width; ++i) {
+    const A xhat = (x[i] - of_x.mean) * of_x.rstd;
+    sum_grad[i] += grad[i];
+    sum_grad_xhat[i] += grad[i] * xhat;
+    d[i] = grad[i] * factor[i];
+    mean_d += d[i];
+    mean_d_xhat += d[i] * xhat;
+  }
+  mean_d /= static_cast<A>(width);
+  mean_d_xhat /= static_cast<A>(width);
+#pragma omp simd
+  for (int64_t i = 0; i < width; ++i)
+    grad[i] = of_x.rstd * (d[i] - mean_d - (x[i] - of_x.mean) * of_x.rstd * mean_d_xhat);
+}
+
+// The sum over the chunks of sample b and expert m, in their order, of `sums[chunk * stride]`.
+template <class A> double sum_of_chunks(const Args& args, int64_t b, int m, const A* sums, int64_t stride) {
+  const int64_t per_sample = num_chunks(args, kChunk), num_text_chunks = num_chunks(args.num_text, kChunk);
+  double sum = 0;
+  for (int64_t c = m ? num_text_chunks : 0; c < (m ? per_sample : num_text_chunks); ++c)
+    sum += sums[(b * per_sample + c) * stride];
+  return sum;
+}
+
+// Adds the chunks up, column by column, for columns first <= i < last.
+template <class T> void backward_columns(const Args& args, int64_t first, int64_t last) {
+  using A = accumulator_t<T>;
+  const T *weight = reinterpret_cast<const T*>(args.weight), *bias = reinterpret_cast<const T*>(args.bias);
+  const A* partials = reinterpret_cast<const A*>(args.partials);
+  for (int64_t i = first; i < last; ++i) {
+    double grad_weight = 0, grad_bias = 0;
+    for (int64_t b = 0; b < args.batch; ++b) {
+      for (int m = 0; m < 2; ++m) {
+        const double sum_grad = sum_of_chunks(args, b, m, partials + i, 2 * args.width);
+        const double sum_grad_xhat = sum_of_chunks(args, b, m, partials + args.width + i, 2 * args.width);
+        const double modulation = 1 + static_cast<double>(widen(row_of<T>(args.scale, b, m)[i]));
+        grad_weight += sum_grad_xhat * modulation;
+        grad_bias += sum_grad * modulation;
+        const double grad_scale = sum_grad_xhat * widen(weight[i]) + sum_grad * widen(bias[i]);
+        store(mutable_row_of<T>(args.grad_shift, b, m) + i, static_cast<A>(sum_grad));
+        store(mutable_row_of<T>(args.grad_scale, b, m) + i, static_cast<A>(grad_scale));
+      }
+    }
+    store(reinterpret_cast<T*>(args.grad_weight) + i, static_cast<A>(grad_weight));
+    store(reinterpret_cast<T*>(args.grad_bias) + i, static_cast<A>(grad_bias));
+  }
+}
+
+}  // namespace
+}  // namespace cogvx::expert_layernorm
