@@ -1,0 +1,133 @@
+// A head of 64 values in four AVX-512 registers: loads, stores past the caches, and the pairs that a rotation swaps.
+//
+// Everything is `static`, as in common/dtype.h.
+#pragma once
+
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12 sees one inside its own intrinsics
+#endif
+#include <immintrin.h>
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic pop
+#endif
+
+#include <math.h>
+
+#include "common/dtype.h"
+
+namespace cogvx::qk_norm_rope {
+
+struct Row64 {
+  __m512 v[4];
+};
+
+static inline Row64 load64(const float* from) {
+  return {{_mm512_loadu_ps(from), _mm512_loadu_ps(from + 16), _mm512_loadu_ps(from + 32), _mm512_loadu_ps(from + 48)}};
+}
+
+static inline Row64 load64(const BFloat16* from) {
+  Row64 row;
+  for (int i = 0; i < 4; ++i) {
+    const __m512i bits = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + 16 * i)));
+    row.v[i] = _mm512_castsi512_ps(_mm512_slli_epi32(bits, 16));
+  }
+  return row;
+}
+
+static inline Row64 load64(const Half* from) {
+  Row64 row;
+  for (int i = 0; i < 4; ++i)
+    row.v[i] = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + 16 * i)));
+  return row;
+}
+
+// Two registers as 32 values of 16 bits, rounded to the nearest, ties to even.
+static inline __m512i narrow(__m512 low, __m512 high, Half) {
+  const __m256i first = _mm512_cvtps_ph(low, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const __m256i second = _mm512_cvtps_ph(high, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  return _mm512_inserti64x4(_mm512_castsi256_si512(first), second, 1);
+}
+
+#if defined(__AVX512BF16__)
+static inline __m512i narrow(__m512 low, __m512 high, BFloat16) {
+  const __m512bh both = _mm512_cvtne2ps_pbh(high, low);
+  __m512i bits;
+  std::memcpy(&bits, &both, sizeof bits);
+  return bits;
+}
+#else
+static inline __m256i bfloat16_bits(__m512 value) {
+  const __m512i bits = _mm512_castps_si512(value);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+  const __mmask16 is_nan = _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
+  const __m512i kept = _mm512_mask_or_epi32(rounded, is_nan, bits, _mm512_set1_epi32(0x00400000));
+  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(kept, 16));
+}
+
+static inline __m512i narrow(__m512 low, __m512 high, BFloat16) {
+  return _mm512_inserti64x4(_mm512_castsi256_si512(bfloat16_bits(low)), bfloat16_bits(high), 1);
+}
+#endif
+
+// kStream: the target, aligned to 64 bytes, goes to memory without being read into the caches first.
+template <bool kStream> static inline void put(void* target, __m512i bits) {
+  if (kStream)
+    _mm512_stream_si512(static_cast<__m512i*>(target), bits);
+  else
+    _mm512_storeu_si512(target, bits);
+}
+
+template <bool kStream> static inline void store64(float* to, const Row64& row) {
+  for (int i = 0; i < 4; ++i) put<kStream>(to + 16 * i, _mm512_castps_si512(row.v[i]));
+}
+
+template <bool kStream, class T> static inline void store64(T* to, const Row64& row) {
+  for (int i = 0; i < 2; ++i) put<kStream>(to + 32 * i, narrow(row.v[2 * i], row.v[2 * i + 1], T{}));
+}
+
+template <bool kStream, class T> static inline void copy64(T* to, const T* from) {
+  constexpr int kPerRegister = 64 / sizeof(T);
+  for (int i = 0; i < 64; i += kPerRegister) put<kStream>(to + i, _mm512_loadu_si512(from + i));
+}
+
+static inline float mean64(const Row64& row) {
+  return _mm512_reduce_add_ps(_mm512_add_ps(_mm512_add_ps(row.v[0], row.v[1]), _mm512_add_ps(row.v[2], row.v[3]))) /
+         64.0f;
+}
+
+static inline float mean_of_product64(const Row64& a, const Row64& b) {
+  const __m512 first = _mm512_fmadd_ps(a.v[1], b.v[1], _mm512_mul_ps(a.v[0], b.v[0]));
+  const __m512 second = _mm512_fmadd_ps(a.v[3], b.v[3], _mm512_mul_ps(a.v[2], b.v[2]));
+  return _mm512_reduce_add_ps(_mm512_add_ps(first, second)) / 64.0f;
+}
+
+static inline __m512 swap_pairs(__m512 x) { return _mm512_permute_ps(x, 0xb1); }
+
+// row = (row - mean) / sqrt(variance + eps); returns the factor. Two passes, as everywhere.
+static inline float normalize64(Row64& row, double eps) {
+  const __m512 mean = _mm512_set1_ps(mean64(row));
+  for (auto& v : row.v) v = _mm512_sub_ps(v, mean);
+  const float rstd = 1.0f / sqrtf(mean_of_product64(row, row) + static_cast<float>(eps));
+  for (auto& v : row.v) v = _mm512_mul_ps(v, _mm512_set1_ps(rstd));
+  return rstd;
+}
+
+// (x[2i] cos - x[2i+1] sin, x[2i+1] cos + x[2i] sin)
+static inline void turn64(Row64& row, const float* cos, const float* sin) {
+  for (int i = 0; i < 4; ++i) {
+    const __m512 across = _mm512_mul_ps(swap_pairs(row.v[i]), _mm512_loadu_ps(sin + 16 * i));
+    row.v[i] = _mm512_fmaddsub_ps(row.v[i], _mm512_loadu_ps(cos + 16 * i), across);
+  }
+}
+
+// The transpose of turn64, for gradients.
+static inline void turn_back64(Row64& row, const float* cos, const float* sin) {
+  for (int i = 0; i < 4; ++i) {
+    const __m512 across = swap_pairs(_mm512_mul_ps(row.v[i], _mm512_loadu_ps(sin + 16 * i)));
+    row.v[i] = _mm512_fmsubadd_ps(row.v[i], _mm512_loadu_ps(cos + 16 * i), across);
+  }
+}
+
+}  // namespace cogvx::qk_norm_rope
