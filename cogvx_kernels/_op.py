@@ -3,11 +3,13 @@
 An operator is its reference: a module whose `forward` gives the meaning, the fake (shape) kernel, the default gradient
 and the fallback. A backend is a module named `_<backend>` beside it, with the same `forward`, and if it wants
 `backward(*grads, *args)`, a gradient for each tensor argument, and `why_not(*args)`, the reason it cannot run or None.
+A backward with a keyword argument `needs` is told which of those gradients are wanted; None does for the others.
 
 `torch.ops.cogvx.<name>` and `torch.ops.cogvx.<name>_backward` are opaque to torch.compile; the backend is chosen when
 they run. An operator without backends is called as the plain function it is, so that torch.compile can fuse it.
 """
 
+import functools
 import importlib
 import inspect
 from collections.abc import Callable, Iterator, Sequence
@@ -155,7 +157,10 @@ class Op:
         self._check(args)
         backend = self._choose(args)
         backward = getattr(backend, "backward", None) or getattr(self.reference, "backward", None)
-        found = self._vjp(grads, needs, args) if backward is None else backward(*grads, *args)
+        if backward is None:
+            found = self._vjp(grads, needs, args)
+        else:
+            found = backward(*grads, *args, **({"needs": needs} if _takes_needs(backward) else {}))
         tensors = (args[i] for i in self._tensors)
         return [_laid_out(g, x) for g, x, need in zip(found, tensors, needs, strict=True) if need]
 
@@ -248,6 +253,11 @@ def explain(op: str | None = None, *args: Any) -> dict[str, dict[str, str]]:
 def declared_backends() -> list[str]:
     """The names that `use_backend` takes."""
     return list(dict.fromkeys(["reference", *(backend for op in OPS.values() for backend in op.backends)]))
+
+
+@functools.cache
+def _takes_needs(backward: Callable[..., Any]) -> bool:
+    return "needs" in inspect.signature(backward).parameters
 
 
 def _memory_format(like: Tensor) -> torch.memory_format:

@@ -45,7 +45,10 @@ def make(
 SMALL = [
     partial(make, 2, 11, 3, 3, 64),
     partial(make, 1, 7, 2, 2, 59, rope=False),
+    partial(make, 1, 35, 18, 2, 64),
+    partial(make, 1, 5, 0, 1, 64),
     partial(make, 1, 5, 0, 1, 6),
+    partial(make, 1, 3, 3, 2, 64),
     partial(make, 1, 5, 5, 2, 8),
     partial(make, 2, 3, 1, 1, 111, rope=False),
     partial(make, 1, 1, 0, 1, 64, rope=False),
@@ -77,7 +80,7 @@ ILLEGAL = [
 
 
 def draw(rng: random.Random) -> partial:
-    tokens = rng.choice([0, 1, 2, 7, 13, 31])
+    tokens = rng.choice([0, 1, 2, 7, 13, 31, 50])
     head_width = rng.choice([1, 2, 6, 59, 64, 111, 128])
     rope = head_width % 2 == 0 and rng.random() < 0.7
     return partial(

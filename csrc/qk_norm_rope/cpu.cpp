@@ -6,6 +6,7 @@
 #include "qk_norm_rope/qk_norm_rope.h"
 
 #include <math.h>
+#include <string.h>
 
 #if defined(__AVX512F__) && defined(__AVX512BW__)
 #include "qk_norm_rope/row64.h"
@@ -38,12 +39,12 @@ template <class T> struct Span {
   int64_t angle(int64_t n) const { return (n - num_text) * width; }
 };
 
-// Each thread's buffers: the weights and biases of q and k in the arithmetic type, and four rows to work in.
+// Each thread's buffers: the weights and biases of q and k in the arithmetic type, and rows to work in.
 template <class T> struct Scratch {
   using A = accumulator_t<T>;
   A* data;
   int64_t width;
-  explicit Scratch(const Args& args) : data(new A[8 * args.width]), width(args.width) {
+  explicit Scratch(const Args& args) : data(new A[10 * args.width]), width(args.width) {
     for (int part = 0; part < 2; ++part) {
       for (int64_t i = 0; i < width; ++i) {
         weight(part)[i] = widen(reinterpret_cast<const T*>(args.weight[part])[i]);
@@ -114,85 +115,157 @@ template <class T, int kWidth> void forward_rows(const Span<T>& at, T* y, const 
 }
 
 // Of v: from rows `from_stride` apart to rows `to_stride` apart.
-template <class T, int kWidth>
-void copy_rows(const T* from, int64_t from_stride, T* to, int64_t to_stride, int64_t count, int64_t at_width) {
-  const int64_t width = kWidth ? kWidth : at_width;
+template <class T>
+void copy_rows(const T* from, int64_t from_stride, T* to, int64_t to_stride, int64_t count, int64_t width) {
   for (int64_t n = 0; n < count; ++n, from += from_stride, to += to_stride)
     memcpy(to, from, static_cast<size_t>(width) * sizeof(T));
 }
 
-// The sums that a chunk keeps of each of q and k, [2, E].
-template <class A> struct Sums {
-  A *grad_xhat, *grad;
+// What the backward pass of one head's rows reads and writes beside its span.
+template <class T> struct Gradients {
+  using A = accumulator_t<T>;
+  const T* y;  // row n at y + n * stride_y
+  int64_t stride_y;
+  T* x;
+  int64_t stride_x;
+  A *weight, *bias;  // [E], to be added to
+  A *cos, *sin;      // of the first vision token, to be added to, or null
 };
 
-// The gradients of cos and sin for one row, added up: `grad` is the result's, `row` the normalized row with its affine.
-template <class A> void add_angles(const A* grad, const A* row, A* grad_cos, A* grad_sin, int64_t width) {
+// The gradients of cos and sin for one row: `grad` is the result's, `z` the row before it turned.
+template <class A> void add_angles(const A* grad, const A* z, A* grad_cos, A* grad_sin, int64_t width) {
 #pragma omp simd
   for (int64_t i = 0; i < width / 2; ++i) {
-    grad_cos[2 * i] += grad[2 * i] * row[2 * i];
-    grad_cos[2 * i + 1] += grad[2 * i + 1] * row[2 * i + 1];
-    grad_sin[2 * i] -= grad[2 * i] * row[2 * i + 1];
-    grad_sin[2 * i + 1] += grad[2 * i + 1] * row[2 * i];
+    grad_cos[2 * i] += grad[2 * i] * z[2 * i];
+    grad_cos[2 * i + 1] += grad[2 * i + 1] * z[2 * i + 1];
+    grad_sin[2 * i] -= grad[2 * i] * z[2 * i + 1];
+    grad_sin[2 * i + 1] += grad[2 * i + 1] * z[2 * i];
   }
 }
 
-// With g the gradient turned back and d = g * weight: grad_x = rstd * (d - mean(d) - xhat * mean(d * xhat)).
+// With g the result's gradient turned back and d = g * weight: grad_x = rstd * (d - mean(d) - xhat * mean(d * xhat)).
 template <class T, int kWidth>
-void backward_rows(const Span<T>& at, const T* grad_y, int64_t stride_y, T* grad_x, int64_t stride_x,
-                   const Sums<accumulator_t<T>>& sums, accumulator_t<T>* grad_cos, accumulator_t<T>* grad_sin,
-                   const Scratch<T>& scratch) {
+void backward_rows(const Span<T>& at, const Gradients<T>& grads, const Scratch<T>& scratch) {
   using A = accumulator_t<T>;
   const int64_t width = kWidth ? kWidth : at.width;
-  A *xhat = scratch.row(0), *grad = scratch.row(1), *d = scratch.row(2), *z = scratch.row(3);
+  A *xhat = scratch.row(0), *g = scratch.row(1), *d = scratch.row(2), *z = scratch.row(3);
+  A *sum_g_xhat = scratch.row(4), *sum_g = scratch.row(5);  // of these rows alone: long sums lose digits
+  for (int64_t i = 0; i < width; ++i) sum_g_xhat[i] = sum_g[i] = 0;
   for (int64_t n = at.first; n < at.last; ++n) {
     const A rstd = normalize(at.x + n * at.stride, xhat, width, at.eps);
-    const T* g = grad_y + n * stride_y;
+    const T* grad_y = grads.y + n * grads.stride_y;
 #pragma omp simd
-    for (int64_t i = 0; i < width; ++i) grad[i] = widen(g[i]);
+    for (int64_t i = 0; i < width; ++i) g[i] = widen(grad_y[i]);
     if (at.turns(n)) {
-      const A *cos = at.cos + at.angle(n), *sin = at.sin + at.angle(n);
-      if (grad_cos) {
+      if (grads.cos) {
 #pragma omp simd
         for (int64_t i = 0; i < width; ++i) z[i] = xhat[i] * at.weight[i] + at.bias[i];
-        add_angles(grad, z, grad_cos + at.angle(n), grad_sin + at.angle(n), width);
+        add_angles(g, z, grads.cos + at.angle(n), grads.sin + at.angle(n), width);
       }
+      const A *cos = at.cos + at.angle(n), *sin = at.sin + at.angle(n);
 #pragma omp simd
       for (int64_t i = 0; i < width / 2; ++i) {
-        const A even = grad[2 * i], odd = grad[2 * i + 1];
-        grad[2 * i] = even * cos[2 * i] + odd * sin[2 * i + 1];
-        grad[2 * i + 1] = odd * cos[2 * i + 1] - even * sin[2 * i];
+        const A even = g[2 * i], odd = g[2 * i + 1];
+        g[2 * i] = even * cos[2 * i] + odd * sin[2 * i + 1];
+        g[2 * i + 1] = odd * cos[2 * i + 1] - even * sin[2 * i];
       }
     }
     // d is kept: a product fused into one sum and not into another leaves a difference where there is none.
     A mean_d = 0, mean_d_xhat = 0;
 #pragma omp simd reduction(+ : mean_d, mean_d_xhat)
     for (int64_t i = 0; i < width; ++i) {
-      d[i] = grad[i] * at.weight[i];
+      d[i] = g[i] * at.weight[i];
       mean_d += d[i];
       mean_d_xhat += d[i] * xhat[i];
-      sums.grad_xhat[i] += grad[i] * xhat[i];
-      sums.grad[i] += grad[i];
+      sum_g_xhat[i] += g[i] * xhat[i];
+      sum_g[i] += g[i];
     }
     mean_d /= static_cast<A>(width);
     mean_d_xhat /= static_cast<A>(width);
-    T* to = grad_x + n * stride_x;
+    T* grad_x = grads.x + n * grads.stride_x;
 #pragma omp simd
-    for (int64_t i = 0; i < width; ++i) store(to + i, rstd * (d[i] - mean_d - xhat[i] * mean_d_xhat));
+    for (int64_t i = 0; i < width; ++i) store(grad_x + i, rstd * (d[i] - mean_d - xhat[i] * mean_d_xhat));
+  }
+  for (int64_t i = 0; i < width; ++i) {
+    grads.weight[i] += sum_g_xhat[i];
+    grads.bias[i] += sum_g[i];
   }
 }
 
 #ifdef COGVX_ROW64
 
-template <bool kStream, class T> void forward_rows64(const Span<T>& at, T* y) {
+constexpr int kAhead = 2;  // heads; the rows of a chunk lie too far apart for the processor to foresee the next reads
+
+template <class T> void fetch64(const T* x) {
+  for (int i = 0; i < 64; i += 64 / sizeof(T)) _mm_prefetch(reinterpret_cast<const char*>(x + kAhead * 64 + i), _MM_HINT_T0);
+}
+
+template <bool kStream, bool kTurn, class T> void forward_rows64(const Span<T>& at, int64_t first, int64_t last, T* y) {
   const Row64 weight = load64(at.weight), bias = load64(at.bias);
-  for (int64_t n = at.first; n < at.last; ++n, y += 64) {
-    Row64 row = load64(at.x + n * at.stride);
-    normalize64(row, at.eps);
-    for (int i = 0; i < 4; ++i) row.v[i] = _mm512_fmadd_ps(row.v[i], weight.v[i], bias.v[i]);
-    if (at.turns(n)) turn64(row, at.cos + at.angle(n), at.sin + at.angle(n));
-    store64<kStream>(y, row);
+  for (int64_t n = first; n < last; n += 4) {
+    Row64 rows[4];
+    int64_t each[4];
+#pragma GCC unroll 4
+    for (int r = 0; r < 4; ++r) {
+      each[r] = n + r < last ? n + r : last - 1;  // beyond the last row, the last row again
+      const T* x = at.x + each[r] * at.stride;
+      fetch64(x);
+      rows[r] = load64(x);
+    }
+    normalize64(rows, at.eps);
+#pragma GCC unroll 4
+    for (int r = 0; r < 4; ++r) {
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) rows[r].v[i] = _mm512_fmadd_ps(rows[r].v[i], weight.v[i], bias.v[i]);
+      if (kTurn) turn64(rows[r], at.cos + at.angle(each[r]), at.sin + at.angle(each[r]));
+      store64<kStream>(y + (each[r] - at.first) * 64, rows[r]);
+    }
   }
+}
+
+template <bool kStream, class T> void forward_rows64(const Span<T>& at, T* y) {
+  const int64_t turning = !at.cos || at.num_text > at.last ? at.last : at.num_text < at.first ? at.first : at.num_text;
+  forward_rows64<kStream, false>(at, at.first, turning, y);
+  forward_rows64<kStream, true>(at, turning, at.last, y);
+}
+
+template <bool kStream, class T> void copy_rows64(const Span<T>& at, T* y) {
+  for (int64_t n = at.first; n < at.last; ++n, y += 64) {
+    fetch64(at.x + n * at.stride);
+    copy64<kStream>(y, at.x + n * at.stride);
+  }
+}
+
+template <class T> void backward_rows64(const Span<T>& at, const Gradients<T>& grads) {
+  const Row64 weight = load64(at.weight), bias = load64(at.bias);
+  Row64 sum_g_xhat{}, sum_g{};
+  for (int64_t n = at.first; n < at.last; ++n) {
+    const T *x = at.x + n * at.stride, *grad_y = grads.y + n * grads.stride_y;
+    fetch64(x);
+    Row64 xhat = load64(x), g = load64(grad_y);
+    const float rstd = normalize64(xhat, at.eps);
+    if (at.turns(n)) {
+      if (grads.cos) {
+        Row64 z = xhat;
+        for (int i = 0; i < 4; ++i) z.v[i] = _mm512_fmadd_ps(z.v[i], weight.v[i], bias.v[i]);
+        add_angles64(g, z, grads.cos + at.angle(n), grads.sin + at.angle(n));
+      }
+      turn_back64(g, at.cos + at.angle(n), at.sin + at.angle(n));
+    }
+    for (int i = 0; i < 4; ++i) {
+      sum_g_xhat.v[i] = _mm512_fmadd_ps(g.v[i], xhat.v[i], sum_g_xhat.v[i]);
+      sum_g.v[i] = _mm512_add_ps(sum_g.v[i], g.v[i]);
+      g.v[i] = _mm512_mul_ps(g.v[i], weight.v[i]);  // d from here on
+    }
+    const __m512 mean_d = mean64(sum64(g)), mean_d_xhat = mean64(sum_of_product64(g, xhat));
+    for (int i = 0; i < 4; ++i) {
+      const __m512 rest = _mm512_fnmadd_ps(xhat.v[i], mean_d_xhat, _mm512_sub_ps(g.v[i], mean_d));
+      g.v[i] = _mm512_mul_ps(rest, _mm512_set1_ps(rstd));
+    }
+    store64<false>(grads.x + n * grads.stride_x, g);
+  }
+  add64(grads.weight, sum_g_xhat);
+  add64(grads.bias, sum_g);
 }
 
 #endif
@@ -202,19 +275,13 @@ template <class T> void forward_head(const Span<T>& at, int part, T* y, const Sc
 #ifdef COGVX_ROW64
   if constexpr (sizeof(T) <= sizeof(float)) {
     if (at.width == 64) {
-      if (part == kV) {
-        const T* x = at.x + at.first * at.stride;
-        for (int64_t n = at.first; n < at.last; ++n, x += at.stride, y += 64)
-          stream ? copy64<true>(y, x) : copy64<false>(y, x);
-      } else {
-        stream ? forward_rows64<true>(at, y) : forward_rows64<false>(at, y);
-      }
-      return;
+      if (part == kV) return stream ? copy_rows64<true>(at, y) : copy_rows64<false>(at, y);
+      return stream ? forward_rows64<true>(at, y) : forward_rows64<false>(at, y);
     }
   }
 #endif
   if (part == kV)
-    copy_rows<T, 0>(at.x + at.first * at.stride, at.stride, y, at.width, at.last - at.first, at.width);
+    copy_rows(at.x + at.first * at.stride, at.stride, y, at.width, at.last - at.first, at.width);
   else if (at.width == 64)
     forward_rows<T, 64>(at, y, scratch);
   else
@@ -246,7 +313,70 @@ template <class T> void forward_as(const Args& args, int num_threads) {
   }
 }
 
-template <class T> void backward_as(const Args&, int) {}
+template <class T> void backward_head(const Span<T>& at, int part, const Gradients<T>& grads, const Scratch<T>& scratch) {
+  if (part == kV) {
+    const int64_t n = at.first;
+    copy_rows(grads.y + n * grads.stride_y, grads.stride_y, grads.x + n * grads.stride_x, grads.stride_x, at.last - n,
+              at.width);
+    return;
+  }
+#ifdef COGVX_ROW64
+  if constexpr (sizeof(T) <= sizeof(float))
+    if (at.width == 64) return backward_rows64(at, grads);
+#endif
+  at.width == 64 ? backward_rows<T, 64>(at, grads, scratch) : backward_rows<T, 0>(at, grads, scratch);
+}
+
+// The tokens first <= n < last of every sample, so that the gradients of their cos and sin are summed here alone.
+template <class T> void backward_chunk(const Args& args, int64_t index, const Scratch<T>& scratch) {
+  using A = accumulator_t<T>;
+  const int64_t width = args.width, first = index * kChunk;
+  const int64_t last = first + kChunk < args.num_rows ? first + kChunk : args.num_rows;
+  A* partials = reinterpret_cast<A*>(args.partials) + index * 4 * width;
+  for (int64_t i = 0; i < 4 * width; ++i) partials[i] = 0;
+  A *grad_cos = reinterpret_cast<A*>(args.grad_cos), *grad_sin = reinterpret_cast<A*>(args.grad_sin);
+  for (int64_t n = first; grad_cos && n < last; ++n)
+    for (int64_t i = 0; n >= args.num_text && i < width; ++i)
+      grad_cos[(n - args.num_text) * width + i] = grad_sin[(n - args.num_text) * width + i] = 0;
+  for (int64_t b = 0; b < args.batch; ++b) {
+    T* grad_qkv = reinterpret_cast<T*>(args.grad_qkv.data) + b * args.grad_qkv.stride_b;
+    for (int part = 0; part < 3; ++part) {
+      A* sums = part == kV ? nullptr : partials + part * 2 * width;
+      for (int64_t a = 0; a < args.num_heads; ++a) {
+        const Gradients<T> grads{row_of<T>(args.grad[part], b, a, 0), args.grad[part].stride_n,
+                                 grad_qkv + (part * args.num_heads + a) * width, args.grad_qkv.stride_n,
+                                 sums, sums + width, grad_cos, grad_sin};
+        backward_head(span(args, scratch, part, b, a, first, last), part, grads, scratch);
+      }
+    }
+  }
+}
+
+// Adds the chunks up in their order, for one of the four vectors that every chunk has sums for.
+template <class T> void backward_vector(const Args& args, int64_t num_chunks, int vector) {
+  using A = accumulator_t<T>;
+  T* target = reinterpret_cast<T*>(vector % 2 ? args.grad_bias[vector / 2] : args.grad_weight[vector / 2]);
+  for (int64_t i = 0; i < args.width; ++i) {
+    const A* partial = reinterpret_cast<const A*>(args.partials) + vector * args.width + i;
+    double sum = 0;
+    for (int64_t chunk = 0; chunk < num_chunks; ++chunk) sum += partial[chunk * 4 * args.width];
+    store(target + i, static_cast<A>(sum));
+  }
+}
+
+template <class T> void backward_as(const Args& args, int num_threads) {
+  const int64_t num_chunks = (args.num_rows + kChunk - 1) / kChunk;
+  (void)num_threads;
+#pragma omp parallel num_threads(num_threads) if (num_chunks > 1)
+  {
+    const Scratch<T> scratch(args);
+#pragma omp for schedule(static)
+    for (int64_t index = 0; index < num_chunks; ++index) backward_chunk(args, index, scratch);
+    // Here the threads wait for one another.
+#pragma omp for schedule(static)
+    for (int vector = 0; vector < 4; ++vector) backward_vector<T>(args, num_chunks, vector);
+  }
+}
 
 }  // namespace
 

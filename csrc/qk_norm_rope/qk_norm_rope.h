@@ -11,7 +11,7 @@ namespace cogvx::qk_norm_rope {
 
 // Tokens that one thread takes at a time, and whose gradients of weights are summed together. It does not depend on the
 // machine or the number of threads, and so neither do the gradients.
-constexpr int kChunk = 32;
+constexpr int kChunk = 16;
 
 // A [B, A, N, E] tensor whose rows of E are contiguous; strides in elements.
 struct Heads {

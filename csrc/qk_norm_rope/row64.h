@@ -92,25 +92,61 @@ template <bool kStream, class T> static inline void copy64(T* to, const T* from)
   for (int i = 0; i < 64; i += kPerRegister) put<kStream>(to + i, _mm512_loadu_si512(from + i));
 }
 
-static inline float mean64(const Row64& row) {
-  return _mm512_reduce_add_ps(_mm512_add_ps(_mm512_add_ps(row.v[0], row.v[1]), _mm512_add_ps(row.v[2], row.v[3]))) /
-         64.0f;
-}
-
-static inline float mean_of_product64(const Row64& a, const Row64& b) {
-  const __m512 first = _mm512_fmadd_ps(a.v[1], b.v[1], _mm512_mul_ps(a.v[0], b.v[0]));
-  const __m512 second = _mm512_fmadd_ps(a.v[3], b.v[3], _mm512_mul_ps(a.v[2], b.v[2]));
-  return _mm512_reduce_add_ps(_mm512_add_ps(first, second)) / 64.0f;
-}
-
 static inline __m512 swap_pairs(__m512 x) { return _mm512_permute_ps(x, 0xb1); }
 
-// row = (row - mean) / sqrt(variance + eps); returns the factor. Two passes, as everywhere.
-static inline float normalize64(Row64& row, double eps) {
-  const __m512 mean = _mm512_set1_ps(mean64(row));
-  for (auto& v : row.v) v = _mm512_sub_ps(v, mean);
-  const float rstd = 1.0f / sqrtf(mean_of_product64(row, row) + static_cast<float>(eps));
-  for (auto& v : row.v) v = _mm512_mul_ps(v, _mm512_set1_ps(rstd));
+static inline __m512 sum64(const Row64& row) {  // over the four registers
+  return _mm512_add_ps(_mm512_add_ps(row.v[0], row.v[1]), _mm512_add_ps(row.v[2], row.v[3]));
+}
+
+static inline __m512 sum_of_product64(const Row64& a, const Row64& b) {
+  const __m512 first = _mm512_fmadd_ps(a.v[1], b.v[1], _mm512_mul_ps(a.v[0], b.v[0]));
+  const __m512 second = _mm512_fmadd_ps(a.v[3], b.v[3], _mm512_mul_ps(a.v[2], b.v[2]));
+  return _mm512_add_ps(first, second);
+}
+
+static inline __m512 mean64(__m512 sums) { return _mm512_set1_ps(_mm512_reduce_add_ps(sums) / 64.0f); }
+
+// Four means at once, of 64 values each whose sums over registers are given: (m0, m1, m2, m3), four times over. One
+// row's sums and root depend on one another for longer than a processor looks ahead; four rows hide that.
+static inline __m512 means64(__m512 s0, __m512 s1, __m512 s2, __m512 s3) {
+  const __m512 s01 = _mm512_add_ps(_mm512_unpacklo_ps(s0, s1), _mm512_unpackhi_ps(s0, s1));
+  const __m512 s23 = _mm512_add_ps(_mm512_unpacklo_ps(s2, s3), _mm512_unpackhi_ps(s2, s3));
+  const __m512 low = _mm512_shuffle_ps(s01, s23, 0x44), high = _mm512_shuffle_ps(s01, s23, 0xee);
+  __m512 sums = _mm512_add_ps(low, high);  // each of the four lanes holds its part of (s0, s1, s2, s3)
+  sums = _mm512_add_ps(sums, _mm512_shuffle_f32x4(sums, sums, 0x4e));
+  sums = _mm512_add_ps(sums, _mm512_shuffle_f32x4(sums, sums, 0xb1));
+  return _mm512_mul_ps(sums, _mm512_set1_ps(1.0f / 64.0f));
+}
+
+struct Four {
+  __m512 v[4];  // each a value in all places
+};
+
+static inline Four spread(__m512 m) {
+  return {{_mm512_permute_ps(m, 0x00), _mm512_permute_ps(m, 0x55), _mm512_permute_ps(m, 0xaa),
+           _mm512_permute_ps(m, 0xff)}};
+}
+
+// Each row = (row - mean) / sqrt(variance + eps); returns the factors. Two passes, as everywhere.
+static inline Four normalize64(Row64 (&rows)[4], float eps) {
+  const Four mean = spread(means64(sum64(rows[0]), sum64(rows[1]), sum64(rows[2]), sum64(rows[3])));
+  for (int r = 0; r < 4; ++r)
+    for (int i = 0; i < 4; ++i) rows[r].v[i] = _mm512_sub_ps(rows[r].v[i], mean.v[r]);
+  const __m512 variance = means64(sum_of_product64(rows[0], rows[0]), sum_of_product64(rows[1], rows[1]),
+                                  sum_of_product64(rows[2], rows[2]), sum_of_product64(rows[3], rows[3]));
+  const __m512 root = _mm512_sqrt_ps(_mm512_add_ps(variance, _mm512_set1_ps(eps)));
+  const Four rstd = spread(_mm512_div_ps(_mm512_set1_ps(1.0f), root));
+  for (int r = 0; r < 4; ++r)
+    for (int i = 0; i < 4; ++i) rows[r].v[i] = _mm512_mul_ps(rows[r].v[i], rstd.v[r]);
+  return rstd;
+}
+
+// The same for one row; returns its factor.
+static inline float normalize64(Row64& row, float eps) {
+  const __m512 mean = mean64(sum64(row));
+  for (int i = 0; i < 4; ++i) row.v[i] = _mm512_sub_ps(row.v[i], mean);
+  const float rstd = 1.0f / sqrtf(_mm512_reduce_add_ps(sum_of_product64(row, row)) / 64.0f + eps);
+  for (int i = 0; i < 4; ++i) row.v[i] = _mm512_mul_ps(row.v[i], _mm512_set1_ps(rstd));
   return rstd;
 }
 
@@ -128,6 +164,22 @@ static inline void turn_back64(Row64& row, const float* cos, const float* sin) {
     const __m512 across = swap_pairs(_mm512_mul_ps(row.v[i], _mm512_loadu_ps(sin + 16 * i)));
     row.v[i] = _mm512_fmsubadd_ps(row.v[i], _mm512_loadu_ps(cos + 16 * i), across);
   }
+}
+
+static inline void add64(float* to, const Row64& row) {
+  for (int i = 0; i < 4; ++i) _mm512_storeu_ps(to + 16 * i, _mm512_add_ps(_mm512_loadu_ps(to + 16 * i), row.v[i]));
+}
+
+// The gradients of cos and sin: `grad` is the result's, `row` is what turned.
+static inline void add_angles64(const Row64& grad, const Row64& row, float* grad_cos, float* grad_sin) {
+  Row64 of_cos, of_sin;
+  for (int i = 0; i < 4; ++i) {
+    of_cos.v[i] = _mm512_mul_ps(grad.v[i], row.v[i]);
+    const __m512 across = _mm512_mul_ps(grad.v[i], swap_pairs(row.v[i]));
+    of_sin.v[i] = _mm512_mask_sub_ps(across, 0x5555, _mm512_setzero_ps(), across);  // minus in the even places
+  }
+  add64(grad_cos, of_cos);
+  add64(grad_sin, of_sin);
 }
 
 }  // namespace cogvx::qk_norm_rope
