@@ -100,14 +100,18 @@ class Op:
             if reason is not None:
                 raise RuntimeError(f"{self.name}: backend {_forced!r} cannot run here: {reason}")
             return self._module(_forced)
-        live = (self._module(backend) for backend in self.backends if self.why_not(backend, *args) is None)
-        return next(live, self.reference)
+        for backend in self.backends:
+            if self.why_not(backend, *args) is None:
+                return self._module(backend)
+        return self.reference
 
     def _check(self, args: Sequence[Any], autocast: bool = False) -> None:
         first = args[0]
+        dtype, device = first.dtype, first.device
+        plain = dtype in FLOATS
         for i in self._tensors:
             x = args[i]
-            if x is None:
+            if x is None or (plain and x.dtype is dtype and x.device == device):  # at once: this runs in every call
                 continue
             if x.dtype not in FLOATS:
                 raise ValueError(f"{self._at(i)} must be of a floating dtype, got {x.dtype}")
@@ -267,7 +271,7 @@ def _memory_format(like: Tensor) -> torch.memory_format:
 
 def _laid_out(y: Tensor, like: Tensor) -> Tensor:
     """y, copied where it is not dense in the memory format of `like`: real and fake results must agree on strides."""
-    return y.contiguous(memory_format=_memory_format(like) if y.dim() == 5 else torch.contiguous_format)
+    return y.contiguous(memory_format=_memory_format(like)) if y.dim() == 5 else y.contiguous()
 
 
 def _empty(y: Tensor, like: Tensor) -> Tensor:
