@@ -1,10 +1,11 @@
 """What a call of an operator costs beside its kernel: checks, the choice of a backend, and torch's own dispatch."""
 
 import importlib
+from time import thread_time
 
 import pytest
 import torch
-from conftest import DEVICE, _seconds
+from conftest import DEVICE
 
 import cogvx_kernels
 from cogvx_kernels._op import OPS
@@ -20,15 +21,16 @@ def test_a_dispatched_call_costs_little_more_than_its_kernel(benchmark, row, nam
     public, bare = getattr(cogvx_kernels, name), op._choose(args).forward
     benchmark.group = f"dispatch ({DEVICE})"
 
-    def many(call):
+    def seconds(call):  # of this thread, whatever else the machine does
+        before = thread_time()
         for _ in range(CALLS):
             call(*args)
+        return (thread_time() - before) / CALLS
 
     with mode():
         benchmark.pedantic(public, args, rounds=ROUNDS, iterations=CALLS, warmup_rounds=1)
-        # In turns, and the best of each: what else the machine does only ever adds.
-        times = [(_seconds(lambda: many(public)), _seconds(lambda: many(bare))) for _ in range(ROUNDS)]
-    dispatched, kernel = (min(column) / CALLS for column in zip(*times, strict=True))
+        times = [(seconds(public), seconds(bare)) for _ in range(ROUNDS)]
+    dispatched, kernel = map(min, zip(*times, strict=True))
     cost = dispatched - kernel
     benchmark.extra_info |= {"µs over the kernel": round(cost * 1e6, 1)}
     figures = {"µs": f"{dispatched * 1e6:.1f}", "µs of the kernel": f"{kernel * 1e6:.1f}", "over": f"{cost * 1e6:.1f}"}

@@ -1,8 +1,8 @@
 """What every benchmark measures against: the copy bandwidth and the matrix products of this machine, and plain PyTorch.
 
-The process keeps what it frees, as the command line does (`cogvx.allocator`), because else most of what is measured on a
-CPU are page faults of fresh tensors. COGVX_BENCH_ALLOCATOR=default leaves the allocator alone and remembers the times;
-the next run without it prints them beside its own. `make bench` runs both. The table at the end holds what
+The process keeps what it frees, as the command line does (`cogvx.allocator`), because else most of what is measured
+on a CPU are page faults of fresh tensors. COGVX_BENCH_ALLOCATOR=default leaves the allocator alone and remembers the
+times; the next run without it prints them beside its own. `make bench` runs both. The table at the end holds what
 pytest-benchmark's own cannot: rates, their shares of what the machine can do, and "x reference", how often a call fits
 into one of plain PyTorch. For that the two run in turns and the median of the pairs is taken, so that a machine that
 slows down slows both.
@@ -113,10 +113,12 @@ def measure(benchmark, row, copy_bandwidth, matmul_peak, request) -> Callable[..
         if reference is not None or (of_operators and backend != "reference"):
             info["x reference"] = round(_ratio(reference or call, call, backend if of_operators else None), 2)
         benchmark.extra_info |= info
-        milliseconds = _milliseconds_by_default(request.config, benchmark.group, backend, seconds)
-        shown = {key: f"{value:.0%}" if key.startswith("share") else f"{value:.4g}" for key, value in info.items()
-                 if key not in ("device", "allocator", "torch")}  # fmt: skip
-        row(benchmark.group, backend, **{"ms": f"{seconds * 1e3:.3f}"}, **shown, **milliseconds)
+        figures = {"ms": f"{seconds * 1e3:.3f}"}
+        for key, value in info.items():
+            if isinstance(value, float):
+                figures[key] = f"{value:.0%}" if key.startswith("share") else f"{value:.4g}"
+        figures |= _milliseconds_by_default(request.config, benchmark.group, backend, seconds)
+        row(benchmark.group, backend, **figures)
         return result
 
     return run
@@ -125,12 +127,12 @@ def measure(benchmark, row, copy_bandwidth, matmul_peak, request) -> Callable[..
 def pytest_terminal_summary(terminalreporter) -> None:
     for group, rows in _table.items():
         columns = list(dict.fromkeys(column for figures in rows.values() for column in figures))
+        cells = [["", *columns]] + [[name, *(figures.get(c, "") for c in columns)] for name, figures in rows.items()]
+        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
         terminalreporter.section(group, sep="-")
-        width = max(map(len, rows))
-        terminalreporter.write_line("  ".join([" " * width, *columns]))
-        for backend, figures in rows.items():
-            cells = [figures.get(column, "").rjust(len(column)) for column in columns]
-            terminalreporter.write_line("  ".join([backend.ljust(width), *cells]))
+        for name, *others in cells:
+            padded = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
+            terminalreporter.write_line("  ".join([name.ljust(widths[0]), *padded]))
 
 
 def skip_unless_live(op: str, backend: str, *args: object) -> None:
