@@ -7,6 +7,7 @@ PIP := $(PY) -m pip install --quiet --constraint constraints.txt
 STAMP := $(VENV)/.installed
 SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(wildcard cmake/*) $(shell find csrc -type f)
 BUILD := build/check
+BENCH := $(PY) -m pytest benchmarks --benchmark-group-by=group --benchmark-columns=median,iqr,rounds
 
 .PHONY: demo test soak bench check tiny install
 .DELETE_ON_ERROR:
@@ -20,8 +21,9 @@ test: $(STAMP)  ## every test; Triton kernels run in its interpreter
 soak: $(STAMP)  ## the long counts; hours
 	TRITON_INTERPRET=1 $(PY) -m pytest tests --require native,triton -m soak
 
-bench: $(STAMP)  ## every kernel beside plain PyTorch
-	$(PY) -m pytest benchmarks --benchmark-group-by=group --benchmark-columns=median,iqr,rounds
+bench: $(STAMP)  ## every kernel beside plain PyTorch, with the C library's allocator as it is and with memory kept
+	COGVX_BENCH_ALLOCATOR=default $(BENCH)
+	$(BENCH)
 
 check: $(STAMP)  ## lint, format, C++ warnings as errors, layout rules
 	$(PY) -m ruff check .

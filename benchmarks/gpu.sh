@@ -81,13 +81,15 @@ name = machine["gpu"]["name"] if machine["gpu"] else f"CPU, {machine['cpus']} pr
 lines = [
     f"{name}, {machine['date']}, torch {machine['torch']}, triton {machine['triton']}",
     "",
-    "| group | backend | median ms | GB/s | share of copy |",
-    "|---|---|---|---|---|",
+    "| group | backend | median ms | GB/s | share of copy | TFLOP/s | share of matmul peak | x reference |",
+    "|---|---|---|---|---|---|---|---|",
 ]
+figures = ["GB/s", "share of copy bandwidth", "TFLOP/s", "share of matmul peak", "x reference"]
 for run in sorted(runs, key=lambda run: (run["group"], run["stats"]["median"])):
     info, median = run["extra_info"], run["stats"]["median"] * 1e3
-    rates = f"{info['GB/s']} | {info['share of copy bandwidth']:.0%}"
-    lines.append(f"| {run['group']} | {run['params']['backend']} | {median:.3f} | {rates} |")
+    found = [("" if key not in info else f"{info[key]:.0%}" if key.startswith("share") else str(info[key])) for key in figures]
+    what = run["params"].get("backend", run["param"])
+    lines.append(f"| {run['group']} | {what} | {median:.3f} | {' | '.join(found)} |")
 (results / "table.md").write_text("\n".join(lines) + "\n")
 print("\n".join(lines))
 PY

@@ -8,6 +8,8 @@ import importlib
 import sys
 from collections.abc import Callable
 
+from .allocator import keep_freed_memory
+
 COMMANDS = {
     "generate": "make a video from a prompt",
     "show": "print how a video was made",
@@ -23,6 +25,7 @@ USAGE = "usage: cogvx COMMAND [OPTIONS]\n\n" + "\n".join(f"  {word:10}{text}" fo
 
 
 def main() -> None:
+    keep_freed_memory()
     words = sys.argv[1:]
     if not words or words[0] in ("-h", "--help"):
         print(f"{USAGE}\n\nThe options of one: cogvx COMMAND --help")

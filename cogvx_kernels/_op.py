@@ -3,11 +3,13 @@
 An operator is its reference: a module whose `forward` gives the meaning, the fake (shape) kernel, the default gradient
 and the fallback. A backend is a module named `_<backend>` beside it, with the same `forward`, and if it wants
 `backward(*grads, *args)`, a gradient for each tensor argument, and `why_not(*args)`, the reason it cannot run or None.
+A backward with a keyword argument `needs` is told which of those gradients are wanted; None does for the others.
 
 `torch.ops.cogvx.<name>` and `torch.ops.cogvx.<name>_backward` are opaque to torch.compile; the backend is chosen when
 they run. An operator without backends is called as the plain function it is, so that torch.compile can fuse it.
 """
 
+import functools
 import importlib
 import inspect
 from collections.abc import Callable, Iterator, Sequence
@@ -104,14 +106,18 @@ class Op:
             if reason is not None:
                 raise RuntimeError(f"{self.name}: backend {_forced!r} cannot run here: {reason}")
             return self._module(_forced)
-        live = (self._module(backend) for backend in self.backends if self.why_not(backend, *args) is None)
-        return next(live, self.reference)
+        for backend in self.backends:
+            if self.why_not(backend, *args) is None:
+                return self._module(backend)
+        return self.reference
 
     def _check(self, args: Sequence[Any], autocast: bool = False) -> None:
         first = args[0]
+        dtype, device = first.dtype, first.device
+        plain = dtype in FLOATS
         for i in self._tensors:
             x = args[i]
-            if x is None:
+            if x is None or (plain and x.dtype is dtype and x.device == device):  # at once: this runs in every call
                 continue
             if x.dtype not in FLOATS:
                 raise ValueError(f"{self._at(i)} must be of a floating dtype, got {x.dtype}")
@@ -166,7 +172,10 @@ class Op:
         self._check(args)
         backend = self._choose(args)
         backward = getattr(backend, "backward", None) or getattr(self.reference, "backward", None)
-        found = self._vjp(grads, needs, args) if backward is None else backward(*grads, *args)
+        if backward is None:
+            found = self._vjp(grads, needs, args)
+        else:
+            found = backward(*grads, *args, **({"needs": needs} if _takes_needs(backward) else {}))
         tensors = (args[i] for i in self._tensors)
         return [_laid_out(g, x) for g, x, need in zip(found, tensors, needs, strict=True) if need]
 
@@ -264,6 +273,11 @@ def declared_backends() -> list[str]:
     return list(dict.fromkeys(["reference", *(backend for op in OPS.values() for backend in op.backends)]))
 
 
+@functools.cache
+def _takes_needs(backward: Callable[..., Any]) -> bool:
+    return "needs" in inspect.signature(backward).parameters
+
+
 def _memory_format(like: Tensor) -> torch.memory_format:
     channels_last = like.dim() == 5 and like.is_contiguous(memory_format=torch.channels_last_3d)
     return torch.channels_last_3d if channels_last and not like.is_contiguous() else torch.contiguous_format
@@ -271,7 +285,7 @@ def _memory_format(like: Tensor) -> torch.memory_format:
 
 def _laid_out(y: Tensor, like: Tensor) -> Tensor:
     """y, copied where it is not dense in the memory format of `like`: real and fake results must agree on strides."""
-    return y.contiguous(memory_format=_memory_format(like) if y.dim() == 5 else torch.contiguous_format)
+    return y.contiguous(memory_format=_memory_format(like)) if y.dim() == 5 else y.contiguous()
 
 
 def _empty(y: Tensor, like: Tensor) -> Tensor:

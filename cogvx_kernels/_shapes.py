@@ -9,6 +9,8 @@ def check_shape(op: str, argument: str, x: Tensor, **sizes: int | None) -> None:
     >>> check_shape("expert_layernorm", "shift", shift, B=2, experts=2, D=64)
     """
     shape = x.shape
+    if shape == (*sizes.values(),):  # at once: this runs in every call
+        return
     if len(shape) == len(sizes):
         for got, size in zip(shape, sizes.values(), strict=True):
             if size is not None and got != size:

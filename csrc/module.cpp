@@ -18,6 +18,7 @@ namespace cogvx {
 void register_expert_layernorm(py::module_& m);
 void register_gated_expert_layernorm(py::module_& m);
 void register_joint_attention(py::module_& m);
+void register_qk_norm_rope(py::module_& m);
 
 namespace {
 
@@ -76,4 +77,5 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   cogvx::register_expert_layernorm(m);
   cogvx::register_gated_expert_layernorm(m);
   cogvx::register_joint_attention(m);
+  cogvx::register_qk_norm_rope(m);
 }

@@ -1,7 +1,9 @@
 """Arguments of `qk_norm_rope` for tests (SMALL), fuzzing (`draw`, ILLEGAL) and benchmarks (REAL)."""
 
 import random
+from collections.abc import Iterator
 from functools import partial
+from types import ModuleType
 
 import torch
 
@@ -45,7 +47,10 @@ def make(
 SMALL = [
     partial(make, 2, 11, 3, 3, 64),
     partial(make, 1, 7, 2, 2, 59, rope=False),
+    partial(make, 1, 35, 18, 2, 64),
+    partial(make, 1, 5, 0, 1, 64),
     partial(make, 1, 5, 0, 1, 6),
+    partial(make, 1, 3, 3, 2, 64),
     partial(make, 1, 5, 5, 2, 8),
     partial(make, 2, 3, 1, 1, 111, rope=False),
     partial(make, 1, 1, 0, 1, 64, rope=False),
@@ -77,9 +82,27 @@ ILLEGAL = [
 
 
 def draw(rng: random.Random) -> partial:
-    tokens = rng.choice([0, 1, 2, 7, 13, 31])
+    tokens = rng.choice([0, 1, 2, 7, 13, 31, 50])
     head_width = rng.choice([1, 2, 6, 59, 64, 111, 128])
     rope = head_width % 2 == 0 and rng.random() < 0.7
     return partial(
         make, rng.choice([0, 1, 1, 2]), tokens, rng.randint(0, tokens), rng.choice([1, 2, 3, 5]), head_width, rope
     )
+
+
+def kernels(module: ModuleType) -> Iterator[tuple]:
+    """Every Triton kernel at the real sizes: kernel, types of its arguments, constants and options."""
+    forward, backward = module.forward_kernel, module.backward_kernel
+    for dtype, turn in (("bf16", False), ("bf16", True), ("fp32", True)):
+        wide = {"partials", "angles"} | ({"cos", "sin"} if turn else set())
+        kinds = [(forward, False, module.FORWARD_VALUES), (backward, False, module.BACKWARD_VALUES)]
+        kinds += [(backward, True, module.ANGLE_VALUES)] if turn else []
+        for kernel, angles, values in kinds:
+            types = {name: f"*{'fp32' if name in wide else dtype}:16" for name in kernel.arg_names}
+            types |= {name: "i32:16" for name in kernel.arg_names if name.endswith(("_b", "_a", "_n"))}
+            types |= {"num_rows": "i32", "num_text": "i32", "num_heads": "i32", "width": "i32:16", "eps": "fp32"}
+            options = module.options(64, values)
+            constants = {"TURN": turn, "ANGLES": angles, "HEADS": module.BACKWARD_HEADS}
+            constants |= {name: options.pop(name) for name in ("ROWS", "BLOCK")}
+            constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
+            yield kernel, {name: types[name] for name in kernel.arg_names if name not in constants}, constants, options

@@ -1,0 +1,103 @@
+"""`qk_norm_rope` in C++ for CPUs; the fused projection is read once, q, k and v are written once."""
+
+import torch
+from torch import Tensor
+
+from .. import _extension
+from .._extension import DTYPES, rows, with_contiguous_rows
+
+
+def why_not(
+    qkv: Tensor,
+    q_weight: Tensor,
+    q_bias: Tensor,
+    k_weight: Tensor,
+    k_bias: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    num_text: int,
+    num_heads: int,
+    eps: float,
+) -> str | None:
+    if qkv.is_cuda:
+        return "it has no CUDA kernel yet; Triton serves GPUs"
+    return _extension.why_not(qkv)
+
+
+def forward(
+    qkv: Tensor,  # [B, N, 3 A E], text first
+    q_weight: Tensor,  # [E]
+    q_bias: Tensor,  # [E]
+    k_weight: Tensor,  # [E]
+    k_bias: Tensor,  # [E]
+    cos: Tensor | None,  # [N - num_text, E]
+    sin: Tensor | None,  # [N - num_text, E]
+    num_text: int,
+    num_heads: int,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # [B, A, N, E] each
+    b, n, width = qkv.shape
+    e = width // (3 * num_heads)
+    parts = tuple(torch.empty(b, num_heads, n, e, dtype=qkv.dtype, device=qkv.device) for _ in range(3))
+    if qkv.numel():
+        qkv, *norms = map(with_contiguous_rows, (qkv, q_weight, q_bias, k_weight, k_bias))
+        cos, sin = _widened(cos, qkv), _widened(sin, qkv)
+        _extension._C.qk_norm_rope_forward(
+            torch.get_num_threads(), DTYPES[qkv.dtype], (b, n, num_text, num_heads, e), eps,
+            rows(qkv), _addresses(*norms), _addresses(cos, sin), tuple(map(_heads, parts)),
+        )  # fmt: skip
+    return parts
+
+
+def backward(
+    grad_q: Tensor,  # [B, A, N, E]
+    grad_k: Tensor,  # [B, A, N, E]
+    grad_v: Tensor,  # [B, A, N, E]
+    qkv: Tensor,
+    q_weight: Tensor,
+    q_bias: Tensor,
+    k_weight: Tensor,
+    k_bias: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    num_text: int,
+    num_heads: int,
+    eps: float,
+    *,
+    needs: list[bool],  # of qkv, q_weight, q_bias, k_weight, k_bias, cos, sin
+) -> tuple[Tensor | None, ...]:  # of the same
+    """The gradients, the same whatever the number of threads: rows are added up in chunks of a fixed size."""
+    inputs = qkv, q_weight, q_bias, k_weight, k_bias
+    grads = [torch.empty(x.shape, dtype=x.dtype) for x in inputs]
+    wide = torch.float64 if qkv.dtype == torch.float64 else torch.float32
+    grad_cos, grad_sin = (torch.empty(x.shape, dtype=wide) if any(needs[5:]) else None for x in (cos, sin))
+    if qkv.numel():
+        qkv, *norms = map(with_contiguous_rows, inputs)
+        parts = [with_contiguous_rows(grad) for grad in (grad_q, grad_k, grad_v)]
+        turns = _widened(cos, qkv), _widened(sin, qkv)
+        b, n, width = qkv.shape
+        e = width // (3 * num_heads)
+        partials = torch.empty(-(-n // _extension._C.QK_NORM_ROPE_CHUNK), 2, 2, e, dtype=wide)
+        _extension._C.qk_norm_rope_backward(
+            torch.get_num_threads(), DTYPES[qkv.dtype], (b, n, num_text, num_heads, e), eps,
+            rows(qkv), _addresses(*norms), _addresses(*turns), tuple(map(_heads, parts)),
+            rows(grads[0]), _addresses(*grads[1:]), _addresses(grad_cos, grad_sin), partials.data_ptr(),
+        )  # fmt: skip
+    else:
+        grads = [g.zero_() for g in grads]
+        grad_cos, grad_sin = (g if g is None else g.zero_() for g in (grad_cos, grad_sin))
+    return *grads, *(g if g is None else g.to(x.dtype) for g, x in ((grad_cos, cos), (grad_sin, sin)))
+
+
+def _widened(angles: Tensor | None, like: Tensor) -> Tensor | None:
+    """cos or sin in the dtype that the kernel computes in for tensors like this."""
+    wide = torch.float64 if like.dtype == torch.float64 else torch.float32
+    return angles if angles is None else angles.to(wide).contiguous()
+
+
+def _addresses(*tensors: Tensor | None) -> tuple[int, ...]:
+    return tuple(0 if x is None else x.data_ptr() for x in tensors)
+
+
+def _heads(x: Tensor) -> tuple[int, int, int, int]:  # x [B, A, N, E] with contiguous rows
+    return x.data_ptr(), *x.stride()[:3]
