@@ -17,6 +17,7 @@ namespace cogvx {
 
 void register_expert_layernorm(py::module_& m);
 void register_group_norm_silu(py::module_& m);
+void register_spatial_norm_silu(py::module_& m);
 
 namespace {
 
@@ -74,4 +75,5 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.def("why_not_cuda", &cogvx::why_not_cuda_object, "Why a CUDA device cannot run the extension's kernels, or None.");
   cogvx::register_expert_layernorm(m);
   cogvx::register_group_norm_silu(m);
+  cogvx::register_spatial_norm_silu(m);
 }

@@ -23,11 +23,15 @@ constexpr int64_t kRun = 128;         // rows, or values of a channel / 64, whos
 constexpr int64_t kBlock = 1 << 16;   // values of a block of pixels, about: one thread's turn
 constexpr int64_t kLanes = 64;        // values of a row where a channel's pixels lie side by side
 
-template <class A> struct Scratch {  // of one thread or call: rows of a width
+template <class A> struct Scratch {  // zeros of one thread or call: rows of a width, from the start of a cache line
+  static constexpr size_t kLine = 64;
+  char* memory;
   A* data;
   int64_t width;
-  Scratch(int64_t count, int64_t row_width) : data(new A[count * row_width + 1]()), width(row_width) {}
-  ~Scratch() { delete[] data; }
+  Scratch(int64_t count, int64_t row_width)
+      : memory(new char[count * row_width * sizeof(A) + kLine]()), data(aligned(memory)), width(row_width) {}
+  ~Scratch() { delete[] memory; }
+  static A* aligned(char* from) { return reinterpret_cast<A*>(from + (kLine - reinterpret_cast<uintptr_t>(from) % kLine)); }
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
   A* row(int64_t i) const { return data + i * width; }
@@ -37,14 +41,33 @@ template <class A> struct Coefficients {
   const A *mean, *factor, *offset;
 };
 
+// Forward, 16 bits need no difference from the mean: float holds enough of them for (offset - mean * factor).
+template <class T> constexpr bool kIsCentered = sizeof(T) > 2;
+
 template <class T>
 void apply_row(const T* x, T* y, int64_t width, const Coefficients<accumulator_t<T>>& of) {
   using A = accumulator_t<T>;
-#pragma omp simd
-  for (int64_t i = 0; i < width; ++i) {
-    const A v = (widen(x[i]) - of.mean[i]) * of.factor[i] + of.offset[i];
-    store(y + i, silu<T>(v));
+  int64_t start = 0;
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) < sizeof(double)) {
+    for (; start + 16 <= width; start += 16) {
+      __m512 centered = load16(x + start);
+      if (kIsCentered<T>) centered = _mm512_sub_ps(centered, load16(of.mean + start));
+      store16(y + start, silu<T>(_mm512_fmadd_ps(centered, load16(of.factor + start), load16(of.offset + start))));
+    }
   }
+#endif
+#pragma omp simd
+  for (int64_t i = start; i < width; ++i) {
+    const A centered = kIsCentered<T> ? widen(x[i]) - of.mean[i] : widen(x[i]);
+    store(y + i, silu<T>(centered * of.factor[i] + of.offset[i]));
+  }
+}
+
+// y = silu((x - mean) * factor + offset) of rows one after another.
+template <class T>
+void apply_rows(const T* x, T* y, int64_t count, int64_t width, const Coefficients<accumulator_t<T>>& of) {
+  for (int64_t n = 0; n < count; ++n) apply_row(x + n * width, y + n * width, width, of);
 }
 
 // Adds to each sum of the row: d = dL/dv, and d * (x - mean).
@@ -260,21 +283,26 @@ void group_statistics(const Video& x, int64_t num_groups, double eps, double* me
   }
 }
 
-// GroupNorm(x) * weight + bias is (x - mean) * factor + offset, [B, C] each; mean is rounded and offset makes up for it.
+// GroupNorm(x) * weight + bias is (x - mean) * factor + offset, [B, C] each. The mean is rounded, or 0 where it is not
+// subtracted, and the offset makes up for it.
 template <class T> struct Affine {
   using A = accumulator_t<T>;
   Scratch<double> statistics;       // mean, rstd
   Scratch<A> coefficients, of_all;  // mean, factor, offset; weight, bias [C]
 
+  template <class Args>
+  Affine(const Args& args, bool is_centered, int num_threads)
+      : Affine(args.x, args.num_groups, args.eps, args.weight_dtype, args.weight, args.bias, is_centered, num_threads) {}
+
   Affine(const Video& x, int64_t num_groups, double eps, DType dtype, const char* weight, const char* bias,
-         int num_threads)
+         bool is_centered, int num_threads)
       : statistics(2, x.batch * x.channels), coefficients(3, x.batch * x.channels), of_all(2, x.channels) {
     group_statistics<T>(x, num_groups, eps, statistics.row(0), statistics.row(1), num_threads);
     widen_to(dtype, weight, x.channels, of_all.row(0));
     widen_to(dtype, bias, x.channels, of_all.row(1));
     for (int64_t i = 0; i < x.batch * x.channels; ++i) {
       const double factor = statistics.row(1)[i] * of_all.row(0)[i % x.channels], mean = statistics.row(0)[i];
-      coefficients.row(0)[i] = static_cast<A>(mean);
+      coefficients.row(0)[i] = is_centered ? static_cast<A>(mean) : A{0};
       coefficients.row(1)[i] = static_cast<A>(factor);
       const double error = coefficients.row(0)[i] - mean;
       coefficients.row(2)[i] = static_cast<A>(of_all.row(1)[i % x.channels] + error * factor);

@@ -56,7 +56,7 @@ template <class T> void forward_part(const Args& args, const Part& part, const C
 
 template <class T> void forward_as(const Args& args, int num_threads) {
   using A = accumulator_t<T>;
-  const Affine<T> affine(args.x, args.num_groups, args.eps, args.weight_dtype, args.weight, args.bias, num_threads);
+  const Affine<T> affine(args, kIsCentered<T>, num_threads);
   const int64_t total = num_parts(args.x);
 #pragma omp parallel num_threads(num_threads) if (total > 1)
   {
@@ -108,7 +108,7 @@ void add_parts(const Video& x, const double* parts, double* sums) {
 template <class T> void backward_as(const Args& args, int num_threads) {
   using A = accumulator_t<T>;
   const Video& x = args.x;
-  const Affine<T> affine(x, args.num_groups, args.eps, args.weight_dtype, args.weight, args.bias, num_threads);
+  const Affine<T> affine(args, true, num_threads);
   const int64_t total = num_parts(x), width = row_width(x);
   const Scratch<double> parts(total, 2 * (x.channels_last ? x.channels : 1)), sums(x.batch, 2 * x.channels);
   const Scratch<A> ends(2, x.batch * x.channels);  // constant and slope of dL/dx
