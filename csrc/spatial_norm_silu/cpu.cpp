@@ -1,0 +1,170 @@
+// Compiled once for each instruction set (COGVX_ISA names it).
+#include "spatial_norm_silu/spatial_norm_silu.h"
+
+#include <cstring>
+
+#include "spatial_norm_silu/latent.h"
+
+namespace cogvx::spatial_norm_silu::COGVX_ISA {
+namespace {
+
+template <class T> void forward_part(const Args& args, const Part& part, const Tile<T>& tile) {
+  const int64_t width = row_width(args);
+  each_run(args, part, [&](int64_t frame, int64_t pixel, int64_t count, int64_t index) {
+    T* y = at<T>(args.y, part.b, part.channel, args.num_halo + frame, pixel);
+    apply_rows(at<T>(args.x, part.b, part.channel, frame, pixel), y, count, width, tile.at_index(part, index));
+    for (int64_t copy = 0; frame == 0 && copy < args.num_copies; ++copy)
+      memcpy(at<T>(args.y, part.b, part.channel, copy, pixel), y, count * width * sizeof(T));
+  });
+}
+
+template <class T> void forward_as(const Args& args, int num_threads) {
+  const Affine<T> affine(args, kIsCentered<T>, num_threads);
+  const Projection<accumulator_t<T>> projection(args);
+  const int64_t total = num_units(args);
+#pragma omp parallel num_threads(num_threads) if (total > 1)
+  {
+    Tile<T> tile(args, affine, projection);
+#pragma omp for schedule(static)
+    for (int64_t unit = 0; unit < total; ++unit) {
+      for (int64_t i = 0; i < parts_of_unit(args); ++i) {
+        const Part part = part_at(args, total - 1 - unit, i);  // the end of x may still be in the cache
+        tile.prepare(part);
+        forward_part(args, part, tile);
+      }
+    }
+  }
+}
+
+// The gradients of a part's scale and shift, and `sums`, to which those of the group norm's result are added.
+template <class T>
+void sum_part(const Args& args, const Part& part, const Tile<T>& tile, const Gradient<T>& gradient,
+              const Scratch<accumulator_t<T>>& rows, double* sums) {
+  using A = accumulator_t<T>;
+  const int64_t width = row_width(args), count = rows.width / width;
+  A *d = rows.row(0), *d_x = rows.row(1);
+  fill(d, 2 * count * width, A{0});
+  each_run(args, part, [&](int64_t frame, int64_t first, int64_t pixels, int64_t index) {
+    for (int64_t pixel = first; pixel < first + pixels; ++pixel)
+      sum_row(at<T>(args.x, part.b, part.channel, frame, pixel),
+              gradient.row(part.b, part.channel, frame, pixel, width), width, tile.at_index(part, index),
+              d + index * width, d_x + index * width);
+  });
+  const Coefficients<A> of = tile.affine.of(part.b, part.channel);
+  const int64_t first_pixel = part.row * args.latent_width;
+  for (int64_t j = part.first; j < part.last; ++j) {
+    A* of_scale = at<A>(args.grad_scale, part.b, part.channel, part.frame, first_pixel + j);
+    A* of_shift = at<A>(args.grad_shift, part.b, part.channel, part.frame, first_pixel + j);
+    if (args.x.channels_last) {
+      const int64_t index = (j - part.first) * width;
+      const A* scale = tile.scale.row(j - part.first);
+      for (int64_t c = 0; c < width; ++c) {
+        sums[c] += static_cast<double>(scale[c]) * d[index + c];
+        sums[width + c] += static_cast<double>(scale[c]) * d_x[index + c];
+        of_scale[c] = of.factor[c] * d_x[index + c] + of.offset[c] * d[index + c];
+        of_shift[c] = d[index + c];
+      }
+      continue;
+    }
+    double sum = 0, sum_x = 0;
+    for (int64_t w = args.first_column[j]; w < args.first_column[j + 1]; ++w) {
+      sum += d[w];
+      sum_x += d_x[w];
+      sums[0] += static_cast<double>(tile.scale.row(0)[w]) * d[w];
+      sums[1] += static_cast<double>(tile.scale.row(0)[w]) * d_x[w];
+    }
+    *of_scale = static_cast<A>(of.factor[0] * sum_x + of.offset[0] * sum);
+    *of_shift = static_cast<A>(sum);
+  }
+}
+
+// Adds the units up in their order: [B, 2, C].
+void add_units(const Args& args, const double* units, double* sums) {
+  const int64_t channels = args.x.channels, of_sample = num_units(args) / (args.x.batch ? args.x.batch : 1);
+  fill(sums, args.x.batch * 2 * channels, 0.0);
+  for (int64_t unit = 0; unit < num_units(args); ++unit) {
+    double* sum = sums + unit / of_sample * 2 * channels;
+    for (int64_t c = 0; args.x.channels_last && c < 2 * channels; ++c) sum[c] += units[unit * 2 * channels + c];
+    for (int64_t i = 0; !args.x.channels_last && i < 2; ++i) sum[i * channels + unit % channels] = units[2 * unit + i];
+  }
+}
+
+template <class T>
+void gradient_part(const Args& args, const Part& part, const Tile<T>& tile, const Gradient<T>& gradient,
+                   const accumulator_t<T>* constant, const accumulator_t<T>* slope) {
+  const int64_t width = row_width(args);
+  each_run(args, part, [&](int64_t frame, int64_t first, int64_t pixels, int64_t index) {
+    for (int64_t pixel = first; pixel < first + pixels; ++pixel)
+      gradient_row(at<T>(args.x, part.b, part.channel, frame, pixel),
+                   gradient.row(part.b, part.channel, frame, pixel, width),
+                   at<T>(args.grad_x, part.b, part.channel, frame, pixel), width, tile.at_index(part, index), constant,
+                   slope);
+  });
+}
+
+template <class T> void backward_as(const Args& args, int num_threads) {
+  using A = accumulator_t<T>;
+  const Video& x = args.x;
+  const Affine<T> affine(args, true, num_threads);
+  const Projection<A> projection(args);
+  const int64_t total = num_units(args), width = row_width(args), parts = parts_of_unit(args);
+  const Scratch<double> units(total, 2 * (x.channels_last ? x.channels : 1)), sums(x.batch, 2 * x.channels);
+  const Scratch<A> ends(2, x.batch * x.channels);  // constant and slope of dL/dx
+#pragma omp parallel num_threads(num_threads) if (total > 1)
+  {
+    Tile<T> tile(args, affine, projection);
+    const Scratch<A> buffer(3, width), rows(2, width * (x.channels_last ? tile_of(args) : 1));
+    const Gradient<T> gradient{args.grad, args.num_halo, args.num_copies, buffer.row(0)};
+#pragma omp for schedule(static)
+    for (int64_t unit = 0; unit < total; ++unit) {
+      for (int64_t i = 0; i < parts; ++i) {
+        const Part part = part_at(args, unit, i);
+        tile.prepare(part);
+        sum_part(args, part, tile, gradient, rows, units.row(unit));
+      }
+    }
+#pragma omp single
+    {
+      add_units(args, units.data, sums.data);
+      finish_gradients(x, args.num_groups, affine.statistics.row(1), affine.of_all.row(0), sums.data,
+                       reinterpret_cast<A*>(args.grad_weight), reinterpret_cast<A*>(args.grad_bias), ends.row(0),
+                       ends.row(1));
+    }
+#pragma omp for schedule(static)
+    for (int64_t unit = 0; unit < total; ++unit) {
+      for (int64_t i = 0; i < parts; ++i) {
+        const Part part = part_at(args, total - 1 - unit, i);
+        const A *constant = ends.row(0) + part.b * x.channels + part.channel, *slope = constant + ends.width;
+        if (!x.channels_last) {
+          fill(buffer.row(1), width, constant[0]);
+          fill(buffer.row(2), width, slope[0]);
+          constant = buffer.row(1), slope = buffer.row(2);
+        }
+        tile.prepare(part);
+        gradient_part(args, part, tile, gradient, constant, slope);
+      }
+    }
+  }
+}
+
+}  // namespace
+
+void forward(const Args& args, int num_threads) {
+  switch (args.dtype) {
+    case DType::float32: return forward_as<float>(args, num_threads);
+    case DType::float16: return forward_as<Half>(args, num_threads);
+    case DType::bfloat16: return forward_as<BFloat16>(args, num_threads);
+    case DType::float64: return forward_as<double>(args, num_threads);
+  }
+}
+
+void backward(const Args& args, int num_threads) {
+  switch (args.dtype) {
+    case DType::float32: return backward_as<float>(args, num_threads);
+    case DType::float16: return backward_as<Half>(args, num_threads);
+    case DType::bfloat16: return backward_as<BFloat16>(args, num_threads);
+    case DType::float64: return backward_as<double>(args, num_threads);
+  }
+}
+
+}  // namespace cogvx::spatial_norm_silu::COGVX_ISA
