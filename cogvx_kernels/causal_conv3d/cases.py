@@ -17,17 +17,21 @@ def make(
     columns: int,
     kernel: tuple[int, int, int] = (3, 3, 3),
     bias: bool = True,
+    still: bool = False,
     *,
     dtype=torch.float32,
     device="cpu",
     seed=0,
     scale=1.0,
 ) -> tuple:
-    """`frames` of result, behind a halo of K_t - 1."""
+    """`frames` of result, behind a halo of K_t - 1; with `still` that is copies of the first frame."""
     normal = Normal(dtype, device, seed)
     taps = width_in * kernel[0] * kernel[1] * kernel[2]
+    x = normal(batch, width_in, kernel[0] - 1 + frames, height, columns, std=scale)
+    if still:
+        x[:, :, : kernel[0] - 1] = x[:, :, kernel[0] - 1 : kernel[0]]
     return (
-        normal(batch, width_in, kernel[0] - 1 + frames, height, columns, std=scale),
+        x,
         normal(width, width_in, *kernel, std=taps**-0.5),
         normal(width) if bias else None,
     )
@@ -37,7 +41,9 @@ SMALL = [
     partial(make, 2, 4, 6, 3, 5, 7),
     partial(make, 1, 3, 5, 1, 4, 4, bias=False),
     partial(make, 1, 16, 16, 2, 8, 8),
+    partial(make, 2, 3, 5, 4, 3, 6, still=True),
     partial(make, 1, 1, 1, 1, 1, 1),
+    partial(make, 1, 4, 6, 1, 5, 3, still=True),
     partial(make, 1, 5, 3, 2, 3, 4, kernel=(1, 1, 1)),
     partial(make, 1, 2, 3, 2, 3, 5, kernel=(2, 3, 1)),
     partial(make, 0, 2, 3, 2, 3, 3),
@@ -72,4 +78,5 @@ def draw(rng: random.Random) -> partial:
         rng.choice([1, 3, 7, 8]),
         rng.choice([(3, 3, 3), (3, 3, 3), (1, 1, 1), (2, 1, 5), (4, 3, 3)]),
         rng.random() < 0.7,
+        rng.random() < 0.3,
     )
