@@ -24,6 +24,7 @@ from ..config import VAEConfig
 from .checkpoint import load_model
 from .saving import SHARD_BYTES, save_model
 
+
 class Halos(dict[nn.Module, Tensor]):
     """What each causal convolution read last; empty before the first chunk, and nothing is kept of the `last`."""
 
