@@ -1,7 +1,9 @@
 """Arguments of `causal_conv3d` for tests (SMALL), fuzzing (`draw`, ILLEGAL) and benchmarks (REAL)."""
 
 import random
+from collections.abc import Iterator
 from functools import partial
+from types import ModuleType
 
 import torch
 
@@ -80,3 +82,25 @@ def draw(rng: random.Random) -> partial:
         rng.random() < 0.7,
         rng.random() < 0.3,
     )
+
+
+def kernels(module: ModuleType) -> Iterator[tuple]:
+    """Each Triton kernel with the types of its arguments, constants and options, for the published VAE."""
+    taps = {"K_T": 3, "K_H": 3, "K_W": 3}
+    widths = ((512, 512), (16, 512), (3, 128), (128, 3))
+    cases = [(torch.bfloat16, *pair) for pair in widths] + [(torch.float32, 256, 256), (torch.float32, 128, 3)]
+    for dtype, num_in, num_out in cases:
+        name = "fp32" if dtype == torch.float32 else "bf16"
+        sizes = dict.fromkeys(("num_pixels", "frames_in", "frames_out", "height", "width", "tiles_a_split"), "i32")
+        sizes |= {n: "i32" if size % 16 else "i32:16" for n, size in (("num_in", num_in), ("num_out", num_out))}
+        values = dict.fromkeys(("x", "weight", "bias", "y", "grad"), f"*{name}:16") | {"partials": "*fp32:16"}
+        for pad_t in (0, 2):
+            constants = {"PAD_T": pad_t, "HAS_BIAS": pad_t == 0, **taps}
+            yield _compiled(module.forward_kernel, sizes | values, constants,
+                            module.forward_options(num_in, num_out, 27, dtype))  # fmt: skip
+        yield _compiled(module.weight_kernel, sizes | values, taps, module.weight_options(num_in, num_out, 27, dtype))
+
+
+def _compiled(kernel, types: dict, constants: dict, options: dict) -> tuple:
+    constants = constants | {name: options.pop(name) for name in kernel.arg_names if name in options}
+    return kernel, {name: types[name] for name in kernel.arg_names if name in types}, constants, options

@@ -21,8 +21,8 @@ _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 @triton.jit
 def _add_product(left, right, total):
-    if _INTERPRETED:  # its products of bfloat16 are those of the bits, taken as integers
-        left, right = left.to(tl.float32), right.to(tl.float32)
+    if _INTERPRETED:  # it takes bfloat16 for integers, and its float32 sums depend on where in the tile a row stands
+        return total + tl.dot(left.to(tl.float64), right.to(tl.float64)).to(tl.float32)
     return tl.dot(left, right, total, input_precision="ieee")
 
 
@@ -135,14 +135,18 @@ def weight_kernel(
 
 def pixel_options(num_summed: int, num_made: int, num_taps: int, dtype: torch.dtype) -> dict:
     """The tile of a program that makes pixels; float32 is multiplied without tensor cores."""
-    low, packed = dtype != torch.float32, num_summed < 16
+    low, packed = (
+        dtype != torch.float32,
+        num_summed < 16,
+    )  # where every value has a place of its own, registers are scarce
     return {
         "PACKED": packed,
-        "BLOCK_M": 128 if low else 64,
+        "BLOCK_M": 128 if low and not packed else 64,
         "BLOCK_N": _block(num_made, 128 if low else 64),
-        "BLOCK_K": _block(num_taps * num_summed, 32) if packed else _block(num_summed, 64 if low else 32),
+        "BLOCK_K": _block(num_taps * num_summed, 32) if packed else _block(num_summed, 64 if low else 16),
         "num_warps": 8 if low and num_made > 64 else 4,
         "num_stages": 3,
+        "enable_fp_fusion": True,
     }
 
 
@@ -153,9 +157,10 @@ def weight_options(num_in: int, num_out: int, dtype: torch.dtype) -> dict:
         "PACKED": packed,
         "BLOCK_O": _block(16 * num_out if packed else num_out, 128 if low else 64),
         "BLOCK_C": _block(num_in, 128 if low else 64),
-        "BLOCK_P": 64 if low else 32,
+        "BLOCK_P": 64 if low and not packed else 32,
         "num_warps": 8 if low and max(num_in, num_out) > 64 else 4,
         "num_stages": 3,
+        "enable_fp_fusion": True,
     }
 
 
