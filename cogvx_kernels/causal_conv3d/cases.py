@@ -55,6 +55,7 @@ REAL = {
     "decoder, 512 at 60 x 90": partial(make, 1, 512, 512, 2, 60, 90),
     "decoder, 256 at 240 x 360": partial(make, 1, 256, 256, 8, 240, 360),
     "decoder, 128 at 480 x 720": partial(make, 1, 128, 128, 8, 480, 720),
+    "decoder, 128 at 480 x 720, first chunk": partial(make, 1, 128, 128, 9, 480, 720, still=True),
 }
 
 ILLEGAL = [
