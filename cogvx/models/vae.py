@@ -4,7 +4,7 @@ B batch, C channels, T frames, H W height and width; K = 3 taps in time, so a ha
 convolution read. Videos are [B, 3, T, H, W] in [-1, 1], latents [B, 16, (T - 1) / 4 + 1, H / 8, W / 8], unscaled.
 
 A clip passes in temporal chunks. GroupNorm takes its statistics from one chunk, so the chunk plan is part of the
-result. Submodule names are those of the published checkpoints.
+result. Submodule names are those of the published checkpoints. In memory channels come last, [B, T, H, W, C].
 
 Source: "CogVideoX" (arXiv 2408.06072), section 2.1, and the released configurations.
 """
@@ -24,7 +24,11 @@ from ..config import VAEConfig
 from .checkpoint import load_model
 from .saving import SHARD_BYTES, save_model
 
-Halos = dict[nn.Module, Tensor]  # what each causal convolution read last; empty before the first chunk
+
+class Halos(dict[nn.Module, Tensor]):
+    """What each causal convolution read last; empty before the first chunk, and nothing is kept of the `last`."""
+
+    last: bool = False
 
 
 class CausalVAE(nn.Module):
@@ -57,15 +61,12 @@ class CausalVAE(nn.Module):
 
     def encode(self, video: Tensor) -> "Posterior":
         """The distribution of latents behind a video [B, 3, T, H, W] in [-1, 1]."""
-        halos: Halos = {}
-        chunks = video.split(encode_chunks(video.shape[2]), dim=2)
-        return Posterior(*torch.cat([self.encoder(chunk, halos) for chunk in chunks], dim=2).chunk(2, dim=1))
+        moments = in_chunks(self.encoder, video, encode_chunks(video.shape[2]))
+        return Posterior(*moments.contiguous().chunk(2, dim=1))
 
     def decode(self, latents: Tensor) -> Tensor:
         """The video [B, 3, T, H, W] behind unscaled latents [B, C, T, H, W]; nominally in [-1, 1], not clamped."""
-        halos: Halos = {}
-        chunks = latents.split(decode_chunks(latents.shape[2]), dim=2)
-        return torch.cat([self.decoder(chunk, halos) for chunk in chunks], dim=2)
+        return in_chunks(self.decoder, latents, decode_chunks(latents.shape[2])).contiguous()
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,15 @@ class Posterior:
     def kl(self) -> Tensor:
         """Divergence from the unit Gaussian, in nats a sample, [B]."""
         return 0.5 * (self.mean.square() + self.logvar.exp() - 1.0 - self.logvar).flatten(1).sum(1)
+
+
+def in_chunks(model: nn.Module, x: Tensor, lengths: list[int]) -> Tensor:
+    """The results of a half of the VAE over chunks of these lengths, one after another, joined along time."""
+    halos, parts = Halos(), []
+    for i, chunk in enumerate(x.split(lengths, dim=2)):
+        halos.last = i == len(lengths) - 1
+        parts.append(model(chunk.contiguous(memory_format=torch.channels_last_3d), halos))
+    return torch.cat(parts, dim=2) if len(parts) > 1 else parts[0]
 
 
 def encode_chunks(num_frames: int) -> list[int]:
@@ -126,7 +136,7 @@ class Encoder(nn.Module):
         self.conv_out = CausalConv3d(widths[-1], 2 * config.latent_channels)
 
     def forward(self, video: Tensor, halos: Halos) -> Tensor:
-        x = self.conv_in(behind_halo(video, halos.get(self.conv_in)), halos)
+        x = self.conv_in(behind_halo(video, halos.pop(self.conv_in, None)), halos)
         for block in self.down_blocks:
             for resnet in block.resnets:
                 x = resnet(x, None, halos)
@@ -134,7 +144,7 @@ class Encoder(nn.Module):
                 x = downsample(x)
         for resnet in self.mid_block.resnets:
             x = resnet(x, None, halos)
-        return self.conv_out(self.norm_out(x, None, halos.get(self.conv_out)), halos)
+        return self.conv_out(self.norm_out(x, None, halos.pop(self.conv_out, None)), halos)
 
 
 class Decoder(nn.Module):
@@ -158,7 +168,7 @@ class Decoder(nn.Module):
         self.conv_out = CausalConv3d(widths[-1], config.out_channels)
 
     def forward(self, z: Tensor, halos: Halos) -> Tensor:
-        x = self.conv_in(behind_halo(z, halos.get(self.conv_in)), halos)
+        x = self.conv_in(behind_halo(z, halos.pop(self.conv_in, None)), halos)
         for resnet in self.mid_block.resnets:
             x = resnet(x, z, halos)
         for block in self.up_blocks:
@@ -166,7 +176,7 @@ class Decoder(nn.Module):
                 x = resnet(x, z, halos)
             for upsample in block.upsamplers:
                 x = upsample(x)
-        return self.conv_out(self.norm_out(x, z, halos.get(self.conv_out)), halos)
+        return self.conv_out(self.norm_out(x, z, halos.pop(self.conv_out, None)), halos)
 
 
 class ResidualBlock(nn.Module):
@@ -183,20 +193,22 @@ class ResidualBlock(nn.Module):
         self.conv_shortcut = nn.Identity() if width_in == width else PointwiseConv(width_in, width)
 
     def forward(self, x: Tensor, z: Tensor | None, halos: Halos) -> Tensor:
-        y = self.conv1(self.norm1(x, z, halos.get(self.conv1)), halos)
-        y = self.conv2(self.norm2(y, z, halos.get(self.conv2)), halos)
-        return y + self.conv_shortcut(x)
+        y = self.conv1(self.norm1(x, z, halos.pop(self.conv1, None)), halos)
+        y = self.conv2(self.norm2(y, z, halos.pop(self.conv2, None)), halos)
+        return y.add_(self.conv_shortcut(x))  # in place: no convolution's gradient needs its result
 
 
 class PointwiseConv(nn.Conv3d):
-    """A 1x1x1 convolution, as the matrix product it is: the sums of torch's depend on the number of threads on CPUs."""
+    """A 1x1x1 convolution, as the matrix product over pixels that it is where channels come last.
+
+    On CPUs the sums of torch's own depend on the number of threads.
+    """
 
     def __init__(self, width_in: int, width: int):
         super().__init__(width_in, width, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = self.weight.flatten(1).expand(x.shape[0], -1, -1)
-        return torch.baddbmm(self.bias[:, None], weight, x.flatten(2)).unflatten(2, x.shape[2:])
+        return F.linear(x.permute(0, 2, 3, 4, 1), self.weight.flatten(1), self.bias).permute(0, 4, 1, 2, 3)
 
 
 class CausalConv3d(nn.Module):
@@ -207,7 +219,8 @@ class CausalConv3d(nn.Module):
         self.conv = nn.Conv3d(width_in, width, 3, padding=(0, 1, 1))
 
     def forward(self, x: Tensor, halos: Halos) -> Tensor:
-        halos[self] = x[:, :, -2:].clone()  # a copy, so that the buffer can be freed
+        if not halos.last:
+            halos[self] = x[:, :, -2:].clone()  # a copy, so that the buffer can be freed
         return causal_conv3d(x, self.conv.weight, self.conv.bias)
 
 
@@ -247,8 +260,9 @@ class Downsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.halve_time and x.shape[2] > 1:
-            alone, paired = x.split([x.shape[2] % 2, x.shape[2] // 2 * 2], dim=2)
-            x = torch.cat([alone, paired.unflatten(2, (-1, 2)).mean(3)], dim=2)
+            alone = x.shape[2] % 2
+            means = (x[:, :, alone::2] + x[:, :, alone + 1 :: 2]) / 2
+            x = torch.cat([x[:, :, :1], means], dim=2) if alone else means
         frames = F.pad(x.transpose(1, 2).flatten(0, 1), (0, 1, 0, 1))
         return self.conv(frames).unflatten(0, (x.shape[0], -1)).transpose(1, 2)
 

@@ -1,7 +1,9 @@
 """Arguments of `upsample_conv` for tests (SMALL), fuzzing (`draw`, ILLEGAL) and benchmarks (REAL)."""
 
 import random
+from collections.abc import Iterator
 from functools import partial
+from types import ModuleType
 
 import torch
 
@@ -69,3 +71,20 @@ def draw(rng: random.Random) -> partial:
         rng.choice([1, 3, 7, 8]),
         rng.random() < 0.5,
     )
+
+
+def kernels(module: ModuleType) -> Iterator[tuple]:
+    """Each Triton kernel with the types of its arguments, constants and options, for the published VAE."""
+    for dtype, c in ((torch.bfloat16, 512), (torch.float32, 256)):
+        name = "fp32" if dtype == torch.float32 else "bf16"
+        types = dict.fromkeys(("num_pixels", "num_frames", "height", "width", "tiles_a_split"), "i32")
+        types |= dict.fromkeys(("num_in", "num_out"), "i32:16") | {"partials": "*fp32:16"}
+        types |= dict.fromkeys(("x", "weight", "bias", "y", "grad", "grad_x"), f"*{name}:16")
+        for kernel, constants, options in (
+            (module.forward_kernel, {"DOUBLE": True}, module.pixel_options(c, c, 4, dtype)),
+            (module.forward_kernel, {"DOUBLE": False}, module.pixel_options(c, c, 4, dtype)),
+            (module.input_kernel, {}, module.pixel_options(c, c, 16, dtype)),
+            (module.weight_kernel, {}, module.weight_options(c, c, dtype)),
+        ):
+            constants |= {name: options.pop(name) for name in kernel.arg_names if name in options}
+            yield kernel, {name: types[name] for name in kernel.arg_names if name in types}, constants, options

@@ -1,10 +1,12 @@
 """`causal_conv3d` against a loop; causality, and chunks with a halo."""
 
 import numpy as np
+import pytest
 import torch
 
-from cogvx_kernels import causal_conv3d
-from cogvx_kernels.causal_conv3d import reference
+from cogvx_kernels import causal_conv3d, use_backend
+from cogvx_kernels._op import OPS
+from cogvx_kernels.causal_conv3d import _merged, reference
 from cogvx_kernels.causal_conv3d.cases import SMALL, make
 
 
@@ -26,12 +28,34 @@ def test_it_is_the_formula():
         np.testing.assert_allclose(causal_conv3d(*args).numpy(), expected, rtol=1e-12, atol=1e-12)
 
 
-def test_two_chunks_with_a_halo_equal_one_pass():
-    for dtype, bound in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
-        x, weight, bias = make(1, 4, 5, 7, 6, 5, dtype=dtype)  # two frames of halo, then seven
-        whole = causal_conv3d(x, weight, bias)
-        chunks = torch.cat([causal_conv3d(part, weight, bias) for part in (x[:, :, :5], x[:, :, 3:])], dim=2)
-        assert (chunks - whole).abs().max() <= bound * whole.abs().max()
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("still", [False, True])
+@pytest.mark.parametrize("backend", ["reference", *OPS["causal_conv3d"].backends])
+def test_two_chunks_with_a_halo_equal_one_pass(backend, still, dtype, run_on):
+    bound = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2 * torch.finfo(torch.bfloat16).eps}[dtype]
+    x, weight, bias = make(1, 4, 5, 7, 6, 5, still=still, dtype=dtype)  # two frames of halo, then seven
+    if backend != "triton" or dtype != torch.float64:
+        run_on("causal_conv3d", backend, x, weight, bias)
+        with use_backend(backend):
+            whole = causal_conv3d(x, weight, bias)
+            chunks = torch.cat([causal_conv3d(part, weight, bias) for part in (x[:, :, :5], x[:, :, 3:])], dim=2)
+        assert (chunks - whole).abs().max() <= (0 if backend == "triton" else bound) * whole.abs().max()
+
+
+def test_a_halo_that_repeats_the_first_frame_costs_fewer_products(monkeypatch):
+    computed = []
+
+    def conv(x, weight, bias):
+        computed.append((x.shape[2] - weight.shape[2] + 1) * weight.shape[2])  # frames times taps in time
+        return convolve(x, weight, bias)
+
+    convolve = _merged._conv
+    monkeypatch.setattr(_merged, "_conv", conv)
+    for still, products in ((False, 4 * 3), (True, 1 + 2 + 2 * 3)):
+        args = make(1, 4, 5, 4, 6, 5, still=still, dtype=torch.float64)
+        computed.clear()
+        torch.testing.assert_close(_merged.forward(*args), reference.forward(*args))
+        assert sum(computed) == products
 
 
 def test_a_frame_changes_no_earlier_one():

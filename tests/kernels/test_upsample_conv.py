@@ -1,10 +1,15 @@
 """`upsample_conv` against a loop; which frames come twice."""
 
 import numpy as np
+import pytest
 import torch
+import torch.nn.functional as F
 
-from cogvx_kernels import upsample_conv
+from cogvx_kernels import upsample_conv, use_backend
+from cogvx_kernels._op import OPS
+from cogvx_kernels.upsample_conv import _merged
 from cogvx_kernels.upsample_conv.cases import SMALL, make
+from cogvx_kernels.upsample_conv.taps import merge_taps, split_taps
 
 
 def in_loops(x, weight, bias, double_time):
@@ -34,6 +39,41 @@ def test_frames_double_and_an_odd_first_one_stays_alone():
     once = upsample_conv(x, weight, bias, False)
     assert torch.equal(upsample_conv(x, weight, bias, True), once[:, :, [0, 1, 1, 2, 2]])
     assert torch.equal(upsample_conv(x[:, :, :2], weight, bias, True), once[:, :, [0, 0, 1, 1]])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("backend", ["reference", *OPS["upsample_conv"].backends])
+def test_chunks_equal_one_pass(backend, dtype, run_on):
+    if backend == "triton" and dtype == torch.float64:
+        return
+    args = make(1, 4, 6, 5, 3, 5, dtype=dtype)
+    run_on("upsample_conv", backend, *args)
+    with use_backend(backend):
+        whole = upsample_conv(*args)
+        chunks = torch.cat([upsample_conv(part, *args[1:]) for part in args[0].split([3, 2], dim=2)], dim=2)
+    bound = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2 * torch.finfo(torch.bfloat16).eps}[dtype]
+    assert (chunks - whole).abs().max() <= (0 if backend == "triton" else bound) * whole.abs().max()
+
+
+def test_merged_taps_of_a_hand_worked_kernel_and_their_gradient():
+    weight = torch.tensor([[1.0, 2, 3], [4, 5, 6], [7, 8, 9]])[None, None]
+    assert merge_taps(weight)[0, 0].tolist() == [[1, 3, 5, 3], [5, 12, 16, 9], [11, 24, 28, 15], [7, 15, 17, 9]]
+    torch.autograd.gradcheck(merge_taps, weight.double().requires_grad_())
+    grad = torch.randn(1, 1, 4, 4)
+    expected = torch.autograd.grad(merge_taps(weight.requires_grad_()), weight, grad)[0]
+    torch.testing.assert_close(split_taps(grad), expected)
+
+
+def test_phases_in_parts_of_any_length_are_the_same(monkeypatch):
+    args = make(2, 3, 4, 7, 3, 5, True, dtype=torch.float64)
+    whole = _merged.forward(*args)
+    for pixels in (1, 2 * 15 * 2, 2 * 15 * 3):  # one frame at a time, two, three
+        monkeypatch.setattr(_merged, "_PIXELS_AT_ONCE", pixels)
+        torch.testing.assert_close(_merged.forward(*args), whole)
+    frames = F.interpolate(args[0].transpose(1, 2).flatten(0, 1), scale_factor=2.0)
+    assert torch.equal(whole[:, :, 1], whole[:, :, 2])
+    expected = F.conv2d(frames, args[1], args[2], padding=1)[0]
+    torch.testing.assert_close(whole[0, :, 0], expected)
 
 
 def test_frames_do_not_mix():

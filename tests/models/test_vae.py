@@ -8,7 +8,7 @@ from diffusers import AutoencoderKLCogVideoX
 
 from cogvx.config import PRESETS
 from cogvx.models import CausalVAE
-from cogvx.models.vae import Posterior, decode_chunks, encode_chunks
+from cogvx.models.vae import Halos, Posterior, decode_chunks, encode_chunks
 
 # Frames of 8N+1, height, width: any multiples of 8.
 SIZES = [(1, 8, 8), (9, 16, 24), (17, 24, 16), (25, 8, 40), (33, 16, 16), (41, 8, 8), (49, 16, 8)]
@@ -76,7 +76,7 @@ def test_convolutions_are_causal_to_the_frame(pair):
     x = torch.randn(1, 3, 6 + 2, 8, 8, generator=torch.Generator().manual_seed(8))
     changed = x.clone()
     changed[:, :, 2 + 3] += 1.0  # frame 3; the first two are the halo
-    difference = (conv(x, {}) - conv(changed, {})).abs().amax(dim=(0, 1, 3, 4))
+    difference = (conv(x, Halos()) - conv(changed, Halos())).abs().amax(dim=(0, 1, 3, 4))
     assert (difference[:3] == 0).all() and (difference[3:6] > 0).all()
 
 

@@ -1,0 +1,60 @@
+"""`causal_conv3d` at the sizes of the published VAE, channels last; FLOPs: all taps, those of a repeated frame too."""
+
+import pytest
+import torch
+from conftest import DEVICE, skip_unless_live
+
+from cogvx_kernels import causal_conv3d, use_backend
+from cogvx_kernels._op import OPS
+from cogvx_kernels.causal_conv3d import reference
+from cogvx_kernels.causal_conv3d.cases import REAL
+from cogvx_kernels.testing import assert_as_accurate
+
+BACKENDS = ["reference", *OPS["causal_conv3d"].backends]
+
+
+def arguments(case: str, dtype: torch.dtype) -> tuple:
+    real = REAL[case]
+    batch, num_in, num_out, frames, height, width = real.args
+    if DEVICE == "cpu":
+        height, width = min(height, 60), min(width, 90)
+    args = real.func(batch, num_in, num_out, frames, height, width, **real.keywords, dtype=dtype, device=DEVICE)
+    return args[0].contiguous(memory_format=torch.channels_last_3d), *args[1:]
+
+
+def gradients(args: tuple, grad: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    leaves = [x.detach().requires_grad_() for x in args]
+    return torch.autograd.grad(causal_conv3d(*leaves), leaves, grad)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("case", REAL)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_forward(measure, backend, case, dtype):
+    args = arguments(case, dtype)
+    skip_unless_live("causal_conv3d", backend, *args)
+    flops = 2 * args[1].numel() * (args[0].numel() // args[0].shape[1]) * (args[0].shape[2] - 2) // args[0].shape[2]
+    plain = tuple(x.contiguous() for x in args)
+    y = measure(
+        f"forward {case} {list(args[0].shape)} {dtype}", backend, lambda: causal_conv3d(*args),
+        flops=flops, reference=lambda: reference.forward(*plain),
+    )  # fmt: skip
+    few = (args[0][..., :9, :9], *args[1:])
+    exact = reference.forward(*(x.double() for x in few))[..., :8, :8]
+    assert_as_accurate(y[..., :8, :8], reference.forward(*few)[..., :8, :8], exact)
+
+
+@pytest.mark.parametrize("case", REAL)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_forward_and_backward(measure, backend, case):
+    args = arguments(case, torch.bfloat16)
+    skip_unless_live("causal_conv3d", backend, *args)
+    with use_backend(backend):
+        grad = torch.randn_like(causal_conv3d(*args))
+    flops = 6 * args[1].numel() * (grad.numel() // grad.shape[1])
+    group = f"forward and backward {case} {list(args[0].shape)}"
+    found = measure(group, backend, lambda: gradients(args, grad), flops=flops)
+    with use_backend("reference"):
+        eager = gradients(args, grad)
+    for one, other in zip(found, eager, strict=True):
+        assert (one.float() - other.float()).abs().max() <= 8 * torch.finfo(one.dtype).eps * other.abs().max()

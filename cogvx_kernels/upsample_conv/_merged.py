@@ -1,0 +1,64 @@
+"""`upsample_conv` on CPUs by oneDNN, phase by phase: 16 of 36 products, nothing upsampled, each frame computed once.
+
+With M of `taps`, y[2i + p, 2j + q] is a 2x2 convolution of x with M[p::2, q::2]. One transposed convolution with the
+kernel M would do all phases at once, a little faster, but its sums depend on the number of threads.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .._op import _memory_format
+from .taps import merge_taps, split_taps, sum_pairs
+
+_PIXELS_AT_ONCE = 8192  # of x: enough to keep oneDNN at its peak, few enough to lie in a cache until they are placed
+
+
+def why_not(x: Tensor, weight: Tensor, bias: Tensor, double_time: bool) -> str | None:
+    return None if x.device.type == "cpu" else f"oneDNN convolves on CPUs, not on {x.device}"
+
+
+def forward(
+    x: Tensor,  # [B, C, T, H, W]
+    weight: Tensor,  # [C_out, C, 3, 3]
+    bias: Tensor,  # [C_out]
+    double_time: bool,
+) -> Tensor:  # [B, C_out, T', 2H, 2W]
+    b, _, t, h, w = x.shape
+    alone = t % 2 if double_time else 0
+    shape = (b, len(weight), 2 * t - alone if double_time else t, 2 * h, 2 * w)
+    y = torch.empty(shape, dtype=x.dtype, memory_format=_memory_format(x))
+    places = [(y[:, :, 1 - alone :: 2], 0), (y[:, :, alone::2], alone)] if double_time else [(y, 0)]
+    taps = merge_taps(weight)
+    step = max(1, _PIXELS_AT_ONCE // max(1, b * h * w))
+    for p, q in ((0, 0), (0, 1), (1, 0), (1, 1)):
+        phase = taps[:, :, p::2, q::2].contiguous()
+        for i in range(0, t, step):
+            part = F.conv2d(_frames(x[:, :, i : i + step]), phase, bias, padding=1)[:, :, p : p + h, q : q + w]
+            part = part.unflatten(0, (b, -1)) if b else part[None, :0]
+            for place, num_skipped in places:  # where frames come twice, a first one that comes once has one place
+                part_here = part[:, max(num_skipped - i, 0) :].transpose(1, 2)
+                start = max(i - num_skipped, 0)
+                place[:, :, start : start + part_here.shape[2], p::2, q::2] = part_here
+    return y
+
+
+def backward(
+    grad: Tensor,  # [B, C_out, T', 2H, 2W]
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    double_time: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # of x, weight, bias
+    grad = sum_pairs(grad) if double_time else grad
+    kernel = merge_taps(weight).flip(2, 3).transpose(0, 1)  # of the transposed convolution
+    grad_x, grad_kernel, grad_bias = torch.ops.aten.convolution_backward(
+        _frames(grad), _frames(x), kernel, list(bias.shape), [2, 2], [1, 1], [1, 1], True, [0, 0], 1,
+        [True, True, True],
+    )  # fmt: skip
+    grad_weight = split_taps(grad_kernel.transpose(0, 1).flip(2, 3))
+    return grad_x.unflatten(0, x.shape[:3:2]).transpose(1, 2), grad_weight, grad_bias
+
+
+def _frames(x: Tensor) -> Tensor:  # [B, C, T, H, W] -> [B T, C, H, W]
+    return x.transpose(1, 2).flatten(0, 1)
