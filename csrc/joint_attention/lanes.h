@@ -63,8 +63,8 @@ template <class A> inline void put(A* target, Vec<A> vector) {
 
 template <class A> inline Vec<A> spread(A value) { return value - Vec<A>{}; }  // minus zero changes nothing, -0 neither
 
-template <class A> inline A sum_of(Vec<A> vector) {
-  A sum = 0;
+template <class A> inline double sum_of(Vec<A> vector) {
+  double sum = 0;
   for (int i = 0; i < Lanes<A>::count; ++i) sum += lane<A>(vector, i);
   return sum;
 }
@@ -125,9 +125,6 @@ template <bool kCoarse> inline Vec<double> exp2_of(Vec<double> x) {
   for (int i = 0; i < Lanes<double>::count; ++i) set_lane<double>(result, i, exp2(lane<double>(x, i)));
   return result;
 }
-
-inline float log2_of(float value) { return log2f(value); }
-inline double log2_of(double value) { return log2(value); }
 
 }  // namespace
 }  // namespace cogvx::joint_attention::COGVX_ISA
