@@ -1,4 +1,5 @@
-// The backward pass: a thread takes a head of a sample, computes the scores again for the sum of each row, then goes over tiles of keys and, for each, over blocks of queries. Every sum has one order.
+// The backward pass: a thread takes a head of a sample, computes the scores again for the sum of each row, then goes
+// over tiles of keys and, for each, over blocks of queries. Every sum has one order.
 //
 // With p = softmax(score), delta[n] = sum over e of grad[n, e] y[n, e]:
 // grad_v = p^T grad, d = p * (grad v^T - delta), grad_q = d k / sqrt(E), grad_k = d^T q / sqrt(E).
@@ -58,8 +59,8 @@ template <class T> struct HeadScratch {
 template <class T> inline void put_columns(Word<T>* target, Vec<Sum<T>> row, Vec<Sum<T>>) { put<Sum<T>>(target, row); }
 #ifdef __AVX512BF16__
 template <> inline void put_columns<BFloat16>(uint32_t* target, __m512 row, __m512 next) {
-  const __m512i in_turn = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21,
-                                           5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  const __m512i in_turn = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8,  //
+                                           23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
   _mm512_storeu_si512(target, _mm512_permutexvar_epi16(in_turn, (__m512i)_mm512_cvtne2ps_pbh(next, row)));
 }
 #endif
@@ -201,8 +202,8 @@ void backward_block(const HeadScratch<T>& at, int64_t width, int64_t first_key, 
 }
 
 template <class T>
-void put_rows(const Heads& target, int64_t b, int64_t a, int64_t first, int64_t count, int64_t width, const Sum<T>* rows,
-              Sum<T> factor) {
+void put_rows(const Heads& target, int64_t b, int64_t a, int64_t first, int64_t count, int64_t width,
+              const Sum<T>* rows, Sum<T> factor) {
   for (int64_t i = 0; i < count; ++i, rows += columns_of<T>(width)) {
     T* row = mutable_row_of<T>(target, b, a, first + i);
 #pragma omp simd
@@ -210,7 +211,8 @@ void put_rows(const Heads& target, int64_t b, int64_t a, int64_t first, int64_t 
   }
 }
 
-template <class T> void backward_head(const Args& args, int64_t b, int64_t a, const Sample& sample, HeadScratch<T>& at) {
+template <class T>
+void backward_head(const Args& args, int64_t b, int64_t a, const Sample& sample, HeadScratch<T>& at) {
   using A = Sum<T>;
   constexpr int kKeys = Kind<T>::kKeyTile;
   const int64_t columns = columns_of<T>(args.width);
