@@ -1,4 +1,5 @@
-// The backward pass: a thread takes a head of a sample, computes the scores again for the sum of each row, then goes over tiles of keys and, for each, over blocks of queries. Every sum has one order.
+// The backward pass: a thread takes a head of a sample, computes the scores again for the sum of each row, then goes
+// over tiles of keys and, for each, over blocks of queries. Every sum has one order.
 //
 // With p = softmax(score), delta[n] = sum over e of grad[n, e] y[n, e]:
 // grad_v = p^T grad, d = p * (grad v^T - delta), grad_q = d k / sqrt(E), grad_k = d^T q / sqrt(E).
@@ -18,7 +19,8 @@ template <class T> struct HeadScratch {
   Word<T>*k, *v, *k_rows;            // tiles of keys: k and v transposed, and k as rows of panels
   Word<T>*q, *grad;                  // [tokens][steps]
   Word<T>*q_rows, *grad_rows;        // blocks of queries, as rows of panels
-  A *grad_q, *top, *log_sum, *delta; // [tokens][columns], [tokens], [tokens], [tokens]
+  A *grad_q, *top, *log_sum;         // [tokens][columns], [tokens], [tokens]
+  A *delta, *delta_rest;             // [tokens], to be subtracted one after the other
   A *scores, *products;              // [kBlockRows][kKeys]: q k^T and grad v^T
   A *sums, *weighted;                // [kBlockRows][lanes]
   Word<T>*d;                         // [kBlockRows][kKeys / kPair]
@@ -40,6 +42,7 @@ template <class T> struct HeadScratch {
     top = carver.take<A>(rows);
     log_sum = carver.take<A>(rows);
     delta = carver.take<A>(rows);
+    delta_rest = carver.take<A>(rows);
     scores = carver.take<A>(kBlockRows * kKeys);
     products = carver.take<A>(kBlockRows * kKeys);
     sums = carver.take<A>(kBlockRows * kLanes<T>);
@@ -56,8 +59,8 @@ template <class T> struct HeadScratch {
 template <class T> inline void put_columns(Word<T>* target, Vec<Sum<T>> row, Vec<Sum<T>>) { put<Sum<T>>(target, row); }
 #ifdef __AVX512BF16__
 template <> inline void put_columns<BFloat16>(uint32_t* target, __m512 row, __m512 next) {
-  const __m512i in_turn = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21,
-                                           5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  const __m512i in_turn = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8,  //
+                                           23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
   _mm512_storeu_si512(target, _mm512_permutexvar_epi16(in_turn, (__m512i)_mm512_cvtne2ps_pbh(next, row)));
 }
 #endif
@@ -67,8 +70,9 @@ template <class T>
 void score(const HeadScratch<T>& at, int64_t steps, int64_t query, int64_t first_key, int64_t num_keys) {
   constexpr int kKeys = Kind<T>::kKeyTile;
   const int64_t keys = keys_of<T>(num_keys);
-  multiply<T, false>({at.q + query * steps, steps, 1}, at.k + first_key * steps, steps, keys, at.scores, kKeys);
-  multiply<T, false>({at.grad + query * steps, steps, 1}, at.v + first_key * steps, steps, keys, at.products, kKeys);
+  const Left<T> q{at.q + query * steps, steps, 1}, grad{at.grad + query * steps, steps, 1};
+  multiply_by_keys<T>(q, at.k + first_key * steps, steps, num_keys, at.scores, kKeys);
+  multiply_by_keys<T>(grad, at.v + first_key * steps, steps, num_keys, at.products, kKeys);
   if (num_keys < keys) mask_scores(at.scores, kKeys, num_keys, keys);
 }
 
@@ -93,7 +97,8 @@ template <class T> void sum_rows(const HeadScratch<T>& at, int64_t query, int64_
 }
 
 // The logarithm (base 2) of each row's sum of weights over 2^top, and delta. This is taken from the products that it
-// is to be subtracted from: where a query sees one key alone, nothing is left of the difference.
+// is to be subtracted from, and kept in two numbers: where a query sees little but one key, next to nothing is left of
+// the difference, and its error should be smaller still.
 template <class T> void prepare(const Args& args, int64_t num_tokens, const HeadScratch<T>& at) {
   using A = Sum<T>;
   constexpr int kKeys = Kind<T>::kKeyTile;
@@ -108,14 +113,16 @@ template <class T> void prepare(const Args& args, int64_t num_tokens, const Head
       sum_rows<T>(at, query, keys_of<T>(keys), factor);
     }
     for (int r = 0; r < kBlockRows; ++r) {
-      const A sum = sum_of<A>(load(at.sums + r * kLanes<T>));
-      at.delta[query + r] = sum_of<A>(load(at.weighted + r * kLanes<T>)) / sum;
-      at.log_sum[query + r] = log2_of(sum);
+      const double sum = sum_of<A>(load(at.sums + r * kLanes<T>));
+      const double delta = sum_of<A>(load(at.weighted + r * kLanes<T>)) / sum;
+      at.delta[query + r] = static_cast<A>(delta);
+      at.delta_rest[query + r] = static_cast<A>(delta - static_cast<double>(at.delta[query + r]));
+      at.log_sum[query + r] = static_cast<A>(log2(sum));
     }
   }
   // Rows that are no queries get no weight.
   for (int64_t i = num_tokens; i < round_up(num_tokens, kQueryBlock); ++i) {
-    at.delta[i] = at.top[i] = 0;
+    at.delta[i] = at.delta_rest[i] = at.top[i] = 0;
     at.log_sum[i] = std::numeric_limits<A>::infinity();
   }
 }
@@ -157,7 +164,7 @@ void differentiate(const HeadScratch<T>& at, int64_t query, int64_t row, int64_t
         for (int i = 0; i < kPair; ++i) {
           const int64_t from = (r + h) * kKeys + j + i * kCount;
           p[h][i] = exp2_of<Kind<T>::kCoarse>((load(at.scores + from) - at.top[n]) * factor - at.log_sum[n]);
-          d[h][i] = p[h][i] * (load(at.products + from) - at.delta[n]);
+          d[h][i] = p[h][i] * (load(at.products + from) - at.delta[n] - at.delta_rest[n]);
         }
         put_weights<T>(at.d + ((r + h) * kKeys + j) / kPair, d[h][0], d[h][1]);
       }
@@ -195,8 +202,8 @@ void backward_block(const HeadScratch<T>& at, int64_t width, int64_t first_key, 
 }
 
 template <class T>
-void put_rows(const Heads& target, int64_t b, int64_t a, int64_t first, int64_t count, int64_t width, const Sum<T>* rows,
-              Sum<T> factor) {
+void put_rows(const Heads& target, int64_t b, int64_t a, int64_t first, int64_t count, int64_t width,
+              const Sum<T>* rows, Sum<T> factor) {
   for (int64_t i = 0; i < count; ++i, rows += columns_of<T>(width)) {
     T* row = mutable_row_of<T>(target, b, a, first + i);
 #pragma omp simd
@@ -204,7 +211,8 @@ void put_rows(const Heads& target, int64_t b, int64_t a, int64_t first, int64_t 
   }
 }
 
-template <class T> void backward_head(const Args& args, int64_t b, int64_t a, const Sample& sample, HeadScratch<T>& at) {
+template <class T>
+void backward_head(const Args& args, int64_t b, int64_t a, const Sample& sample, HeadScratch<T>& at) {
   using A = Sum<T>;
   constexpr int kKeys = Kind<T>::kKeyTile;
   const int64_t columns = columns_of<T>(args.width);

@@ -180,7 +180,7 @@ void attend(const Args& args, const T* q, int64_t stride, int64_t count, int64_t
   for (int64_t first = 0; first < num_keys; first += kKeys) {
     const int64_t left = num_keys - first, filled = left < kKeys ? left : kKeys, keys = keys_of<T>(filled);
     for (int64_t row = 0; row < count; row += kBlockRows) {
-      multiply<T, false>({at.q + row * steps, steps, 1}, k + first * steps, steps, keys, at.scores, kKeys);
+      multiply_by_keys<T>({at.q + row * steps, steps, 1}, k + first * steps, steps, filled, at.scores, kKeys);
       if (filled < keys) mask_scores(at.scores, kKeys, filled, keys);
       soften<T>(at, row, keys, columns, factor);
       multiply<T, true>({at.weights, kKeys / kPair, 1}, v + first / kPair * columns, keys / kPair, columns,
@@ -195,7 +195,8 @@ void forward_tile(const Args& args, int64_t b, int64_t a, const Tile& tile, cons
   const int64_t first = tile.sample.first + tile.first, columns = columns_of<T>(args.width);
   attend<T>(args, row_of<T>(args.q, b, a, first), args.q.stride_n, tile.count, tile.sample.count, k, v, at);
   for (int64_t i = 0; i < tile.count; ++i) {
-    const Sum<T> inverse = 1 / sum_of<Sum<T>>(load(at.sums + i * kLanes<T>)), *out = at.out + i * columns;
+    const Sum<T> inverse = static_cast<Sum<T>>(1 / sum_of<Sum<T>>(load(at.sums + i * kLanes<T>)));
+    const Sum<T>* out = at.out + i * columns;
     T* y = mutable_row_of<T>(args.y, b, a, first + i);
 #pragma omp simd
     for (int64_t j = 0; j < args.width; ++j) store(y + j, out[j] * inverse);

@@ -63,8 +63,8 @@ template <class A> inline void put(A* target, Vec<A> vector) {
 
 template <class A> inline Vec<A> spread(A value) { return value - Vec<A>{}; }  // minus zero changes nothing, -0 neither
 
-template <class A> inline A sum_of(Vec<A> vector) {
-  A sum = 0;
+template <class A> inline double sum_of(Vec<A> vector) {
+  double sum = 0;
   for (int i = 0; i < Lanes<A>::count; ++i) sum += lane<A>(vector, i);
   return sum;
 }
@@ -94,7 +94,8 @@ template <> inline bool any_above<float>(Vec<float> vector, float limit) {
 }
 #endif
 
-// 2^x for 0 <= x < 1, 1 of 0: polynomials of the least relative error, 8.6e-5 (half an ulp of bfloat16 is 2e-3), 1.9e-9.
+// 2^x for 0 <= x < 1, and 1 for 0: polynomials of the least relative error, 8.6e-5 (half an ulp of bfloat16 is 2e-3)
+// and 1.9e-9.
 template <bool kCoarse> inline Vec<float> exp2_of_fraction(Vec<float> x) {
   if (kCoarse) return ((0.07706705f * x + 0.22764498f) * x + 0.69511679f) * x + 1.0f;
   const Vec<float> high = ((2.1702254889e-4f * x + 1.2439687271e-3f) * x + 9.6788406372e-3f) * x + 5.5483341217e-2f;
@@ -125,9 +126,6 @@ template <bool kCoarse> inline Vec<double> exp2_of(Vec<double> x) {
   for (int i = 0; i < Lanes<double>::count; ++i) set_lane<double>(result, i, exp2(lane<double>(x, i)));
   return result;
 }
-
-inline float log2_of(float value) { return log2f(value); }
-inline double log2_of(double value) { return log2(value); }
 
 }  // namespace
 }  // namespace cogvx::joint_attention::COGVX_ISA

@@ -25,6 +25,7 @@ template <class T> struct Kind {
   using Word = Sum;
   static constexpr int kPair = 1;       // numbers a word
   static constexpr int kKeyTile = 64;   // a tile of keys and one of values fill most of the first cache
+  static constexpr int kChain = 16;     // steps of a score that are added up one after another
   static constexpr bool kCoarse = false;
 
   static Word word(const T* x) { return widen(*x); }
@@ -39,6 +40,7 @@ template <> struct Kind<BFloat16> {
   using Word = uint32_t;
   static constexpr int kPair = 2;
   static constexpr int kKeyTile = 128;
+  static constexpr int kChain = 1 << 20;
   static constexpr bool kCoarse = true;
 
   static Word word(const BFloat16* x) { return word(x, x + 1); }
@@ -128,12 +130,8 @@ template <class T> struct Left {
   int64_t row, step;
 };
 
-// Each tile's sums start from zero, so that rounding errors grow with the number of tiles and not with that of steps.
 template <class T, int kVectors, bool kAdd>
-#ifdef __GNUC__
-__attribute__((noinline))
-#endif
-void micro_kernel(Left<T> a, const Word<T>* b, int64_t steps, Sum<T>* c, int64_t stride) {
+void micro_kernel_steps(const Left<T>& a, const Word<T>* b, int64_t steps, Sum<T>* c, int64_t stride) {
   Vec<Sum<T>> sums[kBlockRows][kVectors];  // unrolled early enough, these become registers
   COGVX_UNROLL
   for (int r = 0; r < kBlockRows; ++r)
@@ -157,6 +155,22 @@ void micro_kernel(Left<T> a, const Word<T>* b, int64_t steps, Sum<T>* c, int64_t
   }
 }
 
+// Sums of a few steps are added up, not one long chain: the scores may be large, and their errors are what counts.
+template <class T, int kVectors, bool kAdd>
+#ifdef __GNUC__
+__attribute__((noinline))
+#endif
+void micro_kernel(Left<T> a, const Word<T>* b, int64_t steps, Sum<T>* c, int64_t stride) {
+  constexpr int64_t kChain = Kind<T>::kChain;
+  const int64_t chain = !kAdd && steps > kChain ? kChain : steps;
+  micro_kernel_steps<T, kVectors, kAdd>(a, b, chain, c, stride);
+  for (int64_t s = chain; s < steps; s += kChain) {
+    a.data += kChain * a.step;
+    b += kChain * kVectors * kLanes<T>;
+    micro_kernel_steps<T, kVectors, true>(a, b, steps - s < kChain ? steps - s : kChain, c, stride);
+  }
+}
+
 // kBlockRows rows of c [rows][stride] = a b, or += a b, over `columns` columns.
 template <class T, bool kAdd>
 void multiply(Left<T> a, const Word<T>* b, int64_t steps, int64_t columns, Sum<T>* c, int64_t stride) {
@@ -168,6 +182,36 @@ void multiply(Left<T> a, const Word<T>* b, int64_t steps, int64_t columns, Sum<T
     else micro_kernel<T, kPanelVectors - 1, kAdd>(a, b, steps, c + first, stride);
     b += steps * vectors * kLanes<T>;
   }
+}
+
+// The same as multiply<T, false>, but summed in double.
+template <class T>
+void multiply_exactly(Left<T> a, const Word<T>* b, int64_t steps, int64_t columns, Sum<T>* c, int64_t stride) {
+  constexpr int kPanel = kPanelVectors * kLanes<T>;
+  for (int64_t first = 0; first < columns; first += kPanel) {
+    const int64_t panel = panel_vectors(columns, first, kLanes<T>) * kLanes<T>;
+    for (int r = 0; r < kBlockRows; ++r) {
+      double sums[kPanel] = {};
+      for (int64_t s = 0; s < steps; ++s) {
+        const double word = static_cast<double>(a.data[r * a.row + s * a.step]);
+#pragma omp simd
+        for (int64_t j = 0; j < panel; ++j) sums[j] += word * static_cast<double>(b[s * panel + j]);
+      }
+      for (int64_t j = 0; j < panel; ++j) c[r * stride + first + j] = static_cast<Sum<T>>(sums[j]);
+    }
+    b += steps * panel;
+  }
+}
+
+// kBlockRows rows of products with `num_keys` keys. The fewer these are, the more a result hangs on the error of one.
+template <class T>
+void multiply_by_keys(Left<T> a, const Word<T>* keys, int64_t steps, int64_t num_keys, Sum<T>* c, int64_t stride) {
+  constexpr int64_t kFew = 16;
+  const int64_t columns = keys_of<T>(num_keys);
+  if constexpr (Kind<T>::kPair == 1) {
+    if (num_keys <= kFew) return multiply_exactly<T>(a, keys, steps, columns, c, stride);
+  }
+  multiply<T, false>(a, keys, steps, columns, c, stride);
 }
 
 }  // namespace
