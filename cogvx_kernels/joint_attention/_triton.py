@@ -292,7 +292,7 @@ def options(kernel: str, dtype: torch.dtype, width: int, capability: int) -> dic
     elif dtype == torch.float32:
         own, visited, chunk, warps, stages = 32, 16, 16, 8 if backward else 4, 1
     elif capability == 90:
-        visited = 128 if not backward else visited
+        visited = visited if backward else 2 * visited
     elif backward:
         own, visited, chunk = (128, 32, block) if width <= 64 or capability // 10 == 10 else (64, 32, 64)
     else:
