@@ -69,15 +69,14 @@ def backward(
     """The gradients, the same whatever the number of threads: rows are added up in chunks of a fixed size."""
     inputs = qkv, q_weight, q_bias, k_weight, k_bias
     grads = [torch.empty(x.shape, dtype=x.dtype) for x in inputs]
-    wide = torch.float64 if qkv.dtype == torch.float64 else torch.float32
-    grad_cos, grad_sin = (torch.empty(x.shape, dtype=wide) if any(needs[5:]) else None for x in (cos, sin))
+    grad_cos, grad_sin = (torch.empty(x.shape, dtype=torch.float64) if any(needs[5:]) else None for x in (cos, sin))
     if qkv.numel():
         qkv, *norms = map(with_contiguous_rows, inputs)
         parts = [with_contiguous_rows(grad) for grad in (grad_q, grad_k, grad_v)]
         turns = _widened(cos, qkv), _widened(sin, qkv)
         b, n, width = qkv.shape
         e = width // (3 * num_heads)
-        partials = torch.empty(-(-n // _extension._C.QK_NORM_ROPE_CHUNK), 2, 2, e, dtype=wide)
+        partials = torch.empty(-(-n // _extension._C.QK_NORM_ROPE_CHUNK), 2, 2, e, dtype=torch.float64)
         _extension._C.qk_norm_rope_backward(
             torch.get_num_threads(), DTYPES[qkv.dtype], (b, n, num_text, num_heads, e), eps,
             rows(qkv), _addresses(*norms), _addresses(*turns), tuple(map(_heads, parts)),

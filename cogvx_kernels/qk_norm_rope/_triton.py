@@ -18,9 +18,9 @@ _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 @triton.jit
 def _normalize(x, inside, width, eps):
-    """xhat = (x - mean) / sqrt(variance + eps) of every row, and the factor; two passes, against large means."""
-    mean = tl.sum(x, 1) / width
-    centered = tl.where(inside, x - mean[:, None], 0.0)
+    """xhat = (x - mean) / sqrt(variance + eps) of every row, and the factor; centered twice, against large means."""
+    centered = tl.where(inside, x - (tl.sum(x, 1) / width)[:, None], 0.0)
+    centered = tl.where(inside, centered - (tl.sum(centered, 1) / width)[:, None], 0.0)
     rstd = (1.0 / tl.sqrt(tl.sum(centered * centered, 1) / width + eps))[:, None]
     return centered * rstd, rstd
 
@@ -113,8 +113,8 @@ def _backward_heads(
         grad_x += width
         grad_y += stride_a
     columns = tl.arange(0, BLOCK)
-    tl.store(sums + columns, tl.sum(sum_g_xhat, 0), mask=columns < width)
-    tl.store(sums + width + columns, tl.sum(sum_g, 0), mask=columns < width)
+    tl.store(sums + columns, tl.sum(sum_g_xhat.to(tl.float64), 0), mask=columns < width)
+    tl.store(sums + width + columns, tl.sum(sum_g.to(tl.float64), 0), mask=columns < width)
     return grad_cos, grad_sin
 
 
@@ -248,7 +248,7 @@ def backward(
     settings = options(e, ANGLE_VALUES if wants_angles else BACKWARD_VALUES)
     grid = (triton.cdiv(n, settings["ROWS"]), triton.cdiv(num_heads, BACKWARD_HEADS), b)
     grad_qkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
-    partials = qkv.new_empty(b * grid[1], grid[0], 2, 2, e, dtype=torch.float32)
+    partials = qkv.new_empty(b * grid[1], grid[0], 2, 2, e, dtype=torch.float64)
     angles = qkv.new_empty(b * grid[1], 2, (n - num_text) * wants_angles, e, dtype=torch.float32)
     if qkv.numel():
         qkv, *norms = map(with_contiguous_rows, (qkv, q_weight, q_bias, k_weight, k_bias))
@@ -261,7 +261,7 @@ def backward(
                 TURN=cos is not None, ANGLES=wants_angles, HEADS=BACKWARD_HEADS, **settings,
             )  # fmt: skip
     sums = (g.to(qkv.dtype, copy=True) for g in partials.sum((0, 1)).flatten(0, 1).unbind())
-    turns = zip(angles.sum(0), (cos, sin), strict=True)
+    turns = zip(angles.sum(0, dtype=torch.float64), (cos, sin), strict=True)
     return grad_qkv, *sums, *((g.to(x.dtype, copy=True) if wants_angles else None) for g, x in turns)
 
 

@@ -94,12 +94,13 @@ def kernels(module: ModuleType) -> Iterator[tuple]:
     """Every Triton kernel at the real sizes: kernel, types of its arguments, constants and options."""
     forward, backward = module.forward_kernel, module.backward_kernel
     for dtype, turn in (("bf16", False), ("bf16", True), ("fp32", True)):
-        wide = {"partials", "angles"} | ({"cos", "sin"} if turn else set())
+        wide = {"angles"} | ({"cos", "sin"} if turn else set())
         kinds = [(forward, False, module.FORWARD_VALUES), (backward, False, module.BACKWARD_VALUES)]
         kinds += [(backward, True, module.ANGLE_VALUES)] if turn else []
         for kernel, angles, values in kinds:
             types = {name: f"*{'fp32' if name in wide else dtype}:16" for name in kernel.arg_names}
             types |= {name: "i32:16" for name in kernel.arg_names if name.endswith(("_b", "_a", "_n"))}
+            types |= {"partials": "*fp64:16"} if "partials" in types else {}
             types |= {"num_rows": "i32", "num_text": "i32", "num_heads": "i32", "width": "i32:16", "eps": "fp32"}
             options = module.options(64, values)
             constants = {"TURN": turn, "ANGLES": angles, "HEADS": module.BACKWARD_HEADS}

@@ -60,9 +60,9 @@ void backward(int threads, const std::string& dtype, const Sizes& sizes, double 
   fill(grad, args.grad);
   args.grad_qkv = rows(grad_qkv);
   fill(grad_norms, args.grad_weight, args.grad_bias);
-  args.grad_cos = pointer(grad_turns[0]);
-  args.grad_sin = pointer(grad_turns[1]);
-  args.partials = pointer(partials);
+  args.grad_cos = reinterpret_cast<double*>(grad_turns[0]);
+  args.grad_sin = reinterpret_cast<double*>(grad_turns[1]);
+  args.partials = reinterpret_cast<double*>(partials);
   const py::gil_scoped_release release;
   COGVX_ON_THIS_CPU(backward(args, threads));
 }

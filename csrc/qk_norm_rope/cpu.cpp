@@ -83,30 +83,28 @@ template <class T> void backward_head(const Span<T>& at, int part, const Gradien
   }
 #ifdef COGVX_ROWS64
   if constexpr (sizeof(T) <= sizeof(float))
-    if (at.width == 64) return backward_rows64(at, grads);
+    if (at.width == 64 && !grads.cos) return backward_rows64(at, grads);
 #endif
   at.width == 64 ? backward_rows<T, 64>(at, grads, scratch) : backward_rows<T, 0>(at, grads, scratch);
 }
 
 // The tokens first <= n < last of every sample, so that the gradients of their cos and sin are summed here alone.
 template <class T> void backward_chunk(const Args& args, int64_t index, const Scratch<T>& scratch) {
-  using A = accumulator_t<T>;
   const int64_t width = args.width, first = index * kChunk;
   const int64_t last = first + kChunk < args.num_rows ? first + kChunk : args.num_rows;
-  A* partials = reinterpret_cast<A*>(args.partials) + index * 4 * width;
+  double* partials = args.partials + index * 4 * width;
   for (int64_t i = 0; i < 4 * width; ++i) partials[i] = 0;
-  A *grad_cos = reinterpret_cast<A*>(args.grad_cos), *grad_sin = reinterpret_cast<A*>(args.grad_sin);
-  for (int64_t n = first; grad_cos && n < last; ++n)
-    for (int64_t i = 0; n >= args.num_text && i < width; ++i)
-      grad_cos[(n - args.num_text) * width + i] = grad_sin[(n - args.num_text) * width + i] = 0;
+  const int64_t first_angle = ((first > args.num_text ? first : args.num_text) - args.num_text) * width;
+  for (int64_t i = first_angle; args.grad_cos && i < (last - args.num_text) * width; ++i)
+    args.grad_cos[i] = args.grad_sin[i] = 0;
   for (int64_t b = 0; b < args.batch; ++b) {
     T* grad_qkv = reinterpret_cast<T*>(args.grad_qkv.data) + b * args.grad_qkv.stride_b;
     for (int part = 0; part < 3; ++part) {
-      A* sums = part == kV ? nullptr : partials + part * 2 * width;
+      double* sums = part == kV ? nullptr : partials + part * 2 * width;
       for (int64_t a = 0; a < args.num_heads; ++a) {
         const Gradients<T> grads{row_of<T>(args.grad[part], b, a, 0), args.grad[part].stride_n,
                                  grad_qkv + (part * args.num_heads + a) * width, args.grad_qkv.stride_n,
-                                 sums, sums + width, grad_cos, grad_sin};
+                                 sums, sums + width, args.grad_cos, args.grad_sin};
         backward_head(span(args, scratch, part, b, a, first, last), part, grads, scratch);
       }
     }
@@ -115,13 +113,12 @@ template <class T> void backward_chunk(const Args& args, int64_t index, const Sc
 
 // Adds the chunks up in their order, for one of the four vectors that every chunk has sums for.
 template <class T> void backward_vector(const Args& args, int64_t num_chunks, int vector) {
-  using A = accumulator_t<T>;
   T* target = reinterpret_cast<T*>(vector % 2 ? args.grad_bias[vector / 2] : args.grad_weight[vector / 2]);
   for (int64_t i = 0; i < args.width; ++i) {
-    const A* partial = reinterpret_cast<const A*>(args.partials) + vector * args.width + i;
     double sum = 0;
-    for (int64_t chunk = 0; chunk < num_chunks; ++chunk) sum += partial[chunk * 4 * args.width];
-    store(target + i, static_cast<A>(sum));
+    for (int64_t chunk = 0; chunk < num_chunks; ++chunk)
+      sum += args.partials[(chunk * 4 + vector) * args.width + i];
+    store(target + i, static_cast<accumulator_t<T>>(sum));
   }
 }
 

@@ -20,7 +20,7 @@ struct Heads {
 };
 
 struct Args {
-  DType dtype;  // of every tensor but cos, sin, their gradients and `partials`, which are of the arithmetic type
+  DType dtype;  // of every tensor but cos and sin, which are of the arithmetic type, and what is double here
   int64_t batch, num_rows, num_text, num_heads, width;  // B, N, of them text, A, E
   double eps;
   Rows qkv;                  // [B, N, 3 A E]
@@ -30,8 +30,8 @@ struct Args {
   Heads grad[3];             // of q, k, v
   Rows grad_qkv;
   char *grad_weight[2], *grad_bias[2];
-  char *grad_cos, *grad_sin;  // [N - num_text, E], or null where nobody wants them
-  char* partials;             // [chunks, 2, 2, E]: for q and k, the sums of grad * xhat and of grad over a chunk
+  double *grad_cos, *grad_sin;  // [N - num_text, E], or null where nobody wants them
+  double* partials;             // [chunks, 2, 2, E]: for q and k, the sums of grad * xhat and of grad over a chunk
 };
 
 #define COGVX_DECLARE(isa)                          \

@@ -31,8 +31,8 @@ template <class T> struct Gradients {
   int64_t stride_y;
   T* x;
   int64_t stride_x;
-  A *weight, *bias;  // [E], to be added to
-  A *cos, *sin;      // of the first vision token, to be added to, or null
+  double *weight, *bias;  // [E], to be added to
+  double *cos, *sin;      // of the first vision token, to be added to, or null
 };
 
 // Each thread's buffers: the weights and biases of q and k in the arithmetic type, and rows to work in.
@@ -40,7 +40,7 @@ template <class T> struct Scratch {
   using A = accumulator_t<T>;
   A* data;
   int64_t width;
-  explicit Scratch(const Args& args) : data(new A[10 * args.width]), width(args.width) {
+  explicit Scratch(const Args& args) : data(new A[8 * args.width]), width(args.width) {
     for (int part = 0; part < 2; ++part) {
       for (int64_t i = 0; i < width; ++i) {
         weight(part)[i] = widen(reinterpret_cast<const T*>(args.weight[part])[i]);
@@ -69,13 +69,14 @@ template <class T> void fetch_ahead(const T* x, int64_t width) {
 #endif
 }
 
-// row = (x - mean) / sqrt(variance + eps); returns the factor. Two passes: the variance of the differences is accurate
-// also where the mean is large.
+// row = (x - mean) / sqrt(variance + eps); returns the factor. Two passes, and from the first value on: the differences
+// keep their digits also where the mean is far larger.
 template <class T> accumulator_t<T> normalize(const T* x, accumulator_t<T>* row, int64_t width, accumulator_t<T> eps) {
   using A = accumulator_t<T>;
+  const A start = widen(x[0]);
   A sum = 0;
 #pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < width; ++i) sum += row[i] = widen(x[i]);
+  for (int64_t i = 0; i < width; ++i) sum += row[i] = widen(x[i]) - start;
   const A mean = sum / static_cast<A>(width);
   A squares = 0;
 #pragma omp simd reduction(+ : squares)
@@ -123,7 +124,7 @@ void copy_rows(const T* from, int64_t from_stride, T* to, int64_t to_stride, int
 }
 
 // The gradients of cos and sin for one row: `grad` is the result's, `z` the row before it turned.
-template <class A> void add_angles(const A* grad, const A* z, A* grad_cos, A* grad_sin, int64_t width) {
+template <class A> void add_angles(const A* grad, const A* z, double* grad_cos, double* grad_sin, int64_t width) {
 #pragma omp simd
   for (int64_t i = 0; i < width / 2; ++i) {
     grad_cos[2 * i] += grad[2 * i] * z[2 * i];
@@ -139,8 +140,6 @@ void backward_rows(const Span<T>& at, const Gradients<T>& grads, const Scratch<T
   using A = accumulator_t<T>;
   const int64_t width = kWidth ? kWidth : at.width;
   A *xhat = scratch.row(0), *g = scratch.row(1), *d = scratch.row(2), *z = scratch.row(3);
-  A *sum_g_xhat = scratch.row(4), *sum_g = scratch.row(5);  // of these rows alone: long sums lose digits
-  for (int64_t i = 0; i < width; ++i) sum_g_xhat[i] = sum_g[i] = 0;
   for (int64_t n = at.first; n < at.last; ++n) {
     const A rstd = normalize(at.x + n * at.stride, xhat, width, at.eps);
     const T* grad_y = grads.y + n * grads.stride_y;
@@ -167,18 +166,14 @@ void backward_rows(const Span<T>& at, const Gradients<T>& grads, const Scratch<T
       d[i] = g[i] * at.weight[i];
       mean_d += d[i];
       mean_d_xhat += d[i] * xhat[i];
-      sum_g_xhat[i] += g[i] * xhat[i];
-      sum_g[i] += g[i];
+      grads.weight[i] += g[i] * xhat[i];
+      grads.bias[i] += g[i];
     }
     mean_d /= static_cast<A>(width);
     mean_d_xhat /= static_cast<A>(width);
     T* grad_x = grads.x + n * grads.stride_x;
 #pragma omp simd
     for (int64_t i = 0; i < width; ++i) store(grad_x + i, rstd * (d[i] - mean_d - xhat[i] * mean_d_xhat));
-  }
-  for (int64_t i = 0; i < width; ++i) {
-    grads.weight[i] += sum_g_xhat[i];
-    grads.bias[i] += sum_g[i];
   }
 }
 

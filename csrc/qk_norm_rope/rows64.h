@@ -125,8 +125,14 @@ inline Four spread(__m512 m) {
            _mm512_permute_ps(m, 0xff)}};
 }
 
-// Each row = (row - mean) / sqrt(variance + eps); returns the factors. Two passes, as everywhere.
+inline void start_from_first(Row64& row) {
+  const __m512 start = _mm512_broadcastss_ps(_mm512_castps512_ps128(row.v[0]));
+  for (int i = 0; i < 4; ++i) row.v[i] = _mm512_sub_ps(row.v[i], start);
+}
+
+// Each row = (row - mean) / sqrt(variance + eps), as `normalize` in rows.h; returns the factors.
 inline Four normalize64(Row64 (&rows)[4], float eps) {
+  for (int r = 0; r < 4; ++r) start_from_first(rows[r]);
   const Four mean = spread(means64(sum64(rows[0]), sum64(rows[1]), sum64(rows[2]), sum64(rows[3])));
   for (int r = 0; r < 4; ++r)
     for (int i = 0; i < 4; ++i) rows[r].v[i] = _mm512_sub_ps(rows[r].v[i], mean.v[r]);
@@ -141,6 +147,7 @@ inline Four normalize64(Row64 (&rows)[4], float eps) {
 
 // The same for one row; returns its factor.
 inline float normalize64(Row64& row, float eps) {
+  start_from_first(row);
   const __m512 mean = mean64(sum64(row));
   for (int i = 0; i < 4; ++i) row.v[i] = _mm512_sub_ps(row.v[i], mean);
   const float rstd = 1.0f / sqrtf(_mm512_reduce_add_ps(sum_of_product64(row, row)) / 64.0f + eps);
@@ -164,20 +171,11 @@ inline void turn_back64(Row64& row, const float* cos, const float* sin) {
   }
 }
 
-inline void add64(float* to, const Row64& row) {
-  for (int i = 0; i < 4; ++i) _mm512_storeu_ps(to + 16 * i, _mm512_add_ps(_mm512_loadu_ps(to + 16 * i), row.v[i]));
-}
-
-// The gradients of cos and sin: `grad` is the result's, `row` is what turned.
-inline void add_angles64(const Row64& grad, const Row64& row, float* grad_cos, float* grad_sin) {
-  Row64 of_cos, of_sin;
-  for (int i = 0; i < 4; ++i) {
-    of_cos.v[i] = _mm512_mul_ps(grad.v[i], row.v[i]);
-    const __m512 across = _mm512_mul_ps(grad.v[i], swap_pairs(row.v[i]));
-    of_sin.v[i] = _mm512_mask_sub_ps(across, 0x5555, _mm512_setzero_ps(), across);  // minus in the even places
+inline void add64(double* to, const Row64& row) {
+  for (int i = 0; i < 8; ++i) {
+    const __m256 half = i % 2 ? _mm512_extractf32x8_ps(row.v[i / 2], 1) : _mm512_castps512_ps256(row.v[i / 2]);
+    _mm512_storeu_pd(to + 8 * i, _mm512_add_pd(_mm512_loadu_pd(to + 8 * i), _mm512_cvtps_pd(half)));
   }
-  add64(grad_cos, of_cos);
-  add64(grad_sin, of_sin);
 }
 
 template <bool kStream, bool kTurn, class T> void forward_rows64(const Span<T>& at, int64_t first, int64_t last, T* y) {
@@ -185,7 +183,6 @@ template <bool kStream, bool kTurn, class T> void forward_rows64(const Span<T>& 
   for (int64_t n = first; n < last; n += 4) {
     Row64 rows[4];
     int64_t each[4];
-#pragma GCC unroll 4
     for (int r = 0; r < 4; ++r) {
       each[r] = n + r < last ? n + r : last - 1;  // beyond the last row, the last row again
       const T* x = at.x + each[r] * at.stride;
@@ -193,9 +190,7 @@ template <bool kStream, bool kTurn, class T> void forward_rows64(const Span<T>& 
       rows[r] = load64(x);
     }
     normalize64(rows, at.eps);
-#pragma GCC unroll 4
     for (int r = 0; r < 4; ++r) {
-#pragma GCC unroll 4
       for (int i = 0; i < 4; ++i) rows[r].v[i] = _mm512_fmadd_ps(rows[r].v[i], weight.v[i], bias.v[i]);
       if (kTurn) turn64(rows[r], at.cos + at.angle(each[r]), at.sin + at.angle(each[r]));
       store64<kStream>(y + (each[r] - at.first) * 64, rows[r]);
@@ -216,22 +211,16 @@ template <bool kStream, class T> void copy_rows64(const Span<T>& at, T* y) {
   }
 }
 
+// Without the gradients of cos and sin.
 template <class T> void backward_rows64(const Span<T>& at, const Gradients<T>& grads) {
-  const Row64 weight = load64(at.weight), bias = load64(at.bias);
+  const Row64 weight = load64(at.weight);
   Row64 sum_g_xhat{}, sum_g{};
   for (int64_t n = at.first; n < at.last; ++n) {
     const T *x = at.x + n * at.stride, *grad_y = grads.y + n * grads.stride_y;
     fetch_ahead(x, 64);
     Row64 xhat = load64(x), g = load64(grad_y);
     const float rstd = normalize64(xhat, at.eps);
-    if (at.turns(n)) {
-      if (grads.cos) {
-        Row64 z = xhat;
-        for (int i = 0; i < 4; ++i) z.v[i] = _mm512_fmadd_ps(z.v[i], weight.v[i], bias.v[i]);
-        add_angles64(g, z, grads.cos + at.angle(n), grads.sin + at.angle(n));
-      }
-      turn_back64(g, at.cos + at.angle(n), at.sin + at.angle(n));
-    }
+    if (at.turns(n)) turn_back64(g, at.cos + at.angle(n), at.sin + at.angle(n));
     for (int i = 0; i < 4; ++i) {
       sum_g_xhat.v[i] = _mm512_fmadd_ps(g.v[i], xhat.v[i], sum_g_xhat.v[i]);
       sum_g.v[i] = _mm512_add_ps(sum_g.v[i], g.v[i]);
