@@ -5,7 +5,7 @@ from torch import Tensor
 
 from .. import _extension
 from .._extension import DTYPES
-from .._halo import behind_halo, dense, gradient_of_halo
+from .._halo import behind_halo, dense, gradient_of_halo, sums_dtype
 
 
 def why_not(
@@ -47,11 +47,11 @@ def backward(
     """The gradients, the same whatever the number of threads: values are added up in blocks of a fixed size."""
     grad, x, weight, bias = dense(grad, x), dense(x, x), weight.contiguous(), bias.contiguous()
     grad_x = torch.empty_like(x)
-    sums = torch.zeros(2, len(weight), dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
+    sums = torch.zeros(2, len(weight), dtype=sums_dtype(x))
     if x.numel():
         _extension._C.group_norm_silu_backward(
             *_inputs(x, weight, bias, halo, num_groups, eps, num_halo),
-            grad.data_ptr(), grad_x.data_ptr(), sums[0].data_ptr(), sums[1].data_ptr(),
+            grad.data_ptr(), grad_x.data_ptr(), sums.dtype == torch.float64, sums[0].data_ptr(), sums[1].data_ptr(),
         )  # fmt: skip
     grad_weight, grad_bias = (g.to(weight.dtype, copy=True) for g in sums)
     return grad_x, grad_weight, grad_bias, gradient_of_halo(grad, halo)

@@ -1,11 +1,11 @@
-"""`spatial_norm_silu` in C++ for CPUs: the latent's convolutions run at its own size, beside the pixels that use them."""
+"""`spatial_norm_silu` in C++ for CPUs: the latent's convolutions run at its size, beside the pixels that use them."""
 
 import torch
 from torch import Tensor
 
 from .. import _extension
 from .._extension import DTYPES
-from .._halo import behind_halo, dense, gradient_of_halo
+from .._halo import behind_halo, dense, gradient_of_halo, sums_dtype
 from .._op import _memory_format
 from . import projection
 
@@ -72,10 +72,10 @@ def backward(
     eps: float,
     num_halo: int,
 ) -> tuple[Tensor | None, ...]:  # of x, z, weight, bias, weight_y, bias_y, weight_b, bias_b, halo
-    """The gradients; kernels add up what the pixels of x say about each one of the latent, and the rest are products."""
+    """The gradients: the kernel adds up what the pixels of x say about each one of the latent; the rest are products."""
     grad, x, z = dense(grad, x), dense(x, x), dense(z, x)
     weights = tuple(t.contiguous() for t in (weight, bias, weight_y, bias_y, weight_b, bias_b))
-    sums_in = torch.float64 if x.dtype == torch.float64 else torch.float32
+    sums_in = sums_dtype(x)
     grad_x, sums = torch.empty_like(x), torch.zeros(2, x.shape[1], dtype=sums_in)
     at_latent = [
         torch.zeros((len(z), x.shape[1], *z.shape[2:]), dtype=sums_in).contiguous(memory_format=_memory_format(x))
@@ -84,7 +84,7 @@ def backward(
     if x.numel():
         copies = num_halo if halo is None else 0
         _extension._C.spatial_norm_silu_backward(
-            *_inputs((x, z, *weights), (num_groups, eps, num_halo, copies)), grad.data_ptr(), grad_x.data_ptr(),
+            *_inputs((x, z, *weights), (num_groups, eps, num_halo, copies)), grad.data_ptr(), grad_x.data_ptr(), sums_in == torch.float64,
             *(t.data_ptr() for t in (*sums, *at_latent)),
         )  # fmt: skip
     grad_weight, grad_bias = (g.to(weight.dtype, copy=True) for g in sums)

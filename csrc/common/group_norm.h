@@ -19,7 +19,8 @@
 namespace cogvx {
 namespace {
 
-constexpr int64_t kRun = 128;         // rows, or values of a channel / 64, whose sums stay in the arithmetic type
+constexpr int64_t kRun = 128;         // rows whose statistics stay in the arithmetic type, before they go on in double
+constexpr int64_t kGradientRun = 16;  // rows whose gradients are added up so
 constexpr int64_t kBlock = 1 << 16;   // values of a block of pixels, about: one thread's turn
 constexpr int64_t kLanes = 64;        // values of a row where a channel's pixels lie side by side
 
@@ -44,9 +45,36 @@ template <class A> struct Coefficients {
 // Forward, 16 bits need no difference from the mean: float holds enough of them for (offset - mean * factor).
 template <class T> constexpr bool kIsCentered = sizeof(T) > 2;
 
-template <class T>
-void apply_row(const T* x, T* y, int64_t width, const Coefficients<accumulator_t<T>>& of) {
+// Values taken into the arithmetic type and rounded back; loops of their own, because vectors change their length here.
+template <class T, class A> void widen_row(const T* from, A* to, int64_t width) {
+#pragma omp simd
+  for (int64_t i = 0; i < width; ++i) to[i] = widen(from[i]);
+}
+template <class T, class A> void round_row(const A* from, T* to, int64_t width) {
+#pragma omp simd
+  for (int64_t i = 0; i < width; ++i) store(to + i, static_cast<accumulator_t<T>>(from[i]));
+}
+
+#if defined(__F16C__)
+inline void widen_row(const Half* from, float* to, int64_t width) {
+  int64_t i = 0;
+  for (; i + 8 <= width; i += 8)
+    _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i))));
+  for (; i < width; ++i) to[i] = widen(from[i]);
+}
+inline void round_row(const float* from, Half* to, int64_t width) {
+  int64_t i = 0;
+  for (; i + 8 <= width; i += 8) {
+    const __m128i bits = _mm256_cvtps_ph(_mm256_loadu_ps(from + i), _MM_FROUND_TO_NEAREST_INT);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i), bits);
+  }
+  for (; i < width; ++i) store(to + i, from[i]);
+}
+#endif
+
+template <class T> void apply_row(const T* x, T* y, int64_t width, const Coefficients<accumulator_t<T>>& of) {
   using A = accumulator_t<T>;
+  constexpr int64_t kPiece = 256;
   int64_t start = 0;
 #if defined(__AVX512F__)
   if constexpr (sizeof(T) < sizeof(double)) {
@@ -57,10 +85,19 @@ void apply_row(const T* x, T* y, int64_t width, const Coefficients<accumulator_t
     }
   }
 #endif
+  if constexpr (sizeof(T) > 2) {
 #pragma omp simd
-  for (int64_t i = start; i < width; ++i) {
-    const A centered = kIsCentered<T> ? widen(x[i]) - of.mean[i] : widen(x[i]);
-    store(y + i, silu<T>(centered * of.factor[i] + of.offset[i]));
+    for (int64_t i = start; i < width; ++i) y[i] = silu<T>((x[i] - of.mean[i]) * of.factor[i] + of.offset[i]);
+    return;
+  }
+  A piece[kPiece];
+  for (; start < width; start += kPiece) {
+    const int64_t count = width - start < kPiece ? width - start : kPiece;
+    const A *factor = of.factor + start, *offset = of.offset + start;
+    widen_row(x + start, piece, count);
+#pragma omp simd
+    for (int64_t i = 0; i < count; ++i) piece[i] = silu<T>(piece[i] * factor[i] + offset[i]);
+    round_row(piece, y + start, count);
   }
 }
 
@@ -75,7 +112,7 @@ template <class T, class A>
 void sum_row(const T* x, const A* grad, int64_t width, const Coefficients<A>& of, A* sum_d, A* sum_d_x) {
 #pragma omp simd
   for (int64_t i = 0; i < width; ++i) {
-    const A centered = widen(x[i]) - of.mean[i];
+    const A centered = static_cast<A>(widen(x[i])) - of.mean[i];
     const A d = grad[i] * silu_derivative<T>(centered * of.factor[i] + of.offset[i]);
     sum_d[i] += d;
     sum_d_x[i] += d * centered;
@@ -88,22 +125,21 @@ void gradient_row(const T* x, const A* grad, T* grad_x, int64_t width, const Coe
                   const A* slope) {
 #pragma omp simd
   for (int64_t i = 0; i < width; ++i) {
-    const A centered = widen(x[i]) - of.mean[i];
+    const A centered = static_cast<A>(widen(x[i])) - of.mean[i];
     const A d = grad[i] * silu_derivative<T>(centered * of.factor[i] + of.offset[i]);
-    store(grad_x + i, d * of.factor[i] + (constant[i] + centered * slope[i]));
+    store(grad_x + i, static_cast<accumulator_t<T>>(d * of.factor[i] + (constant[i] + centered * slope[i])));
   }
 }
 
 // The gradient of y's row: that of the frame itself, and of its copies where there are some.
-template <class T> struct Gradient {
+template <class T, class A> struct Gradient {
   Video video;
   int64_t num_halo, num_copies;
-  accumulator_t<T>* buffer;
+  A* buffer;
 
-  const accumulator_t<T>* row(int64_t b, int64_t channel, int64_t frame, int64_t pixel, int64_t width) const {
+  const A* row(int64_t b, int64_t channel, int64_t frame, int64_t pixel, int64_t width) const {
     const T* own = at<T>(video, b, channel, num_halo + frame, pixel);
-#pragma omp simd
-    for (int64_t i = 0; i < width; ++i) buffer[i] = widen(own[i]);
+    widen_row(own, buffer, width);
     for (int64_t copy = 0; frame == 0 && copy < num_copies; ++copy) {
       const T* other = at<T>(video, b, channel, copy, pixel);
 #pragma omp simd
@@ -285,8 +321,7 @@ void group_statistics(const Video& x, int64_t num_groups, double eps, double* me
 
 // GroupNorm(x) * weight + bias is (x - mean) * factor + offset, [B, C] each. The mean is rounded, or 0 where it is not
 // subtracted, and the offset makes up for it.
-template <class T> struct Affine {
-  using A = accumulator_t<T>;
+template <class T, class A> struct Affine {
   Scratch<double> statistics;       // mean, rstd
   Scratch<A> coefficients, of_all;  // mean, factor, offset; weight, bias [C]
 

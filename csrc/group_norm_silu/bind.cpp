@@ -47,11 +47,13 @@ void forward(int threads, const std::pair<std::string, std::string>& dtypes, con
 
 void backward(int threads, const std::pair<std::string, std::string>& dtypes, const Sizes& sizes, bool channels_last,
               int64_t num_groups, double eps, int64_t num_halo, int64_t num_copies, uintptr_t x, uintptr_t weight,
-              uintptr_t bias, uintptr_t grad, uintptr_t grad_x, uintptr_t grad_weight, uintptr_t grad_bias) {
+              uintptr_t bias, uintptr_t grad, uintptr_t grad_x, bool in_double, uintptr_t grad_weight,
+              uintptr_t grad_bias) {
   Args args = inputs(dtypes, sizes, channels_last, num_groups, eps, num_halo, num_copies, x, weight, bias);
   args.grad = behind_halo(args, grad);
   args.grad_x = args.x;
   args.grad_x.data = pointer(grad_x);
+  args.in_double = in_double;
   args.grad_weight = pointer(grad_weight);
   args.grad_bias = pointer(grad_bias);
   const py::gil_scoped_release release;

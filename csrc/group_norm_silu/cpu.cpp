@@ -31,8 +31,8 @@ Part part_at(const Video& x, int64_t index) {
 }
 
 // The coefficients of a part's rows; those of a single channel are repeated in `buffer`.
-template <class A, class T>
-Coefficients<A> coefficients_of(const Affine<T>& affine, const Part& part, const Scratch<A>& buffer) {
+template <class T, class A>
+Coefficients<A> coefficients_of(const Affine<T, A>& affine, const Part& part, const Scratch<A>& buffer) {
   const Coefficients<A> of = affine.of(part.b, part.channel);
   if (part.row_pixels == 1) return of;
   fill(buffer.row(0), part.width, of.mean[0]);
@@ -56,7 +56,7 @@ template <class T> void forward_part(const Args& args, const Part& part, const C
 
 template <class T> void forward_as(const Args& args, int num_threads) {
   using A = accumulator_t<T>;
-  const Affine<T> affine(args, kIsCentered<T>, num_threads);
+  const Affine<T, A> affine(args, kIsCentered<T>, num_threads);
   const int64_t total = num_parts(args.x);
 #pragma omp parallel num_threads(num_threads) if (total > 1)
   {
@@ -70,13 +70,13 @@ template <class T> void forward_as(const Args& args, int num_threads) {
 }
 
 // Sums over one part of d and d * (x - mean), by channel: `rows` has them for a few rows, `sums` for all.
-template <class T>
-void sum_part(const Args& args, const Part& part, const Coefficients<accumulator_t<T>>& of,
-              const Gradient<T>& gradient, const Scratch<accumulator_t<T>>& rows, double* sums) {
-  const int64_t channels = part.row_pixels == 1 ? part.width : 1, step = kRun * part.row_pixels;
+template <class T, class A>
+void sum_part(const Args& args, const Part& part, const Coefficients<A>& of, const Gradient<T, A>& gradient,
+              const Scratch<A>& rows, double* sums) {
+  const int64_t channels = part.row_pixels == 1 ? part.width : 1, step = kGradientRun * part.row_pixels;
   fill(sums, 2 * channels, 0.0);
   for (int64_t first = part.first; first < part.last; first += step) {
-    fill(rows.row(0), 2 * part.width, accumulator_t<T>{0});
+    fill(rows.row(0), 2 * part.width, A{0});
     for (int64_t pixel = first; pixel < part.last && pixel < first + step; pixel += part.row_pixels) {
       const int64_t width = part.width_at(pixel);
       sum_row(at<T>(args.x, part.b, part.channel, part.frame, pixel),
@@ -105,17 +105,16 @@ void add_parts(const Video& x, const double* parts, double* sums) {
   }
 }
 
-template <class T> void backward_as(const Args& args, int num_threads) {
-  using A = accumulator_t<T>;
+template <class T, class A> void backward_as(const Args& args, int num_threads) {
   const Video& x = args.x;
-  const Affine<T> affine(args, true, num_threads);
+  const Affine<T, A> affine(args, true, num_threads);
   const int64_t total = num_parts(x), width = row_width(x);
   const Scratch<double> parts(total, 2 * (x.channels_last ? x.channels : 1)), sums(x.batch, 2 * x.channels);
   const Scratch<A> ends(2, x.batch * x.channels);  // constant and slope of dL/dx
 #pragma omp parallel num_threads(num_threads) if (total > 1)
   {
     const Scratch<A> buffer(8, width);
-    const Gradient<T> gradient{args.grad, args.num_halo, args.num_copies, buffer.row(3)};
+    const Gradient<T, A> gradient{args.grad, args.num_halo, args.num_copies, buffer.row(3)};
     const Scratch<A> rows(2, width);
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < total; ++i) {
@@ -162,10 +161,11 @@ void forward(const Args& args, int num_threads) {
 
 void backward(const Args& args, int num_threads) {
   switch (args.dtype) {
-    case DType::float32: return backward_as<float>(args, num_threads);
-    case DType::float16: return backward_as<Half>(args, num_threads);
-    case DType::bfloat16: return backward_as<BFloat16>(args, num_threads);
-    case DType::float64: return backward_as<double>(args, num_threads);
+    case DType::float32:
+      return args.in_double ? backward_as<float, double>(args, num_threads) : backward_as<float, float>(args, num_threads);
+    case DType::float16: return backward_as<Half, float>(args, num_threads);
+    case DType::bfloat16: return backward_as<BFloat16, float>(args, num_threads);
+    case DType::float64: return backward_as<double, double>(args, num_threads);
   }
 }
 

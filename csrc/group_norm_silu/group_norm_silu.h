@@ -18,6 +18,7 @@ struct Args {
   char *weight, *bias;  // [C]
   Video grad, grad_x;   // backward alone: of y, of x
   char *grad_weight, *grad_bias;  // [C] of the arithmetic type
+  bool in_double;                 // whether that of float32 is double, too
 };
 
 #define COGVX_DECLARE(isa)                          \

@@ -8,7 +8,7 @@
 namespace cogvx::spatial_norm_silu::COGVX_ISA {
 namespace {
 
-template <class T> void forward_part(const Args& args, const Part& part, const Tile<T>& tile) {
+template <class T, class A> void forward_part(const Args& args, const Part& part, const Tile<T, A>& tile) {
   const int64_t width = row_width(args);
   each_run(args, part, [&](int64_t frame, int64_t pixel, int64_t count, int64_t index) {
     T* y = at<T>(args.y, part.b, part.channel, args.num_halo + frame, pixel);
@@ -19,12 +19,13 @@ template <class T> void forward_part(const Args& args, const Part& part, const T
 }
 
 template <class T> void forward_as(const Args& args, int num_threads) {
-  const Affine<T> affine(args, kIsCentered<T>, num_threads);
-  const Projection<accumulator_t<T>> projection(args);
+  using A = accumulator_t<T>;
+  const Affine<T, A> affine(args, kIsCentered<T>, num_threads);
+  const Projection<A> projection(args);
   const int64_t total = num_units(args);
 #pragma omp parallel num_threads(num_threads) if (total > 1)
   {
-    Tile<T> tile(args, affine, projection);
+    Tile<T, A> tile(args, affine, projection);
 #pragma omp for schedule(static)
     for (int64_t unit = 0; unit < total; ++unit) {
       for (int64_t i = 0; i < parts_of_unit(args); ++i) {
@@ -37,10 +38,9 @@ template <class T> void forward_as(const Args& args, int num_threads) {
 }
 
 // The gradients of a part's scale and shift, and `sums`, to which those of the group norm's result are added.
-template <class T>
-void sum_part(const Args& args, const Part& part, const Tile<T>& tile, const Gradient<T>& gradient,
-              const Scratch<accumulator_t<T>>& rows, double* sums) {
-  using A = accumulator_t<T>;
+template <class T, class A>
+void sum_part(const Args& args, const Part& part, const Tile<T, A>& tile, const Gradient<T, A>& gradient,
+              const Scratch<A>& rows, double* sums) {
   const int64_t width = row_width(args), count = rows.width / width;
   A *d = rows.row(0), *d_x = rows.row(1);
   fill(d, 2 * count * width, A{0});
@@ -89,9 +89,9 @@ void add_units(const Args& args, const double* units, double* sums) {
   }
 }
 
-template <class T>
-void gradient_part(const Args& args, const Part& part, const Tile<T>& tile, const Gradient<T>& gradient,
-                   const accumulator_t<T>* constant, const accumulator_t<T>* slope) {
+template <class T, class A>
+void gradient_part(const Args& args, const Part& part, const Tile<T, A>& tile, const Gradient<T, A>& gradient,
+                   const A* constant, const A* slope) {
   const int64_t width = row_width(args);
   each_run(args, part, [&](int64_t frame, int64_t first, int64_t pixels, int64_t index) {
     for (int64_t pixel = first; pixel < first + pixels; ++pixel)
@@ -102,19 +102,18 @@ void gradient_part(const Args& args, const Part& part, const Tile<T>& tile, cons
   });
 }
 
-template <class T> void backward_as(const Args& args, int num_threads) {
-  using A = accumulator_t<T>;
+template <class T, class A> void backward_as(const Args& args, int num_threads) {
   const Video& x = args.x;
-  const Affine<T> affine(args, true, num_threads);
+  const Affine<T, A> affine(args, true, num_threads);
   const Projection<A> projection(args);
   const int64_t total = num_units(args), width = row_width(args), parts = parts_of_unit(args);
   const Scratch<double> units(total, 2 * (x.channels_last ? x.channels : 1)), sums(x.batch, 2 * x.channels);
   const Scratch<A> ends(2, x.batch * x.channels);  // constant and slope of dL/dx
 #pragma omp parallel num_threads(num_threads) if (total > 1)
   {
-    Tile<T> tile(args, affine, projection);
+    Tile<T, A> tile(args, affine, projection);
     const Scratch<A> buffer(3, width), rows(2, width * (x.channels_last ? tile_of(args) : 1));
-    const Gradient<T> gradient{args.grad, args.num_halo, args.num_copies, buffer.row(0)};
+    const Gradient<T, A> gradient{args.grad, args.num_halo, args.num_copies, buffer.row(0)};
 #pragma omp for schedule(static)
     for (int64_t unit = 0; unit < total; ++unit) {
       for (int64_t i = 0; i < parts; ++i) {
@@ -160,10 +159,11 @@ void forward(const Args& args, int num_threads) {
 
 void backward(const Args& args, int num_threads) {
   switch (args.dtype) {
-    case DType::float32: return backward_as<float>(args, num_threads);
-    case DType::float16: return backward_as<Half>(args, num_threads);
-    case DType::bfloat16: return backward_as<BFloat16>(args, num_threads);
-    case DType::float64: return backward_as<double>(args, num_threads);
+    case DType::float32:
+      return args.in_double ? backward_as<float, double>(args, num_threads) : backward_as<float, float>(args, num_threads);
+    case DType::float16: return backward_as<Half, float>(args, num_threads);
+    case DType::bfloat16: return backward_as<BFloat16, float>(args, num_threads);
+    case DType::float64: return backward_as<double, double>(args, num_threads);
   }
 }
 

@@ -7,7 +7,7 @@
 namespace cogvx::spatial_norm_silu {
 namespace {
 
-constexpr int64_t kTile = 4096;  // coefficients that stay in the nearest cache, of each kind
+constexpr int64_t kTile = 2048;  // coefficients that stay in the nearest cache, of each kind
 constexpr int64_t kUnroll = 8;   // latent channels whose products are added up in registers
 
 // The pixels of x to which some neighbours in one row of the latent are nearest; where a channel's pixels lie side by
@@ -75,37 +75,75 @@ template <class A> struct Projection {
   }
 };
 
-// to = bias + z * columns for two latent pixels, so that the columns are loaded once for both.
+// to = bias + z * columns for `count` latent pixels, two at a time, so that the columns are loaded once for both: rows
+// of `depth` and of `channels` one after another, one row more than `count` where that is odd.
 template <class A>
-void project_two(const A* z0, const A* z1, int64_t depth, int64_t channels, const A* columns, const A* bias, A* to0,
-                 A* to1) {
-  for (int64_t k = 0; k < depth; k += kUnroll) {
-    const A *column = columns + k * channels, *p = z0 + k, *q = z1 + k;
-    const A *from0 = k == 0 ? bias : to0, *from1 = k == 0 ? bias : to1;
+void project(const A* z, int64_t count, int64_t depth, int64_t channels, const A* columns, const A* bias, A* to) {
+  for (int64_t j = 0; j < count; j += 2, z += 2 * depth, to += 2 * channels) {
+    for (int64_t k = 0; k < depth; k += kUnroll) {
+      const A *column = columns + k * channels, *z0 = z + k, *z1 = z0 + depth;
+      A *to0 = to, *to1 = to + channels;
+      const A *from0 = k == 0 ? bias : to0, *from1 = k == 0 ? bias : to1;
 #pragma omp simd
-    for (int64_t c = 0; c < channels; ++c) {
-      A sum0 = from0[c], sum1 = from1[c];
+      for (int64_t c = 0; c < channels; ++c) {
+        A sum0 = from0[c], sum1 = from1[c];
 #pragma GCC unroll 8
-      for (int64_t u = 0; u < kUnroll; ++u) {
-        const A value = column[u * channels + c];
-        sum0 += value * p[u];
-        sum1 += value * q[u];
+        for (int64_t u = 0; u < kUnroll; ++u) {
+          const A value = column[u * channels + c];
+          sum0 += value * z0[u];
+          sum1 += value * z1[u];
+        }
+        to0[c] = sum0;
+        to1[c] = sum1;
       }
-      to0[c] = sum0;
-      to1[c] = sum1;
     }
   }
 }
 
+#if defined(__AVX512F__)
+// The same with eight columns in registers for all pixels, four of these at a time.
+inline void project_16(const float* z, int64_t count, int64_t depth, int64_t channels, const float* columns,
+                       const float* bias, float* to) {
+  for (int64_t k = 0; k < depth; k += kUnroll) {
+    __m512 column[kUnroll];
+#pragma GCC unroll 8
+    for (int64_t u = 0; u < kUnroll; ++u) column[u] = _mm512_loadu_ps(columns + (k + u) * channels);
+    for (int64_t j = 0; j < count; j += 4) {
+      const int64_t last = count - 1 - j < 3 ? count - 1 - j : 3;  // the last pixel again where there are no four
+      const float* from[4];
+      __m512 sum[4];
+#pragma GCC unroll 4
+      for (int64_t n = 0; n < 4; ++n) {
+        const int64_t pixel = j + (n < last ? n : last);
+        from[n] = z + pixel * depth + k;
+        sum[n] = _mm512_loadu_ps(k == 0 ? bias : to + pixel * channels);
+      }
+#pragma GCC unroll 8
+      for (int64_t u = 0; u < kUnroll; ++u) {
+#pragma GCC unroll 4
+        for (int64_t n = 0; n < 4; ++n) sum[n] = _mm512_fmadd_ps(column[u], _mm512_set1_ps(from[n][u]), sum[n]);
+      }
+#pragma GCC unroll 4
+      for (int64_t n = 0; n < 4; ++n) _mm512_storeu_ps(to + (j + (n < last ? n : last)) * channels, sum[n]);
+    }
+  }
+}
+
+inline void project(const float* z, int64_t count, int64_t depth, int64_t channels, const float* columns,
+                    const float* bias, float* to) {
+  if (channels % 16) return project<float>(z, count, depth, channels, columns, bias, to);
+  for (int64_t c = 0; c < channels; c += 16) project_16(z, count, depth, channels, columns + c, bias + c, to + c);
+}
+#endif
+
 // The coefficients of a part's rows, one after another; a thread has one of these.
-template <class T> struct Tile {
-  using A = accumulator_t<T>;
+template <class T, class A> struct Tile {
   const Args& args;
-  const Affine<T>& affine;
+  const Affine<T, A>& affine;
   const Projection<A>& projection;
   Scratch<A> scale, factor, offset, mean, latent;
 
-  Tile(const Args& all, const Affine<T>& of_channels, const Projection<A>& weights)
+  Tile(const Args& all, const Affine<T, A>& of_channels, const Projection<A>& weights)
       : args(all),
         affine(of_channels),
         projection(weights),
@@ -113,7 +151,7 @@ template <class T> struct Tile {
         factor(tile_of(all) + 1, row_width(all)),
         offset(tile_of(all) + 1, row_width(all)),
         mean(1, row_width(all)),
-        latent(2, all.x.channels_last ? weights.depth : all.latent_width) {}
+        latent(tile_of(all) + 2, all.x.channels_last ? weights.depth : all.latent_width) {}
 
   void prepare(const Part& part) { args.x.channels_last ? of_pixels(part) : of_channel(part); }
 
@@ -126,24 +164,18 @@ template <class T> struct Tile {
   void of_pixels(const Part& part) {
     const int64_t channels = args.x.channels, depth = projection.depth;
     const Coefficients<A> of = affine.of(part.b, 0);
-    for (int64_t j = part.first; j < part.last; j += 2) {
-      const int64_t i = j - part.first;  // the row after the last is there for an odd number of pixels
-      for (int64_t n = 0; n < 2 && j + n < part.last; ++n) {
-        const T* z = at<T>(args.z, part.b, 0, part.frame, part.row * args.latent_width + j + n);
-        for (int64_t k = 0; k < args.z.channels; ++k) latent.row(n)[k] = widen(z[k]);
-      }
-      project_two(latent.row(0), latent.row(1), depth, channels, projection.columns.row(0), projection.bias.row(0),
-                  scale.row(i), scale.row(i + 1));
-      project_two(latent.row(0), latent.row(1), depth, channels, projection.columns.row(1), projection.bias.row(1),
-                  offset.row(i), offset.row(i + 1));
-      // (GroupNorm of x) * scale + shift
-      for (int64_t n = i; n < i + 2; ++n) {
-        A *scales = scale.row(n), *factors = factor.row(n), *offsets = offset.row(n);
+    const int64_t count = part.last - part.first;
+    for (int64_t j = 0; j < count; ++j)
+      widen_row(at<T>(args.z, part.b, 0, part.frame, part.row * args.latent_width + part.first + j), latent.row(j),
+                args.z.channels);
+    project(latent.data, count, depth, channels, projection.columns.row(0), projection.bias.row(0), scale.data);
+    project(latent.data, count, depth, channels, projection.columns.row(1), projection.bias.row(1), offset.data);
+    for (int64_t j = 0; j < count; ++j) {  // (GroupNorm of x) * scale + shift
+      A *scales = scale.row(j), *factors = factor.row(j), *offsets = offset.row(j);
 #pragma omp simd
-        for (int64_t c = 0; c < channels; ++c) {
-          factors[c] = of.factor[c] * scales[c];
-          offsets[c] += of.offset[c] * scales[c];
-        }
+      for (int64_t c = 0; c < channels; ++c) {
+        factors[c] = of.factor[c] * scales[c];
+        offsets[c] += of.offset[c] * scales[c];
       }
     }
   }
@@ -157,7 +189,7 @@ template <class T> struct Tile {
       for (int64_t k = 0; k < args.z.channels; ++k) {
         const T* z = at<T>(args.z, part.b, k, part.frame, part.row * args.latent_width);
 #pragma omp simd
-        for (int64_t j = 0; j < args.latent_width; ++j) sum[j] += weight[k] * widen(z[j]);
+        for (int64_t j = 0; j < args.latent_width; ++j) sum[j] += weight[k] * static_cast<A>(widen(z[j]));
       }
       A* wide = which == 0 ? scale.row(0) : offset.row(0);
       for (int64_t j = 0; j < args.latent_width; ++j)

@@ -24,6 +24,7 @@ struct Args {
   const int64_t *first_frame, *first_row, *first_column;
   char *weight_y, *bias_y, *weight_b, *bias_b;  // [C, C_z], [C], [C, C_z], [C]
   Video grad, grad_x;  // backward alone: of y, of x; the rest of the arithmetic type:
+  bool in_double;                  // whether that of float32 is double, too
   char *grad_weight, *grad_bias;   // [C]
   Video grad_scale, grad_shift;    // [B, C, T_z, H_z, W_z]
 };
