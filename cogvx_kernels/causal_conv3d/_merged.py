@@ -11,7 +11,8 @@ from torch import Tensor
 
 from .._op import _memory_format
 
-_PIXELS_AT_ONCE = 8192  # what follows is computed in parts of about this many, so that little of it is held twice
+_LEAST_PIXELS = 512  # of a frame; for fewer, adding up weights takes longer than it saves
+_PIXELS_AT_ONCE = 2**14  # what follows is computed in parts of about this many, so that little of it is held twice
 
 
 def why_not(x: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
@@ -24,14 +25,19 @@ def forward(
     bias: Tensor | None,  # [C_out]
 ) -> Tensor:  # [B, C_out, T, H, W]
     num_halo = weight.shape[2] - 1
-    if not _halo_is_first_frame(x, num_halo):
-        return _conv(x, weight, bias)
     chunk = x[:, :, num_halo:]
     b, _, num_frames, h, w = chunk.shape
+    if b * h * w < _LEAST_PIXELS or not _halo_is_first_frame(x, num_halo):
+        return _conv(x, weight, bias)
     y = torch.empty((b, len(weight), num_frames, h, w), dtype=x.dtype, memory_format=_memory_format(x))
-    for t in range(min(num_halo, num_frames)):
-        y[:, :, t : t + 1] = _conv(chunk[:, :, : t + 1], _merge_first(weight, num_halo + 1 - t), bias)
-    step = max(1, _PIXELS_AT_ONCE // (h * w))
+    merged = weight[:, :, 0].to(torch.promote_types(weight.dtype, torch.float32))
+    for t in reversed(range(num_halo)):
+        merged = merged + weight[:, :, num_halo - t]
+        if t < num_frames:  # torch sends a short conv3d to a slow loop of its own, so taps in time become channels
+            frames = torch.cat(chunk[:, :, : t + 1].unbind(2), dim=1)
+            taps = torch.cat([merged.to(weight.dtype), *weight[:, :, num_halo - t + 1 :].unbind(2)], dim=1)
+            y[:, :, t] = _conv(frames, taps, bias)
+    step = max(2, _PIXELS_AT_ONCE // (h * w))
     for t in range(num_halo, num_frames, step):
         y[:, :, t : t + step] = _conv(chunk[:, :, t - num_halo : t + step], weight, bias)
     return y
@@ -39,15 +45,9 @@ def forward(
 
 def _halo_is_first_frame(x: Tensor, num_halo: int) -> bool:
     equal = (torch.equal(x[:, :, i], x[:, :, i + 1]) for i in range(num_halo))
-    return num_halo > 0 and x.shape[0] > 0 and all(equal)
-
-
-def _merge_first(weight: Tensor, count: int) -> Tensor:
-    """The first `count` taps in time added up, in float32 at least; the others as they are."""
-    wide = torch.promote_types(weight.dtype, torch.float32)
-    first = weight[:, :, :count].sum(2, keepdim=True, dtype=wide).to(weight.dtype)
-    return torch.cat([first, weight[:, :, count:]], dim=2)
+    return num_halo > 0 and all(equal)
 
 
 def _conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return F.conv3d(x, weight, bias, padding=(0, weight.shape[3] // 2, weight.shape[4] // 2))
+    padding = (weight.shape[-2] // 2, weight.shape[-1] // 2)
+    return F.conv2d(x, weight, bias, 1, padding) if x.dim() == 4 else F.conv3d(x, weight, bias, 1, (0, *padding))
