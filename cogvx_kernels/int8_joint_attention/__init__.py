@@ -18,7 +18,8 @@ def int8_joint_attention(
     its weights are rounded to the dtype of v.
 
     On normal data, and with a mean of any size in each channel of k, the result is within 2e-2 of exact attention
-    (norm of the difference over the norm) and at a cosine of at least 0.999 to it.
+    (norm of the difference over the norm) and at a cosine of at least 0.999 to it. Every backend is as close to the
+    formula above as plain PyTorch, or closer than twice the precision of the dtype times the largest value.
 
     Raises ValueError for shapes, dtypes or devices that do not agree; RuntimeError where a gradient is asked.
     Source: "SageAttention" (arXiv 2410.02367) and "SageAttention2" (arXiv 2411.10958).

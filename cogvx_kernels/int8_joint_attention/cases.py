@@ -45,6 +45,11 @@ ILLEGAL = [
 ]
 
 
+def largest(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> float:
+    """What the errors of results are in proportion to: not the results, but the values whose weights are rounded."""
+    return v.abs().max().item()
+
+
 def draw(rng: random.Random) -> partial:
     batch, tokens = rng.choice([0, 1, 1, 2, 3]), rng.choice([0, 1, 2, 13, 31, 67, 133])
     return partial(make, batch, rng.choice([1, 2, 3]), tokens, rng.choice([1, 8, 59, 64, 111, 128]))

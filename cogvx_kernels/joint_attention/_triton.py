@@ -15,6 +15,7 @@ from torch import Tensor
 
 _MAX_WIDTH = 128
 _MAX_STRIDE = 2**23  # of a token; within a tile offsets are 32-bit
+_BITS = tl.constexpr(math.log2(math.e))  # turns an exponent to e into one to 2
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
@@ -37,19 +38,12 @@ def _place(tiles, num_tiles, num_heads, num_tokens, SIZE: tl.constexpr):
 def _load(
     x, first, end, stride, SIZE: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr, skip=0
 ):
-    """BLOCK channels of SIZE rows of x, from row `first` and channel `skip` on, zeros outside.
-
-    WHOLE promises that every row is inside.
-    """
+    """BLOCK channels of SIZE rows, from channel `skip` and row `first` on, zeros outside; WHOLE: no row is outside."""
     rows, columns = tl.arange(0, SIZE)[:, None], tl.arange(0, BLOCK)[None, :] + skip
     x += tl.cast(first, tl.int64) * stride
     x += rows * stride + columns
     if WHOLE and WIDTH % BLOCK == 0:
         tile = tl.load(x)
-    elif WHOLE:
-        tile = tl.load(x, mask=columns < WIDTH, other=0.0)
-    elif WIDTH % BLOCK == 0:
-        tile = tl.load(x, mask=rows < end - first, other=0.0)
     else:
         tile = tl.load(x, mask=(rows < end - first) & (columns < WIDTH), other=0.0)
     return tile
@@ -59,55 +53,73 @@ def _load(
 def _store(x, tile, first, end, stride, SIZE: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     rows, columns = tl.arange(0, SIZE)[:, None], tl.arange(0, BLOCK)[None, :]
     x += tl.cast(first, tl.int64) * stride
-    mask = (rows < end - first) & (columns < WIDTH)
-    tl.store(x + rows * stride + columns, tile.to(x.dtype.element_ty), mask=mask)
+    x += rows * stride + columns
+    tl.store(x, tile.to(x.dtype.element_ty), mask=(rows < end - first) & (columns < WIDTH))
 
 
 @triton.jit
-def _multiply(a, b, sums=None):
-    """a b in full precision, added to `sums`: float32 must not become tf32."""
-    if _INTERPRETED:  # where bfloat16 would be multiplied as the integers that hold it
+def _multiply(a, b, sums, SWAP: tl.constexpr = False):
+    """a b in full precision, added to `sums`: float32 must not become tf32.
+
+    numpy, which interprets, rounds by shape and order; with SWAP it multiplies as the other kernel does, because a
+    score must be the same in both. It would also take bfloat16 for the integers that hold it.
+    """
+    if _INTERPRETED:
         a, b = a.to(tl.float32), b.to(tl.float32)
-    return tl.dot(a, b, sums, input_precision="ieee")
+    if _INTERPRETED and SWAP:
+        sums = tl.trans(tl.dot(tl.trans(b), tl.trans(a), tl.trans(sums), input_precision="ieee"))
+    else:
+        sums = tl.dot(a, b, sums, input_precision="ieee")
+    return sums
 
 
 @triton.jit
 def _products(
-    x_tile, y_tile, x, x_n, x_first, y, y_n, y_first, end,
-    X_ROWS: tl.constexpr, Y_ROWS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
+    x_tile, y_tile, x, x_n, x_first, y, y_n, y_first, end, X_ROWS: tl.constexpr, Y_ROWS: tl.constexpr,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, SWAP: tl.constexpr = False,
 ):  # fmt: skip
-    """The inner products of the rows of two tiles. float32 is read again by CHUNK channels: without tensor cores a
-    thread holds all channels of its rows, and they would spill.
+    """The inner products of the rows of two tiles, read again by CHUNK channels where registers are too few for all.
+
+    That is always so in float32: without tensor cores a thread holds all channels of its rows.
     """
+    products = tl.zeros([X_ROWS, Y_ROWS], tl.float32)
     if CHUNK == BLOCK:
-        products = _multiply(x_tile, tl.trans(y_tile))
+        products = _multiply(x_tile, tl.trans(y_tile), products, SWAP)
     else:
-        products = tl.zeros([X_ROWS, Y_ROWS], tl.float32)
         for c in range(0, WIDTH, CHUNK):
             x_chunk = _load(x, x_first, end, x_n, X_ROWS, WIDTH, CHUNK, False, c)
             y_chunk = _load(y, y_first, end, y_n, Y_ROWS, WIDTH, CHUNK, False, c)
-            products = _multiply(x_chunk, tl.trans(y_chunk), products)
+            products = _multiply(x_chunk, tl.trans(y_chunk), products, SWAP)
     return products
 
 
 @triton.jit
-def _weigh(scores, first, end, bits, peak, KEYS: tl.constexpr, WHOLE: tl.constexpr):
-    """The next tile of an online softmax: the new peak in bits, weights under it, what earlier weights shrink by."""
+def _weigh(scores, first, end, scale, peak, KEYS: tl.constexpr, WHOLE: tl.constexpr, FUSED: tl.constexpr):
+    """The next tile of an online softmax: the new peak, weights under it, what earlier weights shrink by.
+
+    FUSED takes one instruction from score to exponent. The other way the largest weight is 2^0 and no less, and the
+    rest are as accurate as their scores.
+    """
     if not WHOLE:
         scores = tl.where((tl.arange(0, KEYS) < end - first)[None, :], scores, float("-inf"))
-    new_peak = tl.maximum(peak, tl.max(scores, 1) * bits)
-    return new_peak, tl.exp2(scores * bits - new_peak[:, None]), tl.exp2(peak - new_peak)
+    new_peak = tl.maximum(peak, tl.max(scores, 1))
+    bits = scale * _BITS
+    if FUSED:
+        weights = tl.exp2(scores * bits - (new_peak * bits)[:, None])
+    else:
+        weights = tl.exp2((scores - new_peak[:, None]) * bits)
+    return new_peak, weights, tl.exp2((peak - new_peak) * bits)
 
 
 @triton.jit
 def _visit_keys(
-    queries, q, k, v, q_n, k_n, v_n, row, first, end, bits, peak, total, sums, QUERIES: tl.constexpr,
+    queries, q, k, v, q_n, k_n, v_n, row, first, end, scale, peak, total, sums, QUERIES: tl.constexpr,
     KEYS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """Add a tile of keys to the weighted sums of values."""
     keys = _load(k, first, end, k_n, KEYS, WIDTH, BLOCK, WHOLE)
     scores = _products(queries, keys, q, q_n, row, k, k_n, first, end, QUERIES, KEYS, WIDTH, BLOCK, CHUNK)
-    peak, weights, decay = _weigh(scores, first, end, bits, peak, KEYS, WHOLE)
+    peak, weights, decay = _weigh(scores, first, end, scale, peak, KEYS, WHOLE, k.dtype.element_ty != tl.float32)
     values = _load(v, first, end, v_n, KEYS, WIDTH, BLOCK, WHOLE)
     sums = _multiply(weights.to(values.dtype), values, sums * decay[:, None])
     return peak, total * decay + tl.sum(weights, 1), sums
@@ -115,7 +127,7 @@ def _visit_keys(
 
 @triton.jit
 def forward_kernel(
-    q, k, v, y, tiles, num_tiles, num_heads, num_tokens, bits,
+    q, k, v, y, tiles, num_tiles, num_heads, num_tokens, scale,
     q_b, q_a, q_n, k_b, k_a, k_n, v_b, v_a, v_n,
     QUERIES: tl.constexpr, KEYS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
@@ -130,11 +142,11 @@ def forward_kernel(
     last = start + (end - start - 1) // KEYS * KEYS
     for first in range(start, last, KEYS):
         peak, total, sums = _visit_keys(
-            queries, q, k, v, q_n, k_n, v_n, row, first, end, bits, peak, total, sums,
+            queries, q, k, v, q_n, k_n, v_n, row, first, end, scale, peak, total, sums,
             QUERIES, KEYS, WIDTH, BLOCK, CHUNK, True,
         )  # fmt: skip
     peak, total, sums = _visit_keys(
-        queries, q, k, v, q_n, k_n, v_n, row, last, end, bits, peak, total, sums,
+        queries, q, k, v, q_n, k_n, v_n, row, last, end, scale, peak, total, sums,
         QUERIES, KEYS, WIDTH, BLOCK, CHUNK, False,
     )  # fmt: skip
     y += (b * num_tokens * num_heads + a) * WIDTH
@@ -143,21 +155,21 @@ def forward_kernel(
 
 @triton.jit
 def _visit_keys_for_statistics(
-    queries, grads, grad, q, k, v, grad_n, q_n, k_n, v_n, row, first, end, bits, peak, total, delta,
+    queries, grads, grad, q, k, v, grad_n, q_n, k_n, v_n, row, first, end, scale, peak, total, delta,
     QUERIES: tl.constexpr, KEYS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
     WHOLE: tl.constexpr,
 ):  # fmt: skip
     keys = _load(k, first, end, k_n, KEYS, WIDTH, BLOCK, WHOLE)
     values = _load(v, first, end, v_n, KEYS, WIDTH, BLOCK, WHOLE)
     scores = _products(queries, keys, q, q_n, row, k, k_n, first, end, QUERIES, KEYS, WIDTH, BLOCK, CHUNK)
-    peak, weights, decay = _weigh(scores, first, end, bits, peak, KEYS, WHOLE)
+    peak, weights, decay = _weigh(scores, first, end, scale, peak, KEYS, WHOLE, False)
     of_weights = _products(grads, values, grad, grad_n, row, v, v_n, first, end, QUERIES, KEYS, WIDTH, BLOCK, CHUNK)
     return peak, total * decay + tl.sum(weights, 1), delta * decay + tl.sum(weights * of_weights, 1)
 
 
 @triton.jit
 def _visit_keys_for_gradient(
-    queries, grads, log_sum, delta, grad, q, k, v, grad_n, q_n, k_n, v_n, row, first, end, bits, scale, sums,
+    queries, grads, peak, share, delta, grad, q, k, v, grad_n, q_n, k_n, v_n, row, first, end, scale, sums,
     QUERIES: tl.constexpr, KEYS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
     WHOLE: tl.constexpr,
 ):  # fmt: skip
@@ -165,7 +177,7 @@ def _visit_keys_for_gradient(
     keys = _load(k, first, end, k_n, KEYS, WIDTH, BLOCK, WHOLE)
     values = _load(v, first, end, v_n, KEYS, WIDTH, BLOCK, WHOLE)
     scores = _products(queries, keys, q, q_n, row, k, k_n, first, end, QUERIES, KEYS, WIDTH, BLOCK, CHUNK)
-    weights = tl.exp2(scores * bits - log_sum[:, None])
+    weights = tl.exp2((scores - peak[:, None]) * (scale * _BITS)) * share[:, None]
     if not WHOLE:
         weights = tl.where((tl.arange(0, KEYS) < end - first)[None, :], weights, 0.0)
     of_weights = _products(grads, values, grad, grad_n, row, v, v_n, first, end, QUERIES, KEYS, WIDTH, BLOCK, CHUNK)
@@ -175,15 +187,15 @@ def _visit_keys_for_gradient(
 
 @triton.jit
 def queries_backward_kernel(
-    grad, q, k, v, grad_q, log_sums, deltas, tiles, num_tiles, num_heads, num_tokens, bits, scale,
+    grad, q, k, v, grad_q, peaks, shares, deltas, tiles, num_tiles, num_heads, num_tokens, scale,
     grad_b, grad_n, q_b, q_a, q_n, k_b, k_a, k_n, v_b, v_a, v_n,
     QUERIES: tl.constexpr, KEYS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """With p the weights and ds = p * (grad v^T - delta) / sqrt(E): grad_q = ds k.
 
-    A first pass over the keys finds log2 of the softmax's denominator and delta = sum(p * grad v^T), which the keys
-    need too. delta is sum(grad * y) as well, but rounded otherwise: where one key takes all the weight, the difference
-    must be nothing, not noise.
+    A first pass over the keys finds the peak of the scores, the share of a weight of 1 in the sum of weights and
+    delta = sum(p * grad v^T), which the keys need too. delta is sum(grad * y) as well, but rounded otherwise: where one
+    key takes all the weight, the difference must be nothing, not noise.
     """
     b, a, row, start, end = _place(tiles, num_tiles, num_heads, num_tokens, QUERIES)
     q += b * q_b + a * q_a
@@ -198,59 +210,61 @@ def queries_backward_kernel(
     last = start + (end - start - 1) // KEYS * KEYS
     for first in range(start, last, KEYS):
         peak, total, delta = _visit_keys_for_statistics(
-            queries, grads, grad, q, k, v, grad_n, q_n, k_n, v_n, row, first, end, bits, peak, total, delta,
+            queries, grads, grad, q, k, v, grad_n, q_n, k_n, v_n, row, first, end, scale, peak, total, delta,
             QUERIES, KEYS, WIDTH, BLOCK, CHUNK, True,
         )  # fmt: skip
     peak, total, delta = _visit_keys_for_statistics(
-        queries, grads, grad, q, k, v, grad_n, q_n, k_n, v_n, row, last, end, bits, peak, total, delta,
+        queries, grads, grad, q, k, v, grad_n, q_n, k_n, v_n, row, last, end, scale, peak, total, delta,
         QUERIES, KEYS, WIDTH, BLOCK, CHUNK, False,
     )  # fmt: skip
-    log_sum = peak + tl.log2(total)
-    delta /= total
+    share = 1.0 / total
+    delta *= share
     sums = tl.zeros([QUERIES, BLOCK], tl.float32)
     for first in range(start, last, KEYS):
         sums = _visit_keys_for_gradient(
-            queries, grads, log_sum, delta, grad, q, k, v, grad_n, q_n, k_n, v_n, row, first, end, bits, scale, sums,
-            QUERIES, KEYS, WIDTH, BLOCK, CHUNK, True,
+            queries, grads, peak, share, delta, grad, q, k, v, grad_n, q_n, k_n, v_n, row, first, end, scale,
+            sums, QUERIES, KEYS, WIDTH, BLOCK, CHUNK, True,
         )  # fmt: skip
     sums = _visit_keys_for_gradient(
-        queries, grads, log_sum, delta, grad, q, k, v, grad_n, q_n, k_n, v_n, row, last, end, bits, scale, sums,
+        queries, grads, peak, share, delta, grad, q, k, v, grad_n, q_n, k_n, v_n, row, last, end, scale, sums,
         QUERIES, KEYS, WIDTH, BLOCK, CHUNK, False,
     )  # fmt: skip
     head = (b * num_heads + a) * num_tokens
     target = head + row + tl.arange(0, QUERIES)
     inside = tl.arange(0, QUERIES) < end - row
-    tl.store(log_sums + target, log_sum, mask=inside)
+    tl.store(peaks + target, peak, mask=inside)
+    tl.store(shares + target, share, mask=inside)
     tl.store(deltas + target, delta, mask=inside)
     _store(grad_q + head * WIDTH, sums, row, end, WIDTH, QUERIES, WIDTH, BLOCK)
 
 
 @triton.jit
 def _visit_queries(
-    keys, values, grad, q, k, v, log_sums, deltas, grad_n, q_n, k_n, v_n, row, first, end, bits, scale, sums_k, sums_v,
-    QUERIES: tl.constexpr, KEYS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
-    WHOLE: tl.constexpr,
+    keys, values, grad, q, k, v, peaks, shares, deltas, grad_n, q_n, k_n, v_n, row, first, end, scale,
+    sums_k, sums_v, QUERIES: tl.constexpr, KEYS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+    CHUNK: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """Add what one tile of queries gives to the gradients of the keys and the values."""
     queries = _load(q, first, end, q_n, QUERIES, WIDTH, BLOCK, WHOLE)
-    rows = tl.arange(0, QUERIES)
-    if WHOLE:
-        log_sum, delta = tl.load(log_sums + first + rows), tl.load(deltas + first + rows)
-    else:  # an infinite denominator gives no weight to a query that is not there
-        log_sum = tl.load(log_sums + first + rows, mask=rows < end - first, other=float("inf"))
-        delta = tl.load(deltas + first + rows, mask=rows < end - first, other=0.0)
+    rows = first + tl.arange(0, QUERIES)
+    # Under an infinite peak a query that is not there gives no weight.
+    peak = tl.load(peaks + rows, mask=rows < end, other=float("inf"))
+    share = tl.load(shares + rows, mask=rows < end, other=0.0)
+    delta = tl.load(deltas + rows, mask=rows < end, other=0.0)
     grads = _load(grad, first, end, grad_n, QUERIES, WIDTH, BLOCK, WHOLE)
-    scores = _products(keys, queries, k, k_n, row, q, q_n, first, end, KEYS, QUERIES, WIDTH, BLOCK, CHUNK)
-    weights = tl.exp2(scores * bits - log_sum[None, :])
+    scores = _products(keys, queries, k, k_n, row, q, q_n, first, end, KEYS, QUERIES, WIDTH, BLOCK, CHUNK, True)
+    weights = tl.exp2((scores - peak[None, :]) * (scale * _BITS)) * share[None, :]
     sums_v = _multiply(weights.to(grads.dtype), grads, sums_v)
-    of_weights = _products(values, grads, v, v_n, row, grad, grad_n, first, end, KEYS, QUERIES, WIDTH, BLOCK, CHUNK)
+    of_weights = _products(
+        values, grads, v, v_n, row, grad, grad_n, first, end, KEYS, QUERIES, WIDTH, BLOCK, CHUNK, True
+    )
     of_scores = weights * (of_weights - delta[None, :]) * scale
     return _multiply(of_scores.to(queries.dtype), queries, sums_k), sums_v
 
 
 @triton.jit
 def keys_backward_kernel(
-    grad, q, k, v, grad_k, grad_v, log_sums, deltas, tiles, num_tiles, num_heads, num_tokens, bits, scale,
+    grad, q, k, v, grad_k, grad_v, peaks, shares, deltas, tiles, num_tiles, num_heads, num_tokens, scale,
     grad_b, grad_n, q_b, q_a, q_n, k_b, k_a, k_n, v_b, v_a, v_n,
     QUERIES: tl.constexpr, KEYS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
@@ -260,7 +274,8 @@ def keys_backward_kernel(
     k += b * k_b + a * k_a
     v += b * v_b + a * v_a
     grad += b * grad_b + a * WIDTH
-    log_sums += (b * num_heads + a) * num_tokens
+    peaks += (b * num_heads + a) * num_tokens
+    shares += (b * num_heads + a) * num_tokens
     deltas += (b * num_heads + a) * num_tokens
     keys = _load(k, row, end, k_n, KEYS, WIDTH, BLOCK, False)
     values = _load(v, row, end, v_n, KEYS, WIDTH, BLOCK, False)
@@ -269,11 +284,11 @@ def keys_backward_kernel(
     last = start + (end - start - 1) // QUERIES * QUERIES
     for query in range(start, last, QUERIES):
         sums_k, sums_v = _visit_queries(
-            keys, values, grad, q, k, v, log_sums, deltas, grad_n, q_n, k_n, v_n, row, query, end, bits, scale,
+            keys, values, grad, q, k, v, peaks, shares, deltas, grad_n, q_n, k_n, v_n, row, query, end, scale,
             sums_k, sums_v, QUERIES, KEYS, WIDTH, BLOCK, CHUNK, True,
         )  # fmt: skip
     sums_k, sums_v = _visit_queries(
-        keys, values, grad, q, k, v, log_sums, deltas, grad_n, q_n, k_n, v_n, row, last, end, bits, scale,
+        keys, values, grad, q, k, v, peaks, shares, deltas, grad_n, q_n, k_n, v_n, row, last, end, scale,
         sums_k, sums_v, QUERIES, KEYS, WIDTH, BLOCK, CHUNK, False,
     )  # fmt: skip
     head = (b * num_heads + a) * num_tokens * WIDTH
@@ -287,8 +302,8 @@ def options(kernel: str, dtype: torch.dtype, width: int, capability: int) -> dic
     chunk, stages, backward = block, 2, kernel != "forward"
     # Rows of the tile that a program owns, rows of the tiles that it visits: as many as registers hold.
     own, visited, warps = 128, 64 if width <= 64 else 32, 8
-    if capability == 0:
-        own, visited, chunk = 64, 32, 32 if dtype == torch.float32 else block
+    if capability == 0:  # as many of each: how numpy sums depends on the shape
+        own, visited, chunk = 32, 32, min(block, 32) if dtype == torch.float32 else block
     elif dtype == torch.float32:
         own, visited, chunk, warps, stages = 32, 16, 16, 8 if backward else 4, 1
     elif capability == 90:
@@ -299,8 +314,7 @@ def options(kernel: str, dtype: torch.dtype, width: int, capability: int) -> dic
         stages = 3
     queries, keys = (visited, own) if kernel == "keys_backward" else (own, visited)
     sizes = {"QUERIES": queries, "KEYS": keys, "WIDTH": width, "BLOCK": block, "CHUNK": chunk}
-    # One instruction from score to exponent. Gradients cannot have it: the largest weight must be 2^0, no less.
-    return sizes | {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": not backward}
+    return sizes | {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
 
 
 def why_not(q: Tensor, k: Tensor, v: Tensor, lengths: list[int] | None) -> str | None:
@@ -320,9 +334,7 @@ def forward(
     b, a, n, e = q.shape
     y = torch.empty(b, n, a * e, dtype=q.dtype, device=q.device)
     if y.numel():
-        q, k, v = map(_with_close_rows, (q, k, v))
-        strides = [size for x in (q, k, v) for size in x.stride()[:3]]
-        _launch("forward", q, lengths, (q, k, v, y), (_bits(e),), strides)
+        _launch("forward", lengths, [*map(_with_close_rows, (q, k, v))], [y])
     return y
 
 
@@ -335,25 +347,23 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # of q, k, v
     grads = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v)]
     if grad.numel():
-        grad, q, k, v = map(_with_close_rows, (grad, q, k, v))
-        strides = [*grad.stride()[:2], *(size for x in (q, k, v) for size in x.stride()[:3])]
-        log_sums, deltas = (torch.empty(q.shape[:3], dtype=torch.float32, device=q.device) for _ in range(2))
-        numbers = _bits(q.shape[-1]), q.shape[-1] ** -0.5
-        _launch("queries_backward", q, lengths, (grad, q, k, v, grads[0], log_sums, deltas), numbers, strides)
-        _launch("keys_backward", q, lengths, (grad, q, k, v, *grads[1:], log_sums, deltas), numbers, strides)
+        inputs = [*map(_with_close_rows, (grad, q, k, v))]
+        statistics = [torch.empty(q.shape[:3], dtype=torch.float32, device=q.device) for _ in range(3)]
+        _launch("queries_backward", lengths, inputs, [grads[0], *statistics])
+        _launch("keys_backward", lengths, inputs, [*grads[1:], *statistics])
     return tuple(grads)
 
 
-def _launch(
-    name: str, q: Tensor, lengths: list[int] | None, tensors: tuple, numbers: tuple[float, ...], strides: list[int]
-) -> None:
+def _launch(name: str, lengths: list[int] | None, inputs: list[Tensor], others: list[Tensor]) -> None:
+    q = inputs[-3]
     b, a, n, e = q.shape
     chosen = options(name, q.dtype, e, _capability(q))
     size = chosen["KEYS" if name == "keys_backward" else "QUERIES"]
     tiles = _tiles(tuple(lengths), size, q.is_cuda).to(q.device, non_blocking=True) if lengths else None
     num_tiles = -(-n // size) if tiles is None else len(tiles)
+    strides = [stride for x in inputs for stride in x.stride()[:-1]]
     with torch.cuda.device_of(q):
-        KERNELS[name][(num_tiles * a * b,)](*tensors, tiles, num_tiles, a, n, *numbers, *strides, **chosen)
+        KERNELS[name][(num_tiles * a * b,)](*inputs, *others, tiles, num_tiles, a, n, e**-0.5, *strides, **chosen)
 
 
 KERNELS = {
@@ -380,11 +390,6 @@ def _capability(x: Tensor) -> int:
         return 0
     major, minor = torch.cuda.get_device_capability(x.device)
     return major * 10 + minor
-
-
-def _bits(width: int) -> float:
-    """What turns a score into the exponent of 2 of its weight."""
-    return math.log2(math.e) / math.sqrt(width)
 
 
 def _with_close_rows(x: Tensor) -> Tensor:

@@ -77,7 +77,8 @@ def kernels(module: ModuleType, capability: int = 80) -> Iterator[tuple]:
             options = module.options(name, torch.float32 if dtype == "fp32" else torch.bfloat16, width, capability)
             constants = {name: options.pop(name) for name in kernel.arg_names if name in options}
             constants |= {} if packed else {"tiles": None}
-            kinds = {"tiles": "*i32:16", "log_sums": "*fp32:16", "deltas": "*fp32:16", "bits": "fp32", "scale": "fp32"}
+            kinds = {"tiles": "*i32:16", "scale": "fp32"}
+            kinds |= dict.fromkeys(("peaks", "shares", "deltas"), "*fp32:16")
             kinds |= {name: "i32:16" for name in kernel.arg_names if name.endswith(("_b", "_a", "_n"))}
             kinds |= dict.fromkeys(("num_tiles", "num_heads", "num_tokens"), "i32")
             types = {name: kinds.get(name, f"*{dtype}:16") for name in kernel.arg_names if name not in constants}

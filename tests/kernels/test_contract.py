@@ -80,8 +80,10 @@ def check_accuracy(name, args):
     y, found = differentiate(name, opaque(name), args, grads)
     y_eager, eager = differentiate(name, reference, args, grads)
     y_exact, exact = differentiate(name, reference, changed(args, Tensor.double), grads)
+    largest = getattr(CASES[name], "largest", lambda *_: None)
     for i, p in enumerate(y):
-        assert_as_accurate(p, y_eager[i], y_exact[i], what=f"result {i}")
+        if p.numel():
+            assert_as_accurate(p, y_eager[i], y_exact[i], what=f"result {i}", largest=largest(*args))
     arguments = [a for a, x in zip(OPS[name].arguments, args, strict=True) if isinstance(x, Tensor)]
     for argument, gradient, other, truth in zip(arguments, found, eager, exact, strict=bool(found)):
         assert_as_accurate(gradient, other, truth, factor=3.0, what=f"gradient of {argument}")
