@@ -36,6 +36,8 @@ SMALL = [
     partial(make, 2, 5, 33, 70, True, True),
     partial(make, 1, 1, 1, 1),
     partial(make, 3, 7, 59, 130),
+    partial(make, 1, 300, 1920, 70),
+    partial(make, 1, 9, 2049, 33, True, True),
     partial(make, 2, 0, 16, 8),
     partial(make, 0, 4, 16, 8),
 ]

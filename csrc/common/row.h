@@ -1,6 +1,6 @@
 // A row of a tensor: taken into the arithmetic type, rounded back, and written past the caches; its mean and variance.
 //
-// For cpu.cpp files: everything is `static` or unnamed, so every instruction set gets its own copy.
+// For cpu.cpp files: everything is in an unnamed namespace, so every instruction set gets its own copy.
 #pragma once
 
 #include <math.h>
@@ -32,7 +32,7 @@ template <class A> struct Scratch {
   int64_t stride;
   A *memory, *data;
   Scratch(int64_t count, int64_t width)
-      : stride((width + kLine - 1) / kLine * kLine), memory(new A[(count * stride) + kLine]), data(memory) {
+      : stride((width + kLine - 1) / kLine * kLine), memory(new A[count * stride + kLine]), data(memory) {
     while (reinterpret_cast<uintptr_t>(data) % 64) ++data;
   }
   ~Scratch() { delete[] memory; }
@@ -41,17 +41,14 @@ template <class A> struct Scratch {
   A* row(int64_t i) const { return data + i * stride; }
 };
 
-// Memory that will be read soon; any address will do.
-inline void prefetch(const void* memory) {
-#if defined(__GNUC__)
-  __builtin_prefetch(memory);
-#else
-  (void)memory;
-#endif
-}
-
+// Asks for a row that will be read soon; memory that is not there does no harm. The processor's own foresight ends with
+// every page, which is about a row.
 template <class T> void prefetch_row(const T* row, int64_t width) {
-  for (int64_t i = 0; i < width; i += 64 / static_cast<int64_t>(sizeof(T))) prefetch(row + i);
+#if defined(__GNUC__)
+  for (int64_t i = 0; i < width; i += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(row + i);
+#else
+  (void)row, (void)width;
+#endif
 }
 
 template <class T> void load_row(accumulator_t<T>* to, const T* from, int64_t width) {
@@ -65,34 +62,19 @@ template <class T> void round_row(T* to, const accumulator_t<T>* from, int64_t w
   for (int64_t i = 0; i < width; ++i) store(to + i, from[i]);
 }
 
-#if defined(__AVX512BF16__)
-// The instruction takes subnormal numbers for zeros, which is below any error that bfloat16 could show.
-inline void round_row(BFloat16* to, const float* from, int64_t width) {
-  for (int64_t i = 0; i < width; i += 16) {
-    const __mmask16 inside = width - i >= 16 ? 0xffff : static_cast<__mmask16>((1u << (width - i)) - 1);
-    const __m256bh rounded = _mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(inside, from + i));
-    _mm256_mask_storeu_epi16(to + i, inside, (__m256i)rounded);
-  }
-}
-#endif
-
-// Results above this size leave the caches before anyone reads them, so they are written past these.
+// Results above this size leave the caches before anyone reads them. Written past these, memory is not first read, and
+// nothing else is pushed out; it takes rows of whole cache lines.
 constexpr int64_t kStreamedBytes = int64_t{8} << 20;
 
-// A copy that does not first read what it overwrites, nor pushes anything out of the caches.
-inline void stream_bytes(char* to, const char* from, size_t size) {
+template <class T> bool is_streamed(const Rows& rows, int64_t batch, int64_t num_rows, int64_t width) {
 #if defined(__SSE2__)
-  const size_t head = (64 - reinterpret_cast<uintptr_t>(to) % 64) % 64;
-  size_t i = head < size ? head : size;
-  std::memcpy(to, from, i);
-  for (; i + 64 <= size; i += 64) {
-    for (int part = 0; part < 64; part += 16)
-      _mm_stream_si128(reinterpret_cast<__m128i*>(to + i + part),
-                       _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i + part)));
-  }
-  std::memcpy(to + i, from + i, size - i);
+  constexpr auto kLine = static_cast<int64_t>(64 / sizeof(T));
+  const bool whole = width % kLine == 0 && rows.stride_b % kLine == 0 && rows.stride_n % kLine == 0;
+  const int64_t bytes = batch * num_rows * width * static_cast<int64_t>(sizeof(T));
+  return whole && reinterpret_cast<uintptr_t>(rows.data) % 64 == 0 && bytes > kStreamedBytes;
 #else
-  std::memcpy(to, from, size);
+  (void)rows, (void)batch, (void)num_rows, (void)width;
+  return false;
 #endif
 }
 
@@ -104,18 +86,59 @@ inline void finish_streaming() {
 }
 
 template <class T> void copy_row(T* to, const T* from, int64_t width, bool streamed) {
-  const auto size = static_cast<size_t>(width) * sizeof(T);
-  if (streamed) return stream_bytes(reinterpret_cast<char*>(to), reinterpret_cast<const char*>(from), size);
-  std::memcpy(to, from, size);
+  const int64_t size = width * static_cast<int64_t>(sizeof(T));
+#if defined(__SSE2__)
+  for (int64_t i = 0; streamed && i < size; i += 16) {
+    const auto* part = reinterpret_cast<const __m128i*>(reinterpret_cast<const char*>(from) + i);
+    _mm_stream_si128(reinterpret_cast<__m128i*>(reinterpret_cast<char*>(to) + i), _mm_loadu_si128(part));
+  }
+#endif
+  if (!streamed) std::memcpy(to, from, static_cast<size_t>(size));
 }
 
-// Rounds a row on its way; `rounded` has room for it.
+// Rounds a row on its way to memory; `rounded` has room for it.
 template <class T>
 void write_row(T* to, const accumulator_t<T>* from, int64_t width, bool streamed, accumulator_t<T>* rounded) {
   if (!streamed) return round_row(to, from, width);
   round_row(reinterpret_cast<T*>(rounded), from, width);
   copy_row(to, reinterpret_cast<const T*>(rounded), width, true);
 }
+
+#if defined(__AVX512BF16__)
+// Calls f(column, mask) for every 16 columns; the mask says which of them are inside the row.
+template <class F> void each16(int64_t width, F f) {
+  int64_t i = 0;
+  for (; i + 16 <= width; i += 16) f(i, __mmask16{0xffff});
+  if (i < width) f(i, static_cast<__mmask16>((1u << (width - i)) - 1));
+}
+
+// Masked forms, whose mask takes all, because gcc warns of the others ("may be used uninitialized").
+inline __m512 widen16(__m256i bits) {
+  return _mm512_castsi512_ps(_mm512_maskz_slli_epi32(0xffff, _mm512_maskz_cvtepu16_epi32(0xffff, bits), 16));
+}
+
+inline __m512 load16(const BFloat16* from, __mmask16 mask) { return widen16(_mm256_maskz_loadu_epi16(mask, from)); }
+
+// The instruction takes subnormal numbers for zeros, which is below any error that bfloat16 could show.
+inline __m256i round16(__m512 values) { return reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(values)); }
+
+inline void write16(BFloat16* to, __m256i bits, __mmask16 mask, bool streamed) {
+  if (streamed) return _mm256_stream_si256(reinterpret_cast<__m256i*>(to), bits);
+  _mm256_mask_storeu_epi16(to, mask, bits);
+}
+
+inline void round_row(BFloat16* to, const float* from, int64_t width) {
+  each16(width, [=](int64_t i, __mmask16 mask) {
+    write16(to + i, round16(_mm512_maskz_loadu_ps(mask, from + i)), mask, false);
+  });
+}
+
+inline void write_row(BFloat16* to, const float* from, int64_t width, bool streamed, float*) {
+  each16(width, [=](int64_t i, __mmask16 mask) {
+    write16(to + i, round16(_mm512_maskz_loadu_ps(mask, from + i)), mask, streamed);
+  });
+}
+#endif
 
 inline float square_root(float value) { return sqrtf(value); }
 inline double square_root(double value) { return sqrt(value); }

@@ -5,10 +5,6 @@
 namespace cogvx::expert_layernorm::COGVX_ISA {
 namespace {
 
-template <class T> bool is_large(const Args& args) {
-  return args.batch * args.num_rows * args.width * static_cast<int64_t>(sizeof(T)) > kStreamedBytes;
-}
-
 template <class T>
 void forward_chunk(const Args& args, const Chunk& chunk, const Scratch<accumulator_t<T>>& scratch, bool streamed) {
   using A = accumulator_t<T>;
@@ -16,8 +12,8 @@ void forward_chunk(const Args& args, const Chunk& chunk, const Scratch<accumulat
   load_modulation<T>(args, chunk, factor, offset);
   for (int64_t n = chunk.first; n < chunk.last; ++n) {
     load_row(x, row_of<T>(args.x, chunk.b, n), args.width);
-    normalize_row(x, factor, offset, args, y);
-    write_row(mutable_row_of<T>(args.y, chunk.b, n), y, args.width, streamed, x);
+    prefetch_row(row_of<T>(args.x, chunk.b, n + 1), args.width);
+    normalize_row(x, factor, offset, args, mutable_row_of<T>(args.y, chunk.b, n), streamed, y);
   }
 }
 
@@ -31,6 +27,8 @@ void backward_chunk(const Args& args, const Chunk& chunk, int64_t index, const S
   for (int64_t n = chunk.first; n < chunk.last; ++n) {
     load_row(x, row_of<T>(args.x, chunk.b, n), args.width);
     load_row(grad, row_of<T>(args.grad, chunk.b, n), args.width);
+    prefetch_row(row_of<T>(args.x, chunk.b, n + 1), args.width);
+    prefetch_row(row_of<T>(args.grad, chunk.b, n + 1), args.width);
     backward_row(x, factor, args, sums, grad);
     write_row(mutable_row_of<T>(args.grad_x, chunk.b, n), grad, args.width, streamed, x);
   }
@@ -38,7 +36,7 @@ void backward_chunk(const Args& args, const Chunk& chunk, int64_t index, const S
 
 template <class T> void forward_as(const Args& args, int num_threads) {
   const int64_t total = args.batch * num_chunks(args, kChunk);
-  const bool streamed = is_large<T>(args);
+  const bool streamed = is_streamed<T>(args.y, args.batch, args.num_rows, args.width);
   (void)num_threads;  // unused without OpenMP
 #pragma omp parallel num_threads(num_threads) if (total > 1)
   {
@@ -53,7 +51,7 @@ template <class T> void forward_as(const Args& args, int num_threads) {
 template <class T> void backward_as(const Args& args, int num_threads) {
   const int64_t total = args.batch * num_chunks(args, kChunk);
   const int64_t num_column_blocks = (args.width + kColumns - 1) / kColumns;
-  const bool streamed = is_large<T>(args);
+  const bool streamed = is_streamed<T>(args.grad_x, args.batch, args.num_rows, args.width);
   (void)num_threads;
 #pragma omp parallel num_threads(num_threads) if (total > 1)
   {

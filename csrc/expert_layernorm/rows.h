@@ -21,11 +21,28 @@ void load_modulation(const Args& args, const Chunk& chunk, accumulator_t<T>* fac
   }
 }
 
-template <class A> void normalize_row(const A* x, const A* factor, const A* offset, const Args& args, A* y) {
-  const Moments<A> of_x = moments(x, args.width, args.eps);
+// Writes the norm of a row; `buffer` has room for it.
+template <class T>
+void normalize_row(const accumulator_t<T>* x, const accumulator_t<T>* factor, const accumulator_t<T>* offset,
+                   const Args& args, T* y, bool streamed, accumulator_t<T>* buffer) {
+  const auto [mean, rstd] = moments(x, args.width, args.eps);
 #pragma omp simd
-  for (int64_t i = 0; i < args.width; ++i) y[i] = (x[i] - of_x.mean) * of_x.rstd * factor[i] + offset[i];
+  for (int64_t i = 0; i < args.width; ++i) buffer[i] = (x[i] - mean) * rstd * factor[i] + offset[i];
+  write_row(y, buffer, args.width, streamed, buffer);
 }
+
+#if defined(__AVX512BF16__)
+inline void normalize_row(const float* x, const float* factor, const float* offset, const Args& args, BFloat16* y,
+                          bool streamed, float*) {
+  const Moments<float> of_x = moments(x, args.width, args.eps);
+  const __m512 mean = _mm512_set1_ps(of_x.mean), rstd = _mm512_set1_ps(of_x.rstd);
+  each16(args.width, [=](int64_t i, __mmask16 mask) {
+    const __m512 xhat = _mm512_mul_ps(_mm512_sub_ps(_mm512_maskz_loadu_ps(mask, x + i), mean), rstd);
+    const __m512 of_i = _mm512_maskz_loadu_ps(mask, factor + i), to_i = _mm512_maskz_loadu_ps(mask, offset + i);
+    write16(y + i, round16(_mm512_fmadd_ps(xhat, of_i, to_i)), mask, streamed);
+  });
+}
+#endif
 
 // The factor of the gradient: d = grad * weight * (1 + scale).
 template <class T> void load_factor(const Args& args, const Chunk& chunk, accumulator_t<T>* factor) {

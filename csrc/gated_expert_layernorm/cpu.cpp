@@ -11,39 +11,56 @@ using namespace cogvx::expert_layernorm;
 using Args = gated_expert_layernorm::Args;
 using Norm = expert_layernorm::Args;
 
-template <class T> bool is_large(const Norm& norm) {
-  return norm.batch * norm.num_rows * norm.width * static_cast<int64_t>(sizeof(T)) > kStreamedBytes;
+template <class T> bool is_streamed(const Rows& first, const Rows& second, const Norm& norm) {
+  return cogvx::is_streamed<T>(first, norm.batch, norm.num_rows, norm.width) &&
+         cogvx::is_streamed<T>(second, norm.batch, norm.num_rows, norm.width);
 }
 
-// x + gate y, rounded as it is stored and widened again. `y` is left as it was.
+// x + gate y as it is stored: what it was rounded to, widened again. `stored` has room for the row.
 template <class T>
-const T* add_gated(const accumulator_t<T>* y, const accumulator_t<T>* gate, int64_t width, accumulator_t<T>* x,
-                   accumulator_t<T>* rounded) {
+void add_gated(const T* x, const T* y, const accumulator_t<T>* gate, int64_t width, accumulator_t<T>* sum, T* stored) {
 #pragma omp simd
-  for (int64_t i = 0; i < width; ++i) x[i] += gate[i] * y[i];
-  T* stored = reinterpret_cast<T*>(rounded);
-  round_row(stored, x, width);
-  load_row(x, stored, width);
-  return stored;
+  for (int64_t i = 0; i < width; ++i) sum[i] = widen(x[i]) + gate[i] * widen(y[i]);
+  round_row(stored, sum, width);
+  load_row(sum, stored, width);
 }
+
+// The same, which also writes it to x_new.
+template <class T>
+void write_gated(const T* x, const T* y, const accumulator_t<T>* gate, int64_t width, accumulator_t<T>* sum, T* x_new,
+                 bool streamed, accumulator_t<T>* buffer) {
+  T* stored = streamed ? reinterpret_cast<T*>(buffer) : x_new;
+  add_gated(x, y, gate, width, sum, stored);
+  if (streamed) copy_row(x_new, stored, width, true);
+}
+
+#if defined(__AVX512BF16__)
+inline void write_gated(const BFloat16* x, const BFloat16* y, const float* gate, int64_t width, float* sum,
+                        BFloat16* x_new, bool streamed, float*) {
+  each16(width, [=](int64_t i, __mmask16 mask) {
+    const __m512 of_i = _mm512_maskz_loadu_ps(mask, gate + i);
+    const __m256i stored = round16(_mm512_fmadd_ps(of_i, load16(y + i, mask), load16(x + i, mask)));
+    write16(x_new + i, stored, mask, streamed);
+    _mm512_mask_storeu_ps(sum + i, mask, widen16(stored));
+  });
+}
+#endif
 
 template <class T>
 void forward_chunk(const Args& args, const Chunk& chunk, const Scratch<accumulator_t<T>>& scratch, bool streamed) {
   using A = accumulator_t<T>;
   const Norm& norm = args.norm;
-  const int64_t width = norm.width;
-  A *factor = scratch.row(0), *offset = scratch.row(1), *gate = scratch.row(2);
-  A *x = scratch.row(3), *y = scratch.row(4), *rounded = scratch.row(5);
+  const int64_t width = norm.width, b = chunk.b;
+  A *factor = scratch.row(0), *offset = scratch.row(1), *gate = scratch.row(2), *sum = scratch.row(3);
+  A* buffer = scratch.row(4);
   load_modulation<T>(norm, chunk, factor, offset);
-  load_row(gate, row_of<T>(args.gate, chunk.b, chunk.m), width);
+  load_row(gate, row_of<T>(args.gate, b, chunk.m), width);
   for (int64_t n = chunk.first; n < chunk.last; ++n) {
-    load_row(x, row_of<T>(args.x, chunk.b, n), width);
-    load_row(y, row_of<T>(args.y, chunk.b, n), width);
-    prefetch_row(row_of<T>(args.x, chunk.b, n + 1), width);
-    prefetch_row(row_of<T>(args.y, chunk.b, n + 1), width);
-    copy_row(mutable_row_of<T>(args.x_new, chunk.b, n), add_gated<T>(y, gate, width, x, rounded), width, streamed);
-    normalize_row(x, factor, offset, norm, y);
-    write_row(mutable_row_of<T>(norm.y, chunk.b, n), y, width, streamed, rounded);
+    const T *x = row_of<T>(args.x, b, n), *y = row_of<T>(args.y, b, n);
+    write_gated(x, y, gate, width, sum, mutable_row_of<T>(args.x_new, b, n), streamed, buffer);
+    prefetch_row(row_of<T>(args.x, b, n + 1), width);
+    prefetch_row(row_of<T>(args.y, b, n + 1), width);
+    normalize_row(sum, factor, offset, norm, mutable_row_of<T>(norm.y, b, n), streamed, buffer);
   }
 }
 
@@ -53,29 +70,30 @@ void backward_chunk(const Args& args, const Chunk& chunk, int64_t index, const S
                     bool streamed) {
   using A = accumulator_t<T>;
   const Norm& norm = args.norm;
-  const int64_t width = norm.width;
-  A *factor = scratch.row(0), *gate = scratch.row(1), *x = scratch.row(2), *y = scratch.row(3);
-  A *grad = scratch.row(4), *rounded = scratch.row(5);
+  const int64_t width = norm.width, b = chunk.b;
+  A *factor = scratch.row(0), *gate = scratch.row(1), *sum = scratch.row(2), *grad = scratch.row(3);
+  A* buffer = scratch.row(4);
   load_factor<T>(norm, chunk, factor);
-  load_row(gate, row_of<T>(args.gate, chunk.b, chunk.m), width);
+  load_row(gate, row_of<T>(args.gate, b, chunk.m), width);
   const Sums<A> sums(norm, index);
   A* sum_gate = reinterpret_cast<A*>(args.gate_partials) + index * width;
   for (int64_t i = 0; i < width; ++i) sum_gate[i] = 0;
   for (int64_t n = chunk.first; n < chunk.last; ++n) {
-    load_row(x, row_of<T>(args.x, chunk.b, n), width);
-    load_row(y, row_of<T>(args.y, chunk.b, n), width);
-    load_row(grad, row_of<T>(norm.grad, chunk.b, n), width);
-    add_gated<T>(y, gate, width, x, rounded);
-    backward_row(x, factor, norm, sums, grad);
-    const T* grad_x_new = row_of<T>(args.grad_x_new, chunk.b, n);
+    const T *x = row_of<T>(args.x, b, n), *y = row_of<T>(args.y, b, n), *grad_x_new = row_of<T>(args.grad_x_new, b, n);
+    load_row(grad, row_of<T>(norm.grad, b, n), width);
+    add_gated(x, y, gate, width, sum, reinterpret_cast<T*>(buffer));
+    for (const Rows* next : {&args.x, &args.y, &args.grad_x_new, &norm.grad})
+      prefetch_row(row_of<T>(*next, b, n + 1), width);
+    backward_row(sum, factor, norm, sums, grad);
+    A* grad_y = sum;
 #pragma omp simd
     for (int64_t i = 0; i < width; ++i) {
       grad[i] += widen(grad_x_new[i]);
-      sum_gate[i] += grad[i] * y[i];
-      y[i] = grad[i] * gate[i];
+      sum_gate[i] += grad[i] * widen(y[i]);
+      grad_y[i] = grad[i] * gate[i];
     }
-    write_row(mutable_row_of<T>(norm.grad_x, chunk.b, n), grad, width, streamed, rounded);
-    write_row(mutable_row_of<T>(args.grad_y, chunk.b, n), y, width, streamed, rounded);
+    write_row(mutable_row_of<T>(norm.grad_x, b, n), grad, width, streamed, buffer);
+    write_row(mutable_row_of<T>(args.grad_y, b, n), grad_y, width, streamed, buffer);
   }
 }
 
@@ -91,11 +109,11 @@ template <class T> void gate_columns(const Args& args, int64_t first, int64_t la
 
 template <class T> void forward_as(const Args& args, int num_threads) {
   const int64_t total = args.norm.batch * num_chunks(args.norm, kChunk);
-  const bool streamed = is_large<T>(args.norm);
+  const bool streamed = is_streamed<T>(args.x_new, args.norm.y, args.norm);
   (void)num_threads;  // unused without OpenMP
 #pragma omp parallel num_threads(num_threads) if (total > 1)
   {
-    const Scratch<accumulator_t<T>> scratch(6, args.norm.width);
+    const Scratch<accumulator_t<T>> scratch(5, args.norm.width);
 #pragma omp for schedule(static)
     for (int64_t index = 0; index < total; ++index)
       forward_chunk<T>(args, chunk_at(args.norm, index, kChunk), scratch, streamed);
@@ -106,11 +124,11 @@ template <class T> void forward_as(const Args& args, int num_threads) {
 template <class T> void backward_as(const Args& args, int num_threads) {
   const int64_t width = args.norm.width, total = args.norm.batch * num_chunks(args.norm, kChunk);
   const int64_t num_column_blocks = (width + kColumns - 1) / kColumns;
-  const bool streamed = is_large<T>(args.norm);
+  const bool streamed = is_streamed<T>(args.norm.grad_x, args.grad_y, args.norm);
   (void)num_threads;
 #pragma omp parallel num_threads(num_threads) if (total > 1)
   {
-    const Scratch<accumulator_t<T>> scratch(6, width);
+    const Scratch<accumulator_t<T>> scratch(5, width);
 #pragma omp for schedule(static)
     for (int64_t index = 0; index < total; ++index)
       backward_chunk<T>(args, chunk_at(args.norm, index, kChunk), index, scratch, streamed);

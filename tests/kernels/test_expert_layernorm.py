@@ -68,3 +68,22 @@ def test_a_large_mean_costs_no_accuracy(backend):
     args = [t.float() for t in (x + 1000, weight, bias, shift, scale)]
     exact = OPS["expert_layernorm"].reference.forward(*(t.double() for t in args), num_text, eps)
     torch.testing.assert_close(expert_layernorm(*args, num_text, eps).double(), exact, rtol=0, atol=2e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_large_results_are_those_of_their_parts(dtype, run_on):
+    # Large ones are written past the caches.
+    x, *rest = make(1, 2400, 1920, 0, dtype=dtype)
+    run_on("expert_layernorm", "native", x, *rest)
+
+    def run(rows):
+        leaf = x[:, rows].detach().requires_grad_()
+        y = expert_layernorm(leaf, *rest)
+        return y, *torch.autograd.grad(y, leaf, y.detach())
+
+    with use_backend("native"):
+        whole = run(slice(None))
+        parts = zip(run(slice(800)), run(slice(800, 1600)), run(slice(1600, None)), strict=True)
+        assert whole[0].nbytes > 2**23
+        for one, few in zip(whole, parts, strict=True):
+            assert torch.equal(one, torch.cat(few, dim=1))

@@ -88,3 +88,22 @@ def test_gradients_do_not_depend_on_the_number_of_threads():
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_large_results_are_those_of_their_parts(dtype, run_on):
+    # Large ones are written past the caches.
+    x, y, *rest = make(1, 2400, 1920, 0, dtype=dtype)
+    run_on("gated_expert_layernorm", "native", x, y, *rest)
+
+    def run(rows):
+        leaves = [a.detach().requires_grad_() for a in (x[:, rows], y[:, rows])]
+        results = gated_expert_layernorm(*leaves, *rest)
+        return *results, *torch.autograd.grad(results, leaves, [p.detach() for p in results])
+
+    with use_backend("native"):
+        whole = run(slice(None))
+        parts = zip(run(slice(800)), run(slice(800, 1600)), run(slice(1600, None)), strict=True)
+        assert whole[0].nbytes > 2**23
+        for one, few in zip(whole, parts, strict=True):
+            assert torch.equal(one, torch.cat(few, dim=1))
