@@ -74,7 +74,6 @@ inline void round_row(const float* from, Half* to, int64_t width) {
 
 template <class T> void apply_row(const T* x, T* y, int64_t width, const Coefficients<accumulator_t<T>>& of) {
   using A = accumulator_t<T>;
-  constexpr int64_t kPiece = 256;
   int64_t start = 0;
 #if defined(__AVX512F__)
   if constexpr (sizeof(T) < sizeof(double)) {
@@ -90,6 +89,7 @@ template <class T> void apply_row(const T* x, T* y, int64_t width, const Coeffic
     for (int64_t i = start; i < width; ++i) y[i] = silu<T>((x[i] - of.mean[i]) * of.factor[i] + of.offset[i]);
     return;
   }
+  constexpr int64_t kPiece = 256;
   A piece[kPiece];
   for (; start < width; start += kPiece) {
     const int64_t count = width - start < kPiece ? width - start : kPiece;
@@ -101,7 +101,7 @@ template <class T> void apply_row(const T* x, T* y, int64_t width, const Coeffic
   }
 }
 
-// y = silu((x - mean) * factor + offset) of rows one after another.
+// Rows one after another that share their coefficients.
 template <class T>
 void apply_rows(const T* x, T* y, int64_t count, int64_t width, const Coefficients<accumulator_t<T>>& of) {
   for (int64_t n = 0; n < count; ++n) apply_row(x + n * width, y + n * width, width, of);

@@ -45,9 +45,11 @@ int64_t row_width(const Video& x) { return x.channels_last ? x.channels : kPlane
 
 template <class T> void forward_part(const Args& args, const Part& part, const Coefficients<accumulator_t<T>>& of) {
   const int64_t frame = args.num_halo + part.frame;
-  for (int64_t pixel = part.first; pixel < part.last; pixel += part.row_pixels)
-    apply_row(at<T>(args.x, part.b, part.channel, part.frame, pixel),
-              at<T>(args.y, part.b, part.channel, frame, pixel), part.width_at(pixel), of);
+  const int64_t step = part.row_pixels == 1 ? part.last - part.first : part.row_pixels;
+  for (int64_t pixel = part.first; pixel < part.last; pixel += step)
+    apply_rows(at<T>(args.x, part.b, part.channel, part.frame, pixel),
+               at<T>(args.y, part.b, part.channel, frame, pixel), part.row_pixels == 1 ? step : 1,
+               part.width_at(pixel), of);
   const int64_t values = (part.last - part.first) * (part.row_pixels == 1 ? part.width : 1);
   for (int64_t copy = 0; part.frame == 0 && copy < args.num_copies; ++copy)
     memcpy(at<T>(args.y, part.b, part.channel, copy, part.first),

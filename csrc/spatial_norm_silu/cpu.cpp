@@ -18,6 +18,34 @@ template <class T, class A> void forward_part(const Args& args, const Part& part
   });
 }
 
+#if defined(__AVX512F__)
+// Where each pixel of the latent has one of x, its coefficients never leave the registers.
+template <class T, class A> bool is_forward_fused(const Args& args) {
+  const bool is_one_to_one = args.x.frames == args.z.frames && args.x.pixels == args.z.pixels &&
+                             args.width == args.latent_width && args.x.channels_last;
+  return is_one_to_one && args.x.channels % 16 == 0 && is_projected_together<T, A>(args, args.width);
+}
+
+template <class T>
+void forward_row(const Args& args, const Part& row, const Affine<T, float>& affine, const Projection<float>& projection) {
+  const Coefficients<float> of = affine.of(row.b, 0);
+  const int64_t depth = args.z.channels, channels = args.x.channels;
+  for (int64_t j = 0; j < args.width; j += kTogether) {
+    const int64_t pixel = row.row * args.width + (j < args.width - kTogether ? j : args.width - kTogether);
+    const T* x = at<T>(args.x, row.b, 0, row.frame, pixel);
+    T* y = at<T>(args.y, row.b, 0, args.num_halo + row.frame, pixel);
+    const auto apply = [&](int64_t n, int64_t c, __m512, __m512 factor, __m512 offset) {
+      __m512 centered = load16(x + n * channels + c);
+      if (kIsCentered<T>) centered = _mm512_sub_ps(centered, load16(of.mean + c));
+      store16(y + n * channels + c, silu<T>(_mm512_fmadd_ps(centered, factor, offset)));
+    };
+    project_together(at<T>(args.z, row.b, 0, row.frame, pixel), depth, projection, of, apply);
+    for (int64_t copy = 0; row.frame == 0 && copy < args.num_copies; ++copy)
+      memcpy(at<T>(args.y, row.b, 0, copy, pixel), y, kTogether * channels * sizeof(T));
+  }
+}
+#endif
+
 template <class T> void forward_as(const Args& args, int num_threads) {
   using A = accumulator_t<T>;
   const Affine<T, A> affine(args, kIsCentered<T>, num_threads);
@@ -25,11 +53,20 @@ template <class T> void forward_as(const Args& args, int num_threads) {
   const int64_t total = num_units(args);
 #pragma omp parallel num_threads(num_threads) if (total > 1)
   {
-    Tile<T, A> tile(args, affine, projection);
+    Tile<T, A> tile(args, affine, projection, false);
 #pragma omp for schedule(static)
-    for (int64_t unit = 0; unit < total; ++unit) {
-      for (int64_t i = 0; i < parts_of_unit(args); ++i) {
-        const Part part = part_at(args, total - 1 - unit, i);  // the end of x may still be in the cache
+    for (int64_t i = 0; i < total; ++i) {
+      const int64_t unit = total - 1 - i;  // the end of x may still be in the cache
+#if defined(__AVX512F__)
+      if constexpr (sizeof(A) == sizeof(float)) {
+        if (is_forward_fused<T, A>(args)) {
+          forward_row(args, part_at(args, unit, 0), affine, projection);
+          continue;
+        }
+      }
+#endif
+      for (int64_t n = 0; n < parts_of_unit(args); ++n) {
+        const Part part = part_at(args, unit, n);
         tile.prepare(part);
         forward_part(args, part, tile);
       }
@@ -111,7 +148,7 @@ template <class T, class A> void backward_as(const Args& args, int num_threads) 
   const Scratch<A> ends(2, x.batch * x.channels);  // constant and slope of dL/dx
 #pragma omp parallel num_threads(num_threads) if (total > 1)
   {
-    Tile<T, A> tile(args, affine, projection);
+    Tile<T, A> tile(args, affine, projection, true);
     const Scratch<A> buffer(3, width), rows(2, width * (x.channels_last ? tile_of(args) : 1));
     const Gradient<T, A> gradient{args.grad, args.num_halo, args.num_copies, buffer.row(0)};
 #pragma omp for schedule(static)

@@ -1,14 +1,16 @@
 // What the latent says about the pixels of x: the coefficients of their rows. For cpu.cpp alone.
 #pragma once
 
+#include <cstring>
+
 #include "common/group_norm.h"
 #include "spatial_norm_silu/spatial_norm_silu.h"
 
 namespace cogvx::spatial_norm_silu {
 namespace {
 
-constexpr int64_t kTile = 2048;  // coefficients that stay in the nearest cache, of each kind
-constexpr int64_t kUnroll = 8;   // latent channels whose products are added up in registers
+constexpr int64_t kTile = 16384;   // coefficients of each kind that are prepared together, about
+constexpr int64_t kTogether = 6;   // latent pixels whose sums are in registers
 
 // The pixels of x to which some neighbours in one row of the latent are nearest; where a channel's pixels lie side by
 // side, those of one channel and a whole row.
@@ -20,9 +22,10 @@ struct Part {
 inline int64_t num_units(const Args& args) {
   return args.x.batch * (args.x.channels_last ? args.z.frames * args.latent_height : args.x.channels);
 }
-inline int64_t tile_of(const Args& args) {
-  const int64_t pixels = kTile / args.x.channels < 2 ? 2 : kTile / args.x.channels;
-  return pixels < args.latent_width ? pixels : args.latent_width;
+inline int64_t tile_of(const Args& args) {  // parts of a row of the latent are about equal
+  const int64_t parts = (args.latent_width * args.x.channels + kTile - 1) / kTile;
+  const int64_t pixels = (args.latent_width + parts - 1) / parts;
+  return pixels < kTogether && kTogether <= args.latent_width ? kTogether : pixels;
 }
 inline int64_t parts_of_unit(const Args& args) {
   if (!args.x.channels_last) return args.z.frames * args.latent_height;
@@ -54,85 +57,129 @@ template <class F> void each_run(const Args& args, const Part& part, F f) {
 
 inline int64_t row_width(const Args& args) { return args.x.channels_last ? args.x.channels : args.width; }
 
-// The weights of the two 1x1x1 convolutions in the arithmetic type.
+// The weights of the two 1x1x1 convolutions in the arithmetic type, and in pairs of latent channels where the processor
+// multiplies and adds pairs of bfloat16.
 template <class A> struct Projection {
-  int64_t depth;  // latent channels, made a multiple of kUnroll by zeros
-  Scratch<A> weights, columns, bias;  // of scale, of shift: [C, C_z]; [depth, C]; [C]
+  Scratch<A> weights, columns, bias;  // of scale, of shift: [C, C_z]; [C_z, C]; [C]
+  int64_t num_pairs;
+  Scratch<uint32_t> pairs;  // [C_z / 2, C], a zero where there is no second
 
   explicit Projection(const Args& args)
-      : depth((args.z.channels + kUnroll - 1) / kUnroll * kUnroll),
-        weights(2, args.x.channels * args.z.channels),
-        columns(2, args.x.channels * depth),
-        bias(2, args.x.channels) {
+      : weights(2, args.x.channels * args.z.channels),
+        columns(2, args.x.channels * args.z.channels),
+        bias(2, args.x.channels),
+        num_pairs((args.z.channels + 1) / 2),
+        pairs(2, args.dtype == DType::bfloat16 ? args.x.channels * num_pairs : 0) {
     const int64_t channels = args.x.channels, count = args.z.channels;
-    widen_to(args.dtype, args.weight_y, channels * count, weights.row(0));
-    widen_to(args.dtype, args.weight_b, channels * count, weights.row(1));
-    widen_to(args.dtype, args.bias_y, channels, bias.row(0));
-    widen_to(args.dtype, args.bias_b, channels, bias.row(1));
-    for (int which = 0; which < 2; ++which)
-      for (int64_t k = 0; k < count; ++k)
-        for (int64_t c = 0; c < channels; ++c) columns.row(which)[k * channels + c] = weights.row(which)[c * count + k];
+    const char *from[] = {args.weight_y, args.weight_b}, *from_bias[] = {args.bias_y, args.bias_b};
+    for (int which = 0; which < 2; ++which) {
+      widen_to(args.dtype, from[which], channels * count, weights.row(which));
+      widen_to(args.dtype, from_bias[which], channels, bias.row(which));
+      for (int64_t k = 0; k < count; ++k) {
+        for (int64_t c = 0; c < channels; ++c) {
+          columns.row(which)[k * channels + c] = weights.row(which)[c * count + k];
+          if (args.dtype != DType::bfloat16) continue;
+          const uint32_t bits = reinterpret_cast<const BFloat16*>(from[which])[c * count + k].bits;
+          pairs.row(which)[k / 2 * channels + c] |= bits << (k % 2 * 16);
+        }
+      }
+    }
   }
 };
 
-// to = bias + z * columns for `count` latent pixels, two at a time, so that the columns are loaded once for both: rows
-// of `depth` and of `channels` one after another, one row more than `count` where that is odd.
-template <class A>
-void project(const A* z, int64_t count, int64_t depth, int64_t channels, const A* columns, const A* bias, A* to) {
-  for (int64_t j = 0; j < count; j += 2, z += 2 * depth, to += 2 * channels) {
-    for (int64_t k = 0; k < depth; k += kUnroll) {
-      const A *column = columns + k * channels, *z0 = z + k, *z1 = z0 + depth;
-      A *to0 = to, *to1 = to + channels;
-      const A *from0 = k == 0 ? bias : to0, *from1 = k == 0 ? bias : to1;
+// What the latent makes of the coefficients of GroupNorm: rows of [C], one a latent pixel.
+template <class A> struct Rows {
+  A *factor, *offset, *scale;  // the last for gradients alone, else nullptr
+};
+
+// scale = weight_y z + bias_y and shift = weight_b z + bias_b of one latent pixel; x is then multiplied by factor * scale
+// and offset * scale + shift is added. For channels first <= c < last.
+template <class T, class A>
+void project_pixel(const T* z, int64_t depth, const Projection<A>& by, const Coefficients<A>& of, int64_t first,
+                   int64_t last, const Rows<A>& to) {
+  const int64_t channels = by.bias.width;
+  A* scale = to.factor;
+  for (int64_t c = first; c < last; ++c) {
+    scale[c] = by.bias.row(0)[c];
+    to.offset[c] = by.bias.row(1)[c];
+  }
+  for (int64_t k = 0; k < depth; ++k) {
+    const A value = widen(z[k]), *scales = by.columns.row(0) + k * channels, *shifts = by.columns.row(1) + k * channels;
 #pragma omp simd
-      for (int64_t c = 0; c < channels; ++c) {
-        A sum0 = from0[c], sum1 = from1[c];
-#pragma GCC unroll 8
-        for (int64_t u = 0; u < kUnroll; ++u) {
-          const A value = column[u * channels + c];
-          sum0 += value * z0[u];
-          sum1 += value * z1[u];
-        }
-        to0[c] = sum0;
-        to1[c] = sum1;
-      }
+    for (int64_t c = first; c < last; ++c) {
+      scale[c] += scales[c] * value;
+      to.offset[c] += shifts[c] * value;
     }
+  }
+  for (int64_t c = first; to.scale && c < last; ++c) to.scale[c] = scale[c];
+#pragma omp simd
+  for (int64_t c = first; c < last; ++c) {
+    to.offset[c] += of.offset[c] * scale[c];
+    scale[c] *= of.factor[c];
   }
 }
 
 #if defined(__AVX512F__)
-// The same with eight columns in registers for all pixels, four of these at a time.
-inline void project_16(const float* z, int64_t count, int64_t depth, int64_t channels, const float* columns,
-                       const float* bias, float* to) {
-  for (int64_t k = 0; k < depth; k += kUnroll) {
-    __m512 column[kUnroll];
-#pragma GCC unroll 8
-    for (int64_t u = 0; u < kUnroll; ++u) column[u] = _mm512_loadu_ps(columns + (k + u) * channels);
-    for (int64_t j = 0; j < count; j += 4) {
-      const int64_t last = count - 1 - j < 3 ? count - 1 - j : 3;  // the last pixel again where there are no four
-      const float* from[4];
-      __m512 sum[4];
-#pragma GCC unroll 4
-      for (int64_t n = 0; n < 4; ++n) {
-        const int64_t pixel = j + (n < last ? n : last);
-        from[n] = z + pixel * depth + k;
-        sum[n] = _mm512_loadu_ps(k == 0 ? bias : to + pixel * channels);
-      }
-#pragma GCC unroll 8
-      for (int64_t u = 0; u < kUnroll; ++u) {
-#pragma GCC unroll 4
-        for (int64_t n = 0; n < 4; ++n) sum[n] = _mm512_fmadd_ps(column[u], _mm512_set1_ps(from[n][u]), sum[n]);
-      }
-#pragma GCC unroll 4
-      for (int64_t n = 0; n < 4; ++n) _mm512_storeu_ps(to + (j + (n < last ? n : last)) * channels, sum[n]);
+// One step of the sums for sixteen channels: a latent channel, or a pair of them.
+inline int64_t steps(const float*, int64_t depth, const Projection<float>&) { return depth; }
+inline int64_t steps(const Half*, int64_t depth, const Projection<float>&) { return depth; }
+template <class T> __m512 column_at(const T*, const Projection<float>& by, int which, int64_t k, int64_t c) {
+  return _mm512_loadu_ps(by.columns.row(which) + k * by.bias.width + c);
+}
+inline __m512 value_at(const float* z, int64_t k) { return _mm512_set1_ps(z[k]); }
+inline __m512 value_at(const Half* z, int64_t k) { return _mm512_set1_ps(_cvtsh_ss(z[k].bits)); }
+template <class T> __m512 add_product(const T*, __m512 sum, __m512 column, __m512 value) {
+  return _mm512_fmadd_ps(column, value, sum);
+}
+#if defined(__AVX512BF16__)
+inline int64_t steps(const BFloat16*, int64_t, const Projection<float>& by) { return by.num_pairs; }
+inline __m512 column_at(const BFloat16*, const Projection<float>& by, int which, int64_t k, int64_t c) {
+  return _mm512_loadu_ps(reinterpret_cast<const float*>(by.pairs.row(which) + k * by.bias.width + c));
+}
+inline __m512 value_at(const BFloat16* z, int64_t k) {
+  int32_t pair;
+  std::memcpy(&pair, z + 2 * k, sizeof pair);
+  return _mm512_castsi512_ps(_mm512_set1_epi32(pair));
+}
+inline __m512 add_product(const BFloat16*, __m512 sum, __m512 column, __m512 value) {
+  return _mm512_dpbf16_ps(sum, (__m512bh)column, (__m512bh)value);
+}
+#else
+inline int64_t steps(const BFloat16*, int64_t depth, const Projection<float>&) { return depth; }
+inline __m512 value_at(const BFloat16* z, int64_t k) { return _mm512_set1_ps(widen(z[k])); }
+#endif
+
+// The same for kTogether latent pixels one after another in memory, and for their channels by sixteen; how many of these.
+// `take(pixel, channel, scale, factor, offset)` gets the results.
+template <class T, class F>
+int64_t project_together(const T* z, int64_t depth, const Projection<float>& by, const Coefficients<float>& of, F take) {
+  const int64_t count = steps(z, depth, by);
+  int64_t c = 0;
+  for (; c + 16 <= by.bias.width; c += 16) {
+    __m512 scale[kTogether], shift[kTogether];
+    for (int64_t n = 0; n < kTogether; ++n) {
+      scale[n] = _mm512_loadu_ps(by.bias.row(0) + c);
+      shift[n] = _mm512_loadu_ps(by.bias.row(1) + c);
     }
+    for (int64_t k = 0; k < count; ++k) {
+      const __m512 scales = column_at(z, by, 0, k, c), shifts = column_at(z, by, 1, k, c);
+#pragma GCC unroll 8
+      for (int64_t n = 0; n < kTogether; ++n) {
+        const __m512 value = value_at(z + n * depth, k);
+        scale[n] = add_product(z, scale[n], scales, value);
+        shift[n] = add_product(z, shift[n], shifts, value);
+      }
+    }
+    const __m512 factor = _mm512_loadu_ps(of.factor + c), offset = _mm512_loadu_ps(of.offset + c);
+    for (int64_t n = 0; n < kTogether; ++n)
+      take(n, c, scale[n], _mm512_mul_ps(factor, scale[n]), _mm512_fmadd_ps(offset, scale[n], shift[n]));
   }
+  return c;
 }
 
-inline void project(const float* z, int64_t count, int64_t depth, int64_t channels, const float* columns,
-                    const float* bias, float* to) {
-  if (channels % 16) return project<float>(z, count, depth, channels, columns, bias, to);
-  for (int64_t c = 0; c < channels; c += 16) project_16(z, count, depth, channels, columns + c, bias + c, to + c);
+// Whether coefficients can be computed sixteen channels at a time; a pair of bfloat16 is read at once.
+template <class T, class A> bool is_projected_together(const Args& args, int64_t pixels) {
+  return sizeof(T) < sizeof(double) && sizeof(A) == sizeof(float) && pixels >= kTogether && args.z.channels % 2 == 0;
 }
 #endif
 
@@ -141,17 +188,19 @@ template <class T, class A> struct Tile {
   const Args& args;
   const Affine<T, A>& affine;
   const Projection<A>& projection;
+  bool keeps_scale;
   Scratch<A> scale, factor, offset, mean, latent;
 
-  Tile(const Args& all, const Affine<T, A>& of_channels, const Projection<A>& weights)
+  Tile(const Args& all, const Affine<T, A>& of_channels, const Projection<A>& weights, bool for_gradients)
       : args(all),
         affine(of_channels),
         projection(weights),
-        scale(tile_of(all) + 1, row_width(all)),
-        factor(tile_of(all) + 1, row_width(all)),
-        offset(tile_of(all) + 1, row_width(all)),
+        keeps_scale(for_gradients || !all.x.channels_last),
+        scale(tile_of(all), row_width(all)),
+        factor(tile_of(all), row_width(all)),
+        offset(tile_of(all), row_width(all)),
         mean(1, row_width(all)),
-        latent(tile_of(all) + 2, all.x.channels_last ? weights.depth : all.latent_width) {}
+        latent(2, all.x.channels_last ? 0 : all.latent_width) {}
 
   void prepare(const Part& part) { args.x.channels_last ? of_pixels(part) : of_channel(part); }
 
@@ -162,22 +211,31 @@ template <class T, class A> struct Tile {
 
  private:
   void of_pixels(const Part& part) {
-    const int64_t channels = args.x.channels, depth = projection.depth;
+    const int64_t channels = args.x.channels, depth = args.z.channels;
     const Coefficients<A> of = affine.of(part.b, 0);
     const int64_t count = part.last - part.first;
-    for (int64_t j = 0; j < count; ++j)
-      widen_row(at<T>(args.z, part.b, 0, part.frame, part.row * args.latent_width + part.first + j), latent.row(j),
-                args.z.channels);
-    project(latent.data, count, depth, channels, projection.columns.row(0), projection.bias.row(0), scale.data);
-    project(latent.data, count, depth, channels, projection.columns.row(1), projection.bias.row(1), offset.data);
-    for (int64_t j = 0; j < count; ++j) {  // (GroupNorm of x) * scale + shift
-      A *scales = scale.row(j), *factors = factor.row(j), *offsets = offset.row(j);
-#pragma omp simd
-      for (int64_t c = 0; c < channels; ++c) {
-        factors[c] = of.factor[c] * scales[c];
-        offsets[c] += of.offset[c] * scales[c];
+    const T* z = at<T>(args.z, part.b, 0, part.frame, part.row * args.latent_width + part.first);
+    int64_t done = 0;  // channels
+#if defined(__AVX512F__)
+    if constexpr (sizeof(A) == sizeof(float)) {
+      for (int64_t j = 0; is_projected_together<T, A>(args, count) && j < count; j += kTogether) {
+        const int64_t first = j < count - kTogether ? j : count - kTogether;  // the last ones may come twice
+        const Rows<A> to = rows_at(first);
+        const auto store_rows = [&](int64_t n, int64_t c, __m512 scale_of, __m512 factor_of, __m512 offset_of) {
+          if (to.scale) _mm512_storeu_ps(to.scale + n * channels + c, scale_of);
+          _mm512_storeu_ps(to.factor + n * channels + c, factor_of);
+          _mm512_storeu_ps(to.offset + n * channels + c, offset_of);
+        };
+        done = project_together(z + first * depth, depth, projection, of, store_rows);
       }
     }
+#endif
+    for (int64_t j = 0; done < channels && j < count; ++j)
+      project_pixel(z + j * depth, depth, projection, of, done, channels, rows_at(j));
+  }
+
+  Rows<A> rows_at(int64_t index) const {
+    return {factor.row(index), offset.row(index), keeps_scale ? scale.row(index) : nullptr};
   }
 
   void of_channel(const Part& part) {
