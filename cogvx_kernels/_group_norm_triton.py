@@ -185,8 +185,8 @@ def finish_gradients(
     num_groups: int,
     num_pixels: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # of weight and bias; [B, 2, C]
-    """The gradients of weight and bias, and constant and slope of dL/dx = d rstd weight + constant + (x - mean) slope."""
-    b, _, c = sums.shape
+    """Gradients of weight and bias; constant and slope of dL/dx = d rstd weight + constant + slope (x - mean)."""
+    _, _, c = sums.shape
     rstd = stats[:, 1].double()
     grad_weight, grad_bias = (sums[:, 1] * rstd).sum(0), sums[:, 0].sum(0)
     means = (sums * weight.double()).unflatten(2, (num_groups, -1)).sum(3) / (c // num_groups * num_pixels)

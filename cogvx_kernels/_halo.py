@@ -33,6 +33,6 @@ def gradient_of_halo(grad: Tensor, halo: Tensor | None) -> Tensor | None:  # gra
 
 
 def sums_dtype(x: Tensor) -> torch.dtype:
-    """The arithmetic of gradients on CPUs: in a small chunk few errors average out, and double costs nothing."""
+    """The arithmetic of gradients: in a small chunk few errors average out, and double costs nothing."""
     small = x.dtype == torch.float32 and x.numel() <= 2**15
     return torch.float64 if small or x.dtype == torch.float64 else torch.float32

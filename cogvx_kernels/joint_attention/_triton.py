@@ -103,12 +103,10 @@ def _weigh(scores, first, end, scale, peak, KEYS: tl.constexpr, WHOLE: tl.conste
     if not WHOLE:
         scores = tl.where((tl.arange(0, KEYS) < end - first)[None, :], scores, float("-inf"))
     new_peak = tl.maximum(peak, tl.max(scores, 1))
+    finite = tl.where(new_peak == float("-inf"), 0.0, new_peak)  # before any score above -inf, no weight
     bits = scale * _BITS
-    if FUSED:
-        weights = tl.exp2(scores * bits - (new_peak * bits)[:, None])
-    else:
-        weights = tl.exp2((scores - new_peak[:, None]) * bits)
-    return new_peak, weights, tl.exp2((peak - new_peak) * bits)
+    exponents = scores * bits - (finite * bits)[:, None] if FUSED else (scores - finite[:, None]) * bits
+    return new_peak, tl.exp2(exponents), tl.exp2((peak - finite) * bits)
 
 
 @triton.jit

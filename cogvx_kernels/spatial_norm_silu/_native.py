@@ -72,7 +72,7 @@ def backward(
     eps: float,
     num_halo: int,
 ) -> tuple[Tensor | None, ...]:  # of x, z, weight, bias, weight_y, bias_y, weight_b, bias_b, halo
-    """The gradients: the kernel adds up what the pixels of x say about each one of the latent; the rest are products."""
+    """The kernel adds up what the pixels of x say about each pixel of the latent; the rest are products."""
     grad, x, z = dense(grad, x), dense(x, x), dense(z, x)
     weights = tuple(t.contiguous() for t in (weight, bias, weight_y, bias_y, weight_b, bias_b))
     sums_in = sums_dtype(x)
@@ -84,8 +84,8 @@ def backward(
     if x.numel():
         copies = num_halo if halo is None else 0
         _extension._C.spatial_norm_silu_backward(
-            *_inputs((x, z, *weights), (num_groups, eps, num_halo, copies)), grad.data_ptr(), grad_x.data_ptr(), sums_in == torch.float64,
-            *(t.data_ptr() for t in (*sums, *at_latent)),
+            *_inputs((x, z, *weights), (num_groups, eps, num_halo, copies)), grad.data_ptr(), grad_x.data_ptr(),
+            sums_in == torch.float64, *(t.data_ptr() for t in (*sums, *at_latent)),
         )  # fmt: skip
     grad_weight, grad_bias = (g.to(weight.dtype, copy=True) for g in sums)
     grad_z, *of_projections = projection.gradients(z, weight_y, weight_b, *at_latent)

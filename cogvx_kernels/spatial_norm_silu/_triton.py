@@ -11,9 +11,10 @@ from torch import Tensor
 
 from .. import _group_norm_triton as shared
 from .._group_norm_triton import load_channels, load_gradient, load_statistics, silu, silu_derivative, store_with_copies
-from .._halo import behind_halo, dense, gradient_of_halo
+from .._halo import behind_halo, dense, gradient_of_halo, sums_dtype
 from . import projection
 
+_ARITHMETIC = {torch.float32: tl.float32, torch.float64: tl.float64}
 _LATENT_PIXELS = 16  # neighbours in a row whose gradients one program adds up
 
 
@@ -77,7 +78,7 @@ def sums_kernel(
     grad_scale, grad_shift, partials, first_t, first_h, first_w,
     height, width, num_copies, channels, latent_t, latent_h, latent_w, depth, most,
     x_b, x_c, x_p, grad_b, grad_c, grad_t, grad_p,
-    PIXELS: tl.constexpr, CHANNELS: tl.constexpr, DEPTH: tl.constexpr,
+    PIXELS: tl.constexpr, CHANNELS: tl.constexpr, DEPTH: tl.constexpr, ARITHMETIC: tl.constexpr = tl.float32,
 ):  # fmt: skip
     """The gradients of scale and shift at some latent pixels of a row, from all pixels of x that use them.
 
@@ -95,12 +96,14 @@ def sums_kernel(
     z += b * latent_t * latent_h * latent_w * depth
     scale = _project(z, index, inside_z, weight_y, bias_y, c, channels, depth, DEPTH)
     shift = _project(z, index, inside_z, weight_b, bias_b, c, channels, depth, DEPTH)
+    scale, shift = scale.to(ARITHMETIC), shift.to(ARITHMETIC)
     mean, rstd = load_statistics(statistics, b, c, channels)
-    factor, offset = rstd * load_channels(weight, c, channels), load_channels(bias, c, channels)
+    factor = rstd.to(ARITHMETIC) * load_channels(weight, c, channels)
+    offset = load_channels(bias, c, channels).to(ARITHMETIC)
     first = tl.load(first_w + j, mask=inside_z, other=0)
     last = tl.load(first_w + j + 1, mask=inside_z, other=0)
-    sum_d = tl.zeros([PIXELS, CHANNELS], tl.float32)
-    sum_d_x = tl.zeros([PIXELS, CHANNELS], tl.float32)
+    sum_d = tl.zeros([PIXELS, CHANNELS], ARITHMETIC)
+    sum_d_x = tl.zeros([PIXELS, CHANNELS], ARITHMETIC)
     frame, line = row // latent_h, row % latent_h
     for t in range(tl.load(first_t + frame), tl.load(first_t + frame + 1)):
         copies = tl.where(t == 0, num_copies, 0)
@@ -109,7 +112,7 @@ def sums_kernel(
                 w = first + k
                 inside = (w < last)[:, None] & inside_c
                 p64 = ((t * height + h) * width + w).to(tl.int64)[:, None]
-                values = tl.load(x + b * x_b + p64 * x_p + c64 * x_c, mask=inside, other=0.0).to(tl.float32)
+                values = tl.load(x + b * x_b + p64 * x_p + c64 * x_c, mask=inside, other=0.0).to(ARITHMETIC)
                 g = load_gradient(grad + b * grad_b + p64 * grad_p + c64 * grad_c, inside, inside, copies, grad_t)
                 centered = values - mean[None, :]
                 v = (centered * factor[None, :] + offset[None, :]) * scale + shift
@@ -223,9 +226,10 @@ def backward(
     tensors = _contiguous(z, weight, bias, weight_y, bias_y, weight_b, bias_b)
     b, c, num_pixels = *x.shape[:2], x[0, 0].numel() if len(x) else 0
     options, copies, own = tile(x, z), num_halo if halo is None else 0, grad[:, :, num_halo:]
+    of_sums = options | {"PIXELS": _LATENT_PIXELS, "ARITHMETIC": _ARITHMETIC[sums_dtype(x)]}
     strides = *shared.strides(x), *shared.strides_behind_halo(grad)
     grad_x = torch.empty_like(x)
-    at_latent = torch.zeros(2, b, *z.shape[2:], c, dtype=torch.float32, device=x.device)  # of scale and shift
+    at_latent = torch.zeros(2, b, *z.shape[2:], c, dtype=sums_dtype(x), device=x.device)  # of scale and shift
     grad_weight, grad_bias = torch.zeros_like(weight), torch.zeros_like(weight)
     if x.numel():
         firsts, most = _firsts(x, z)
@@ -235,7 +239,7 @@ def backward(
             stats = shared.statistics(x, num_groups, eps)
             sums_kernel[rows, triton.cdiv(c, options["CHANNELS"]), b](
                 own, x, *tensors, stats, *at_latent, partials, *firsts, *x.shape[3:], copies, c, *z.shape[2:],
-                z.shape[1], most, *strides, **options | {"PIXELS": _LATENT_PIXELS},
+                z.shape[1], most, *strides, **of_sums,
             )  # fmt: skip
             grad_weight, grad_bias, ends = shared.finish_gradients(
                 partials.sum(1), stats, weight, num_groups, num_pixels
@@ -270,7 +274,7 @@ def _alone(x: Tensor) -> int:
 
 
 def _latent_sizes(x: Tensor, z: Tensor) -> tuple[int | float, ...]:
-    """As the kernels take them: frames alone; frames, height, width and channels of the latent; its size by that of x."""
+    """For the kernels: frames alone; frames, height, width and channels of the latent; its size by that of x."""
     alone, (t, h, w), (t_z, h_z, w_z) = _alone(x), x.shape[2:], z.shape[2:]
     return alone, t_z, h_z, w_z, z.shape[1], (t_z - alone) / (t - alone), h_z / h, w_z / w
 
