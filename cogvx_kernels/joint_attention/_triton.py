@@ -304,10 +304,12 @@ def options(kernel: str, dtype: torch.dtype, width: int, capability: int) -> dic
         own, visited, chunk = 32, 32, min(block, 32) if dtype == torch.float32 else block
     elif dtype == torch.float32:
         own, visited, chunk, warps, stages = 32, 16, 16, 8 if backward else 4, 1
+    elif backward and width > 64:
+        own, visited, chunk = 64, 32, block if capability in (90, 100) else 64
     elif capability == 90:
         visited = visited if backward else 2 * visited
     elif backward:
-        own, visited, chunk = (128, 32, block) if width <= 64 or capability // 10 == 10 else (64, 32, 64)
+        visited = 32
     else:
         stages = 3
     queries, keys = (visited, own) if kernel == "keys_backward" else (own, visited)
