@@ -88,7 +88,7 @@ def draw(rng: random.Random) -> partial:
     )
 
 
-def kernels(module: ModuleType) -> Iterator[tuple]:
+def kernels(module: ModuleType, capability: int) -> Iterator[tuple]:
     """Each Triton kernel with the types of its arguments, constants and options, for the published VAE."""
     taps = {"K_T": 3, "K_H": 3, "K_W": 3}
     widths = ((512, 512), (16, 512), (3, 128), (128, 3))

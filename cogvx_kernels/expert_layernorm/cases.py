@@ -1,7 +1,9 @@
 """Arguments of `expert_layernorm` for tests (SMALL), fuzzing (`draw`, ILLEGAL) and benchmarks (REAL)."""
 
 import random
+from collections.abc import Iterator
 from functools import partial
+from types import ModuleType
 
 import torch
 
@@ -59,7 +61,7 @@ def draw(rng: random.Random) -> partial:
     return partial(make, rng.choice([0, 1, 1, 2, 3]), tokens, width, rng.randint(0, tokens))
 
 
-def kernels(module):
+def kernels(module: ModuleType, capability: int) -> Iterator[tuple]:
     """Each Triton kernel with the types of its arguments, its constants and options, at the widths of the models."""
     for dtype, width in (("bf16", 1920), ("bf16", 3072), ("fp32", 3072)):
         for kernel, rows in (

@@ -65,7 +65,7 @@ def draw(rng: random.Random) -> partial:
     return partial(make, rng.choice([0, 1, 1, 2, 3]), tokens, width, rng.randint(0, tokens))
 
 
-def kernels(module: ModuleType) -> Iterator[tuple]:
+def kernels(module: ModuleType, capability: int) -> Iterator[tuple]:
     """Each Triton kernel at the released widths, with types of its arguments, constants and options."""
     for dtype, width in (("bf16", 1920), ("bf16", 3072), ("fp32", 3072)):
         for kernel, rows in (

@@ -6,8 +6,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import _triton_group_norm as shared
-from .._triton_group_norm import load_channels, load_gradient, load_statistics, silu, silu_derivative, store_with_copies
 from .._halo import behind_halo, dense, gradient_of_halo
+from .._triton_group_norm import load_channels, load_gradient, load_statistics, silu, silu_derivative, store_with_copies
 
 
 @triton.jit

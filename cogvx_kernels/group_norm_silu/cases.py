@@ -1,7 +1,9 @@
 """Arguments of `group_norm_silu` for tests (SMALL), fuzzing (`draw`, ILLEGAL) and benchmarks (REAL)."""
 
 import random
+from collections.abc import Iterator
 from functools import partial
+from types import ModuleType
 
 import torch
 
@@ -77,3 +79,35 @@ def draw(rng: random.Random) -> partial:
         num_halo,
         rng.random() < 0.5,
     )
+
+
+def kernels(module: ModuleType, capability: int) -> Iterator[tuple]:
+    """Each Triton kernel with the types of its arguments, constants and options, for the published VAE."""
+    shared = module.shared
+    for dtype in (torch.bfloat16, torch.float32):
+        like = torch.empty(1, 128, 1, 2, 2, dtype=dtype, device="meta").to(memory_format=torch.channels_last_3d)
+        for kernel in (shared.moments_kernel, module.apply_kernel, module.sums_kernel, module.gradient_kernel):
+            yield compiled(kernel, dtype, shared.tile(like))
+    yield compiled(shared.finish_kernel, torch.float32, shared.rows_of_moments(512 // 32))
+
+
+def compiled(kernel, dtype: torch.dtype, options: dict) -> tuple:
+    """A kernel of this norm or of the spatial one on channels-last tensors, whose channels lie side by side."""
+    name, options = "fp32" if dtype == torch.float32 else "bf16", dict(options)
+    constants = {n: options.pop(n) for n in kernel.arg_names if n in options}
+    constants |= {n: 1 for n in kernel.arg_names if n.endswith("_c") and len(n.split("_")) == 2}  # strides
+    wide, types = ("statistics", "ends", "grad_scale", "grad_shift"), {}
+    for n in kernel.arg_names:
+        if n in ("x", "y", "z", "grad", "grad_x") or n.startswith(("weight", "bias")):
+            types[n] = f"*{name}:16"
+        elif n in (*wide, "moments", "partials"):
+            types[n] = "*fp32:16" if n in wide else "*fp64:16"
+        elif n.startswith("first_"):
+            types[n] = "*i32:16"
+        elif n.startswith("scale_") or n in ("eps", "num_values"):
+            types[n] = "fp32"
+        else:  # sizes, and the strides that 16 divides
+            types[n] = (
+                "i32:16" if n in ("channels", "depth") or (n[-2:] in ("_b", "_p", "_t") and n[0] in "xyg") else "i32"
+            )
+    return kernel, {n: kind for n, kind in types.items() if n not in constants}, constants, options

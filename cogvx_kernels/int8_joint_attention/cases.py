@@ -55,7 +55,7 @@ def draw(rng: random.Random) -> partial:
     return partial(make, batch, rng.choice([1, 2, 3]), tokens, rng.choice([1, 8, 59, 64, 111, 128]))
 
 
-def kernels(module: ModuleType, capability: int = 80) -> Iterator[tuple]:
+def kernels(module: ModuleType, capability: int) -> Iterator[tuple]:
     """Kernel, types of its arguments, constants and options, for compiling ahead of time."""
     for dtype, width in (("bf16", 64), ("fp16", 64), ("bf16", 128), ("fp32", 64)):
         torch_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]

@@ -69,7 +69,7 @@ def draw(rng: random.Random) -> partial:
     return partial(make, batch, rng.choice([1, 2, 3, 5]), tokens, rng.choice([1, 8, 59, 64, 111, 128]), lengths)
 
 
-def kernels(module: ModuleType, capability: int = 80) -> Iterator[tuple]:
+def kernels(module: ModuleType, capability: int) -> Iterator[tuple]:
     """Kernel, types of its arguments, constants and options, for compiling ahead of time."""
     whole = [("bf16", 64), ("bf16", 128), ("fp32", 64), ("fp32", 128)]
     for dtype, width, packed in [(*one, False) for one in whole] + [("bf16", 64, True)]:

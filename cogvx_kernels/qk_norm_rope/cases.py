@@ -90,7 +90,7 @@ def draw(rng: random.Random) -> partial:
     )
 
 
-def kernels(module: ModuleType) -> Iterator[tuple]:
+def kernels(module: ModuleType, capability: int) -> Iterator[tuple]:
     """Every Triton kernel at the real sizes: kernel, types of its arguments, constants and options."""
     forward, backward = module.forward_kernel, module.backward_kernel
     for dtype, turn in (("bf16", False), ("bf16", True), ("fp32", True)):

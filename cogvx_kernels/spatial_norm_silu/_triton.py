@@ -10,8 +10,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import _triton_group_norm as shared
-from .._triton_group_norm import load_channels, load_gradient, load_statistics, silu, silu_derivative, store_with_copies
 from .._halo import behind_halo, dense, gradient_of_halo, sums_dtype
+from .._triton_group_norm import load_channels, load_gradient, load_statistics, silu, silu_derivative, store_with_copies
 from . import projection
 
 _ARITHMETIC = {torch.float32: tl.float32, torch.float64: tl.float64}
@@ -226,7 +226,7 @@ def backward(
     tensors = _contiguous(z, weight, bias, weight_y, bias_y, weight_b, bias_b)
     b, c, num_pixels = *x.shape[:2], x[0, 0].numel() if len(x) else 0
     options, copies, own = tile(x, z), num_halo if halo is None else 0, grad[:, :, num_halo:]
-    of_sums = options | {"PIXELS": _LATENT_PIXELS, "ARITHMETIC": _ARITHMETIC[sums_dtype(x)]}
+    of_sums = tile_of_sums(options, sums_dtype(x))
     strides = *shared.strides(x), *shared.strides_behind_halo(grad)
     grad_x = torch.empty_like(x)
     at_latent = torch.zeros(2, b, *z.shape[2:], c, dtype=sums_dtype(x), device=x.device)  # of scale and shift
@@ -256,6 +256,12 @@ def backward(
 def tile(x: Tensor, z: Tensor) -> dict:
     """The compile-time arguments of a kernel; the depth of a product is 16 at least."""
     return shared.tile(x) | {"DEPTH": max(triton.next_power_of_2(z.shape[1]), 16)}
+
+
+def tile_of_sums(options: dict, dtype: torch.dtype) -> dict:
+    """The same for the kernel that adds up the gradients of the latent, in dtype."""
+    # Left to itself, ptxas takes fewer registers than the kernel needs, and spills.
+    return options | {"PIXELS": _LATENT_PIXELS, "ARITHMETIC": _ARITHMETIC[dtype], "maxnreg": 168}
 
 
 def _grid(x: Tensor) -> tuple[int, int, int]:

@@ -1,10 +1,13 @@
 """Arguments of `spatial_norm_silu` for tests (SMALL), fuzzing (`draw`, ILLEGAL) and benchmarks (REAL)."""
 
 import random
+from collections.abc import Iterator
 from functools import partial
+from types import ModuleType
 
 import torch
 
+from ..group_norm_silu.cases import compiled
 from ..testing import Normal
 
 
@@ -88,3 +91,13 @@ def draw(rng: random.Random) -> partial:
         num_halo,
         rng.random() < 0.5,
     )
+
+
+def kernels(module: ModuleType, capability: int) -> Iterator[tuple]:
+    """Each Triton kernel with the types of its arguments, constants and options, for the published VAE."""
+    for dtype in (torch.bfloat16, torch.float32):
+        like = torch.empty(1, 128, 1, 2, 2, dtype=dtype, device="meta").to(memory_format=torch.channels_last_3d)
+        options = module.tile(like, torch.empty(1, 16, 1, 1, 1, device="meta"))
+        for kernel in (module.apply_kernel, module.gradient_kernel):
+            yield compiled(kernel, dtype, options)
+        yield compiled(module.sums_kernel, dtype, module.tile_of_sums(options, torch.float32))

@@ -73,7 +73,7 @@ def draw(rng: random.Random) -> partial:
     )
 
 
-def kernels(module: ModuleType) -> Iterator[tuple]:
+def kernels(module: ModuleType, capability: int) -> Iterator[tuple]:
     """Each Triton kernel with the types of its arguments, constants and options, for the published VAE."""
     for dtype, c in ((torch.bfloat16, 512), (torch.float32, 256)):
         name = "fp32" if dtype == torch.float32 else "bf16"

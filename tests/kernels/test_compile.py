@@ -38,8 +38,8 @@ def compile_triton(op: str, capability: int) -> None:
     from triton.compiler import ASTSource
 
     cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    cases = importlib.import_module(f"cogvx_kernels.{op}.cases")
-    for kernel, types, constants, options in cases.kernels(importlib.import_module(f"cogvx_kernels.{op}._triton")):
+    cases, module = (importlib.import_module(f"cogvx_kernels.{op}.{name}") for name in ("cases", "_triton"))
+    for kernel, types, constants, options in cases.kernels(module, capability):
         # What the launcher would find: ":16" marks addresses, sizes and strides that 16 divides.
         aligned = [name for name, kind in types.items() if kind.endswith(":16")]
         hints = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned}
