@@ -98,7 +98,7 @@ def in_chunks(model: nn.Module, x: Tensor, lengths: list[int]) -> Tensor:
     halos, parts = Halos(), []
     for i, chunk in enumerate(x.split(lengths, dim=2)):
         halos.last = i == len(lengths) - 1
-        parts.append(model(chunk.contiguous(memory_format=torch.channels_last_3d), halos))
+        parts.append(model(chunk, halos))
     return torch.cat(parts, dim=2) if len(parts) > 1 else parts[0]
 
 
@@ -280,5 +280,6 @@ class Upsample(nn.Module):
 
 
 def behind_halo(x: Tensor, halo: Tensor | None) -> Tensor:
-    """[halo, x] along time; before the first chunk two copies of the first frame are the halo."""
-    return torch.cat([x[:, :, :1].expand(-1, -1, 2, -1, -1) if halo is None else halo, x], dim=2)
+    """[halo, x] along time, channels last; before the first chunk two copies of the first frame are the halo."""
+    halo = x[:, :, :1].expand(-1, -1, 2, -1, -1) if halo is None else halo
+    return torch.cat([halo, x], dim=2).contiguous(memory_format=torch.channels_last_3d)

@@ -6,8 +6,9 @@ import torch
 
 from cogvx_kernels import causal_conv3d, use_backend
 from cogvx_kernels._op import OPS
-from cogvx_kernels.causal_conv3d import _merged, reference
+from cogvx_kernels.causal_conv3d import _minimal, reference
 from cogvx_kernels.causal_conv3d.cases import SMALL, make
+from cogvx_kernels.testing import assert_as_accurate
 
 
 def in_loops(x, weight, bias):
@@ -28,35 +29,62 @@ def test_it_is_the_formula():
         np.testing.assert_allclose(causal_conv3d(*args).numpy(), expected, rtol=1e-12, atol=1e-12)
 
 
+@pytest.fixture
+def small_counts(monkeypatch):
+    """Let the CPU backend save products on small tensors too; its convolutions: taps in time times frames."""
+    counts = []
+    conv = _minimal._conv
+
+    def counted(x, weight, bias):
+        counts.append((x.shape[2] - 2) * 3 if x.dim() == 5 else len(x))
+        return conv(x, weight, bias)
+
+    monkeypatch.setattr(_minimal, "_conv", counted)
+    monkeypatch.setattr(_minimal, "_LEAST_PIXELS", 0)
+    monkeypatch.setattr(_minimal, "_LEAST_CHANNELS", 0)
+    return counts
+
+
+def channels_last(x, weight, bias):
+    return x.contiguous(memory_format=torch.channels_last_3d), weight, bias
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("still", [False, True])
 @pytest.mark.parametrize("backend", ["reference", *OPS["causal_conv3d"].backends])
-def test_two_chunks_with_a_halo_equal_one_pass(backend, still, dtype, run_on):
+def test_two_chunks_with_a_halo_equal_one_pass(backend, still, dtype, small_counts, run_on):
+    if backend == "triton" and dtype == torch.float64:
+        return
     bound = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2 * torch.finfo(torch.bfloat16).eps}[dtype]
-    size = (16, 32) if backend == "merged" else (6, 5)  # large enough for a repeated frame to be worth a thought
-    x, weight, bias = make(1, 4, 5, 7, *size, still=still, dtype=dtype)  # two frames of halo, then seven
-    if backend != "triton" or dtype != torch.float64:
-        run_on("causal_conv3d", backend, x, weight, bias)
-        with use_backend(backend):
-            whole = causal_conv3d(x, weight, bias)
-            chunks = torch.cat([causal_conv3d(part, weight, bias) for part in (x[:, :, :5], x[:, :, 3:])], dim=2)
-        assert (chunks - whole).abs().max() <= (0 if backend == "triton" else bound) * whole.abs().max()
+    x, weight, bias = channels_last(*make(1, 4, 5, 7, 6, 5, still=still, dtype=dtype))  # two frames of halo, then seven
+    run_on("causal_conv3d", backend, x, weight, bias)
+    with use_backend(backend):
+        whole = causal_conv3d(x, weight, bias)
+        for split in (1, 2, 3, 4):
+            parts = (x[:, :, : split + 2], x[:, :, split:])
+            chunks = torch.cat([causal_conv3d(part, weight, bias) for part in parts], dim=2)
+            assert (chunks - whole).abs().max() <= (0 if backend == "triton" else bound) * whole.abs().max()
 
 
-def test_a_halo_that_repeats_the_first_frame_costs_fewer_products(monkeypatch):
-    products = []
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("still", [False, True])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_fewer_products_are_as_accurate(batch, still, dtype, small_counts):
+    for frames, products in zip(range(1, 6), (1, 4, 5, 8, 9) if still else (3, 4, 7, 8, 11), strict=True):
+        args = channels_last(*make(batch, 24, 20, frames, 7, 9, still=still, dtype=dtype, seed=frames))
+        small_counts.clear()
+        y = _minimal.forward(*args)
+        assert sum(small_counts) == (products if batch == 1 else sum(small_counts))
+        assert_as_accurate(y, reference.forward(*args), reference.forward(*(x.double() for x in args)))
 
-    def conv(x, weight, bias):
-        products.append(weight.numel() // (5 * 4 * 9) * (x.shape[2] - 2 if x.dim() == 5 else 1))  # taps in time, frames
-        return convolve(x, weight, bias)
 
-    convolve = _merged._conv
-    monkeypatch.setattr(_merged, "_conv", conv)
-    for still, expected in ((False, 4 * 3), (True, 1 + 2 + 2 * 3)):
-        args = make(1, 4, 5, 4, 16, 32, still=still, dtype=torch.float64)
-        products.clear()
-        torch.testing.assert_close(_merged.forward(*args), reference.forward(*args))
-        assert sum(products) == expected
+def test_fewer_products_are_causal(small_counts):
+    x, weight, bias = channels_last(*make(1, 4, 5, 6, 6, 5))
+    y = _minimal.forward(x, weight, bias)
+    for frame in range(6):
+        changed = x.clone()
+        changed[:, :, 2 + frame] += 1
+        assert torch.equal(_minimal.forward(changed, weight, bias)[:, :, :frame], y[:, :, :frame])
 
 
 def test_a_frame_changes_no_earlier_one():

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from cogvx_kernels import upsample_conv, use_backend
 from cogvx_kernels._op import OPS
-from cogvx_kernels.upsample_conv import _merged
+from cogvx_kernels.upsample_conv import _minimal
 from cogvx_kernels.upsample_conv.cases import SMALL, make
 from cogvx_kernels.upsample_conv.taps import merge_taps, split_taps
 
@@ -55,7 +55,7 @@ def test_chunks_equal_one_pass(backend, dtype, run_on):
     assert (chunks - whole).abs().max() <= (0 if backend == "triton" else bound) * whole.abs().max()
 
 
-def test_merged_taps_of_a_hand_worked_kernel_and_their_gradient():
+def test_minimal_taps_of_a_hand_worked_kernel_and_their_gradient():
     weight = torch.tensor([[1.0, 2, 3], [4, 5, 6], [7, 8, 9]])[None, None]
     assert merge_taps(weight)[0, 0].tolist() == [[1, 3, 5, 3], [5, 12, 16, 9], [11, 24, 28, 15], [7, 15, 17, 9]]
     torch.autograd.gradcheck(merge_taps, weight.double().requires_grad_())
@@ -66,10 +66,10 @@ def test_merged_taps_of_a_hand_worked_kernel_and_their_gradient():
 
 def test_phases_in_parts_of_any_length_are_the_same(monkeypatch):
     args = make(2, 3, 4, 7, 3, 5, True, dtype=torch.float64)
-    whole = _merged.forward(*args)
+    whole = _minimal.forward(*args)
     for pixels in (1, 2 * 15 * 2, 2 * 15 * 3):  # one frame at a time, two, three
-        monkeypatch.setattr(_merged, "_PIXELS_AT_ONCE", pixels)
-        torch.testing.assert_close(_merged.forward(*args), whole)
+        monkeypatch.setattr(_minimal, "_PIXELS_AT_ONCE", pixels)
+        torch.testing.assert_close(_minimal.forward(*args), whole)
     frames = F.interpolate(args[0].transpose(1, 2).flatten(0, 1), scale_factor=2.0)
     assert torch.equal(whole[:, :, 1], whole[:, :, 2])
     expected = F.conv2d(frames, args[1], args[2], padding=1)[0]
