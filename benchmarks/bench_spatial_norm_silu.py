@@ -1,0 +1,61 @@
+"""`spatial_norm_silu` at the sizes of the published decoder, channels last; ideal bytes: x read twice, the result
+written; the latent is small beside them.
+
+The statistics need all of a chunk before its first value can be written, and a chunk fits into no cache.
+"""
+
+import pytest
+import torch
+from conftest import DEVICE, skip_unless_live
+
+from cogvx_kernels import spatial_norm_silu, use_backend
+from cogvx_kernels._op import OPS
+from cogvx_kernels.spatial_norm_silu.cases import REAL
+from cogvx_kernels.testing import assert_as_accurate
+
+BACKENDS = ["reference", *OPS["spatial_norm_silu"].backends]
+
+
+def arguments(case: str, dtype: torch.dtype) -> tuple:
+    real = REAL[case]
+    batch, channels, (t, h, w), depth, (t_z, h_z, w_z), groups = real.args
+    if DEVICE == "cpu":
+        h, h_z, w, w_z = h // 4, h_z // 4, w // 2, w_z // 2
+    sizes = batch, channels, (t, h, w), depth, (t_z, h_z, w_z), groups
+    args = real.func(*sizes, **real.keywords, dtype=dtype, device=DEVICE)
+    return args[0].contiguous(memory_format=torch.channels_last_3d), *args[1:]
+
+
+def in_float64(args: tuple) -> tuple:
+    return tuple(x.double() if torch.is_tensor(x) else x for x in args)
+
+
+def gradients(args: tuple, grad: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    leaves = [x.detach().requires_grad_() for x in args[:8]]
+    return torch.autograd.grad(spatial_norm_silu(*leaves, *args[8:]), leaves, grad)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("case", REAL)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_forward(measure, backend, case, dtype):
+    args = arguments(case, dtype)
+    skip_unless_live("spatial_norm_silu", backend, *args)
+    group = f"forward {case} {list(args[0].shape)} {dtype}"
+    y = measure(group, backend, lambda: spatial_norm_silu(*args), 3 * args[0].nbytes + args[8].nbytes)
+    with use_backend("reference"):
+        assert_as_accurate(y, spatial_norm_silu(*args), spatial_norm_silu(*in_float64(args)))
+
+
+@pytest.mark.parametrize("case", REAL)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_forward_and_backward(measure, backend, case):
+    args = arguments(case, torch.bfloat16)
+    skip_unless_live("spatial_norm_silu", backend, *args)
+    grad = torch.randn_like(spatial_norm_silu(*args))
+    group = f"forward and backward {case} {list(args[0].shape)}"
+    found = measure(group, backend, lambda: gradients(args, grad), 8 * args[0].nbytes)
+    with use_backend("reference"):
+        exact, eager = gradients(in_float64(args), grad.double()), gradients(args, grad)
+    for i, one in enumerate(found):
+        assert_as_accurate(one, eager[i], exact[i], 3, OPS["spatial_norm_silu"].arguments[i])
