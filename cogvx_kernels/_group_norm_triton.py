@@ -185,9 +185,11 @@ def finish_gradients(
     num_groups: int,
     num_pixels: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # of weight and bias; [B, 2, C]
-    """The gradients of weight and bias, and constant and slope of dL/dx = d rstd weight + constant + (x - mean) slope."""
-    b, _, c = sums.shape
-    rstd = stats[:, 1].double()
+    """The gradients of weight and bias, and `ends`: constant and slope, of which the gradient of x is
+
+    d * rstd * weight + constant + (x - mean) * slope.
+    """
+    c, rstd = sums.shape[2], stats[:, 1].double()
     grad_weight, grad_bias = (sums[:, 1] * rstd).sum(0), sums[:, 0].sum(0)
     means = (sums * weight.double()).unflatten(2, (num_groups, -1)).sum(3) / (c // num_groups * num_pixels)
     constant, slope = means.repeat_interleave(c // num_groups, dim=2).unbind(1)

@@ -72,20 +72,17 @@ def backward(
     eps: float,
     num_halo: int,
 ) -> tuple[Tensor | None, ...]:  # of x, z, weight, bias, weight_y, bias_y, weight_b, bias_b, halo
-    """The gradients: the kernel adds up what the pixels of x say about each one of the latent; the rest are products."""
+    """The gradients: the kernel adds up what the pixels of x say about each one of the latent, the rest are products."""
     grad, x, z = dense(grad, x), dense(x, x), dense(z, x)
     weights = tuple(t.contiguous() for t in (weight, bias, weight_y, bias_y, weight_b, bias_b))
-    sums_in = sums_dtype(x)
-    grad_x, sums = torch.empty_like(x), torch.zeros(2, x.shape[1], dtype=sums_in)
-    at_latent = [
-        torch.zeros((len(z), x.shape[1], *z.shape[2:]), dtype=sums_in).contiguous(memory_format=_memory_format(x))
-        for _ in range(2)
-    ]  # of scale and shift
+    dtype, memory_format, size = sums_dtype(x), _memory_format(x), (len(z), x.shape[1], *z.shape[2:])
+    grad_x, sums = torch.empty_like(x), torch.zeros(2, x.shape[1], dtype=dtype)
+    at_latent = [torch.zeros(size, dtype=dtype).contiguous(memory_format=memory_format) for _ in range(2)]
     if x.numel():
         copies = num_halo if halo is None else 0
         _extension._C.spatial_norm_silu_backward(
-            *_inputs((x, z, *weights), (num_groups, eps, num_halo, copies)), grad.data_ptr(), grad_x.data_ptr(), sums_in == torch.float64,
-            *(t.data_ptr() for t in (*sums, *at_latent)),
+            *_inputs((x, z, *weights), (num_groups, eps, num_halo, copies)), grad.data_ptr(), grad_x.data_ptr(),
+            dtype == torch.float64, *(t.data_ptr() for t in (*sums, *at_latent)),
         )  # fmt: skip
     grad_weight, grad_bias = (g.to(weight.dtype, copy=True) for g in sums)
     grad_z, *of_projections = projection.gradients(z, weight_y, weight_b, *at_latent)

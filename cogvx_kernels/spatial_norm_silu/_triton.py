@@ -270,7 +270,7 @@ def _alone(x: Tensor) -> int:
 
 
 def _latent_sizes(x: Tensor, z: Tensor) -> tuple[int | float, ...]:
-    """As the kernels take them: frames alone; frames, height, width and channels of the latent; its size by that of x."""
+    """As kernels take them: frames alone; frames, height, width and channels of the latent; its size by that of x."""
     alone, (t, h, w), (t_z, h_z, w_z) = _alone(x), x.shape[2:], z.shape[2:]
     return alone, t_z, h_z, w_z, z.shape[1], (t_z - alone) / (t - alone), h_z / h, w_z / w
 
