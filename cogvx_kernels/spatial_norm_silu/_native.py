@@ -72,7 +72,7 @@ def backward(
     eps: float,
     num_halo: int,
 ) -> tuple[Tensor | None, ...]:  # of x, z, weight, bias, weight_y, bias_y, weight_b, bias_b, halo
-    """The gradients: the kernel adds up what the pixels of x say about each one of the latent, the rest are products."""
+    """The gradients: a kernel adds up what the pixels of x say about each one of the latent, the rest are products."""
     grad, x, z = dense(grad, x), dense(x, x), dense(z, x)
     weights = tuple(t.contiguous() for t in (weight, bias, weight_y, bias_y, weight_b, bias_b))
     dtype, memory_format, size = sums_dtype(x), _memory_format(x), (len(z), x.shape[1], *z.shape[2:])

@@ -14,7 +14,7 @@ from .._group_norm_triton import load_channels, load_gradient, load_statistics, 
 from .._halo import behind_halo, dense, gradient_of_halo
 from . import projection
 
-_LATENT_PIXELS = 16  # neighbours in a row whose gradients one program adds up
+LATENT_PIXELS = 16  # neighbours in a row whose gradients one program adds up
 
 
 @triton.jit
@@ -229,13 +229,13 @@ def backward(
     grad_weight, grad_bias = torch.zeros_like(weight), torch.zeros_like(weight)
     if x.numel():
         firsts, most = _firsts(x, z)
-        rows = z.shape[2] * z.shape[3] * triton.cdiv(z.shape[4], _LATENT_PIXELS)
+        rows = z.shape[2] * z.shape[3] * triton.cdiv(z.shape[4], LATENT_PIXELS)
         partials = torch.empty(b, rows, 2, c, dtype=torch.float64, device=x.device)
         with torch.cuda.device_of(x):
             stats = shared.statistics(x, num_groups, eps)
             sums_kernel[rows, triton.cdiv(c, options["CHANNELS"]), b](
                 own, x, *tensors, stats, *at_latent, partials, *firsts, *x.shape[3:], copies, c, *z.shape[2:],
-                z.shape[1], most, *strides, **options | {"PIXELS": _LATENT_PIXELS},
+                z.shape[1], most, *strides, **options | {"PIXELS": LATENT_PIXELS},
             )  # fmt: skip
             grad_weight, grad_bias, ends = shared.finish_gradients(
                 partials.sum(1), stats, weight, num_groups, num_pixels

@@ -1,10 +1,14 @@
 """Arguments of `spatial_norm_silu` for tests (SMALL), fuzzing (`draw`, ILLEGAL) and benchmarks (REAL)."""
 
 import random
+from collections.abc import Iterator
 from functools import partial
+from types import ModuleType
+from typing import Any
 
 import torch
 
+from ..group_norm_silu.cases import arguments, typed
 from ..testing import Normal
 
 
@@ -46,6 +50,8 @@ SMALL = [
     partial(make, 1, 6, (4, 5, 7), 2, (2, 2, 3), 6, num_halo=0),
     partial(make, 1, 64, (2, 4, 4), 16, (2, 4, 4), 32, halo=True),
     partial(make, 1, 3, (5, 1, 1), 1, (3, 1, 1), 1, num_halo=1),
+    partial(make, 1, 34, (3, 7, 11), 5, (3, 7, 11), 17),
+    partial(make, 1, 32, (2, 3, 13), 6, (2, 3, 13), 4),
     partial(make, 0, 4, (2, 3, 3), 2, (1, 3, 3), 2),
 ]
 
@@ -53,6 +59,13 @@ REAL = {
     "decoder, 512 at 2 x 60 x 90": partial(make, 1, 512, (2, 60, 90), 16, (2, 60, 90), 32, halo=True),
     "decoder, 256 at 8 x 240 x 360": partial(make, 1, 256, (8, 240, 360), 16, (2, 60, 90), 32, halo=True),
     "decoder, 128 at 8 x 480 x 720": partial(make, 1, 128, (8, 480, 720), 16, (2, 60, 90), 32, halo=True),
+}
+
+# For a CPU, which takes seconds for what a GPU does in a millisecond: a part of each frame.
+PARTS = {
+    "decoder, 512 at 2 x 60 x 90": partial(make, 1, 512, (2, 60, 90), 16, (2, 60, 90), 32, halo=True),
+    "decoder, 256 at 8 x 240 x 360": partial(make, 1, 256, (8, 80, 120), 16, (2, 20, 30), 32, halo=True),
+    "decoder, 128 at 8 x 480 x 720": partial(make, 1, 128, (8, 120, 176), 16, (2, 15, 22), 32, halo=True),
 }
 
 ILLEGAL = [
@@ -88,3 +101,20 @@ def draw(rng: random.Random) -> partial:
         num_halo,
         rng.random() < 0.5,
     )
+
+
+def kernels(module: ModuleType) -> Iterator[tuple[Any, dict, dict, dict]]:
+    """Every Triton kernel with the types of its arguments, constants and options, as for the real cases."""
+    for dtype in ("bf16", "fp32"):
+        for memory_format in (torch.channels_last_3d, torch.contiguous_format):
+            types, options = arguments(module.shared, dtype, memory_format)
+            types |= dict.fromkeys(("z", "weight_y", "bias_y", "weight_b", "bias_b"), f"*{dtype}:16")
+            types |= dict.fromkeys(("grad_scale", "grad_shift"), "*fp32:16")
+            types |= dict.fromkeys(("first_t", "first_h", "first_w"), "*i32:16")
+            types |= dict.fromkeys(("scale_t", "scale_h", "scale_w"), "fp32")
+            small = ("height", "width", "alone", "latent_t", "latent_h", "latent_w", "most")
+            types |= dict.fromkeys(small, "i32")
+            options["DEPTH"] = 16
+            yield typed(module.apply_kernel, types, options)
+            yield typed(module.gradient_kernel, types, options)
+            yield typed(module.sums_kernel, types, options | {"PIXELS": module.LATENT_PIXELS})
