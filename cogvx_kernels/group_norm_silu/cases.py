@@ -44,12 +44,20 @@ SMALL = [
     partial(make, 1, 64, 2, 4, 4, 32, halo=True),
     partial(make, 1, 3, 2, 1, 1, 1, num_halo=1),
     partial(make, 2, 10, 1, 1, 1, 5, num_halo=3, halo=True),
+    partial(make, 1, 34, 5, 7, 11, 17),
     partial(make, 0, 4, 2, 3, 3, 2),
 ]
 
 REAL = {
     "encoder, 128 at 8 x 480 x 720": partial(make, 1, 128, 8, 480, 720, 32, halo=True),
     "encoder, 256 at 8 x 240 x 360": partial(make, 1, 256, 8, 240, 360, 32, halo=True),
+    "encoder, 512 at 2 x 60 x 90": partial(make, 1, 512, 2, 60, 90, 32, halo=True),
+}
+
+# For a CPU, which takes seconds for what a GPU does in a millisecond: a part of each frame.
+PARTS = {
+    "encoder, 128 at 8 x 480 x 720": partial(make, 1, 128, 8, 120, 180, 32, halo=True),
+    "encoder, 256 at 8 x 240 x 360": partial(make, 1, 256, 8, 80, 120, 32, halo=True),
     "encoder, 512 at 2 x 60 x 90": partial(make, 1, 512, 2, 60, 90, 32, halo=True),
 }
 

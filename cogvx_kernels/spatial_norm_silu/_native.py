@@ -75,12 +75,9 @@ def backward(
     """The kernel adds up what the pixels of x say about each pixel of the latent; the rest are products."""
     grad, x, z = dense(grad, x), dense(x, x), dense(z, x)
     weights = tuple(t.contiguous() for t in (weight, bias, weight_y, bias_y, weight_b, bias_b))
-    sums_in = sums_dtype(x)
-    grad_x, sums = torch.empty_like(x), torch.zeros(2, x.shape[1], dtype=sums_in)
-    at_latent = [
-        torch.zeros((len(z), x.shape[1], *z.shape[2:]), dtype=sums_in).contiguous(memory_format=_memory_format(x))
-        for _ in range(2)
-    ]  # of scale and shift
+    dtype, memory_format, size = sums_dtype(x), _memory_format(x), (len(z), x.shape[1], *z.shape[2:])
+    grad_x, sums = torch.empty_like(x), torch.zeros(2, x.shape[1], dtype=dtype)
+    at_latent = [torch.zeros(size, dtype=dtype).contiguous(memory_format=memory_format) for _ in range(2)]
     if x.numel():
         copies = num_halo if halo is None else 0
         _extension._C.spatial_norm_silu_backward(

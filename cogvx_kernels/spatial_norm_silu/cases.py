@@ -49,6 +49,8 @@ SMALL = [
     partial(make, 1, 6, (4, 5, 7), 2, (2, 2, 3), 6, num_halo=0),
     partial(make, 1, 64, (2, 4, 4), 16, (2, 4, 4), 32, halo=True),
     partial(make, 1, 3, (5, 1, 1), 1, (3, 1, 1), 1, num_halo=1),
+    partial(make, 1, 34, (3, 7, 11), 5, (3, 7, 11), 17),
+    partial(make, 1, 32, (2, 3, 13), 6, (2, 3, 13), 4),
     partial(make, 0, 4, (2, 3, 3), 2, (1, 3, 3), 2),
 ]
 
@@ -56,6 +58,13 @@ REAL = {
     "decoder, 512 at 2 x 60 x 90": partial(make, 1, 512, (2, 60, 90), 16, (2, 60, 90), 32, halo=True),
     "decoder, 256 at 8 x 240 x 360": partial(make, 1, 256, (8, 240, 360), 16, (2, 60, 90), 32, halo=True),
     "decoder, 128 at 8 x 480 x 720": partial(make, 1, 128, (8, 480, 720), 16, (2, 60, 90), 32, halo=True),
+}
+
+# For a CPU, which takes seconds for what a GPU does in a millisecond: a part of each frame.
+PARTS = {
+    "decoder, 512 at 2 x 60 x 90": partial(make, 1, 512, (2, 60, 90), 16, (2, 60, 90), 32, halo=True),
+    "decoder, 256 at 8 x 240 x 360": partial(make, 1, 256, (8, 80, 120), 16, (2, 20, 30), 32, halo=True),
+    "decoder, 128 at 8 x 480 x 720": partial(make, 1, 128, (8, 120, 176), 16, (2, 15, 22), 32, halo=True),
 }
 
 ILLEGAL = [

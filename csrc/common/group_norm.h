@@ -19,9 +19,10 @@
 namespace cogvx {
 namespace {
 
-constexpr int64_t kRun = 128;         // rows whose statistics stay in the arithmetic type, before they go on in double
-constexpr int64_t kGradientRun = 16;  // rows whose gradients are added up so
+constexpr int64_t kRun = 128;         // rows whose statistics are added up in the arithmetic type, and then in double
+constexpr int64_t kGradientRun = 16;  // the same for gradients
 constexpr int64_t kBlock = 1 << 16;   // values of a block of pixels, about: one thread's turn
+constexpr int64_t kAhead = 4096;      // values
 constexpr int64_t kLanes = 64;        // values of a row where a channel's pixels lie side by side
 
 template <class A> struct Scratch {  // zeros of one thread or call: rows of a width, from the start of a cache line
@@ -32,11 +33,22 @@ template <class A> struct Scratch {  // zeros of one thread or call: rows of a w
   Scratch(int64_t count, int64_t row_width)
       : memory(new char[count * row_width * sizeof(A) + kLine]()), data(aligned(memory)), width(row_width) {}
   ~Scratch() { delete[] memory; }
-  static A* aligned(char* from) { return reinterpret_cast<A*>(from + (kLine - reinterpret_cast<uintptr_t>(from) % kLine)); }
+  static A* aligned(char* from) {
+    return reinterpret_cast<A*>(from + (kLine - reinterpret_cast<uintptr_t>(from) % kLine));
+  }
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
   A* row(int64_t i) const { return data + i * width; }
 };
+
+// Asks for values that will be read soon, where the processor does not foresee it; they need not exist.
+template <class T> void fetch(const T* from, int64_t count) {
+#if defined(__GNUC__)
+  for (int64_t i = 0; i < count; i += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(from + i);
+#else
+  (void)from, (void)count;
+#endif
+}
 
 template <class A> struct Coefficients {
   const A *mean, *factor, *offset;
@@ -204,10 +216,11 @@ void moments_rows(const T* x, int64_t count, int64_t width, const A* shift, A* s
   int64_t n = 0;
   for (; n + 4 <= count; n += 4) {
     const T *x0 = x + n * width, *x1 = x0 + width, *x2 = x1 + width, *x3 = x2 + width;
+    fetch(x0 + kAhead, 4 * width);
 #pragma omp simd
     for (int64_t i = 0; i < width; ++i) {
-      const A d0 = widen(x0[i]) - shift[i], d1 = widen(x1[i]) - shift[i];
-      const A d2 = widen(x2[i]) - shift[i], d3 = widen(x3[i]) - shift[i];
+      const A d0 = static_cast<A>(widen(x0[i])) - shift[i], d1 = static_cast<A>(widen(x1[i])) - shift[i];
+      const A d2 = static_cast<A>(widen(x2[i])) - shift[i], d3 = static_cast<A>(widen(x3[i])) - shift[i];
       sum[i] += (d0 + d1) + (d2 + d3);
       squares[i] += (d0 * d0 + d1 * d1) + (d2 * d2 + d3 * d3);
     }
@@ -216,7 +229,7 @@ void moments_rows(const T* x, int64_t count, int64_t width, const A* shift, A* s
     const T* row = x + n * width;
 #pragma omp simd
     for (int64_t i = 0; i < width; ++i) {
-      const A d = widen(row[i]) - shift[i];
+      const A d = static_cast<A>(widen(row[i])) - shift[i];
       sum[i] += d;
       squares[i] += d * d;
     }
@@ -224,10 +237,9 @@ void moments_rows(const T* x, int64_t count, int64_t width, const A* shift, A* s
 }
 
 // Moments of each group over one block of pixels.
-template <class T>
-void block_moments(const Video& x, const Block& block, int64_t num_groups, const Scratch<accumulator_t<T>>& rows,
+template <class T, class A>
+void block_moments(const Video& x, const Block& block, int64_t num_groups, const Scratch<A>& rows,
                    const Scratch<double>& totals, Moments* groups) {
-  using A = accumulator_t<T>;
   const int64_t channels = x.channels, width = channels / num_groups;
   A *shift = rows.row(0), *sum = rows.row(1), *squares = rows.row(2);
   double *mean = totals.row(0), *total = totals.row(1);
@@ -262,8 +274,7 @@ void block_moments(const Video& x, const Block& block, int64_t num_groups, const
 }
 
 // Moments of one channel whose pixels lie side by side.
-template <class T> Moments plane_moments(const T* x, int64_t count, const Scratch<accumulator_t<T>>& rows) {
-  using A = accumulator_t<T>;
+template <class T, class A> Moments plane_moments(const T* x, int64_t count, const Scratch<A>& rows) {
   A *shift = rows.row(0), *sum = rows.row(1), *squares = rows.row(2);
   Moments result{0, 0, 0};
   for (int64_t first = 0; first < count; first += kRun * kLanes) {
@@ -285,9 +296,8 @@ template <class T> Moments plane_moments(const T* x, int64_t count, const Scratc
 }
 
 // mean and 1 / sqrt(variance + eps) of every channel, [B, C] each. The same whatever the number of threads.
-template <class T>
+template <class T, class A>
 void group_statistics(const Video& x, int64_t num_groups, double eps, double* mean, double* rstd, int num_threads) {
-  using A = accumulator_t<T>;
   const int64_t width = x.channels / num_groups;
   const int64_t parts = x.channels_last ? blocks_of_sample(x) : x.channels;  // of a sample
   const int64_t of_part = x.channels_last ? num_groups : 1;                  // moments
@@ -327,14 +337,13 @@ template <class T, class A> struct Affine {
 
   template <class Args>
   Affine(const Args& args, bool is_centered, int num_threads)
-      : Affine(args.x, args.num_groups, args.eps, args.weight_dtype, args.weight, args.bias, is_centered, num_threads) {}
-
-  Affine(const Video& x, int64_t num_groups, double eps, DType dtype, const char* weight, const char* bias,
-         bool is_centered, int num_threads)
-      : statistics(2, x.batch * x.channels), coefficients(3, x.batch * x.channels), of_all(2, x.channels) {
-    group_statistics<T>(x, num_groups, eps, statistics.row(0), statistics.row(1), num_threads);
-    widen_to(dtype, weight, x.channels, of_all.row(0));
-    widen_to(dtype, bias, x.channels, of_all.row(1));
+      : statistics(2, args.x.batch * args.x.channels),
+        coefficients(3, args.x.batch * args.x.channels),
+        of_all(2, args.x.channels) {
+    const Video& x = args.x;
+    group_statistics<T, A>(x, args.num_groups, args.eps, statistics.row(0), statistics.row(1), num_threads);
+    widen_to(args.weight_dtype, args.weight, x.channels, of_all.row(0));
+    widen_to(args.weight_dtype, args.bias, x.channels, of_all.row(1));
     for (int64_t i = 0; i < x.batch * x.channels; ++i) {
       const double factor = statistics.row(1)[i] * of_all.row(0)[i % x.channels], mean = statistics.row(0)[i];
       coefficients.row(0)[i] = is_centered ? static_cast<A>(mean) : A{0};

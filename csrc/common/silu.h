@@ -6,6 +6,7 @@
 #include <math.h>
 
 #include <cstdint>
+#include <type_traits>
 
 #include "common/dtype.h"
 
@@ -51,20 +52,34 @@ template <class T, class A> static inline A silu_derivative(A v) {
 // The same, sixteen values at a time. Intrinsics have a mask of ones because GCC 12 warns of its own header without.
 template <class T> static inline __m512 silu(__m512 v) {
   constexpr __mmask16 kAll = 0xffff;
-  // Above, e^-v is lost beside 1; the second operand is the result where it is a NaN.
-  const __m512 x = _mm512_maskz_min_ps(kAll, _mm512_set1_ps(87.3f), v), factor = _mm512_set1_ps(-kLog2E);
-  const __m512 t = _mm512_mul_ps(x, factor);
-  const __m512 n = _mm512_maskz_roundscale_ps(kAll, t, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  __m512 f = _mm512_fmsub_ps(x, factor, n);
-  if (sizeof(T) == 4) f = _mm512_fmadd_ps(x, _mm512_set1_ps(-kLog2ERest), f);
-  constexpr int kDegree = sizeof(T) == 2 ? 4 : 6;
-  const float* c = sizeof(T) == 2 ? kPower16 : kPower32;
-  __m512 power = _mm512_set1_ps(c[kDegree]);
+  const __m512 factor = _mm512_set1_ps(-kLog2E), t = _mm512_mul_ps(v, factor);
+  __m512 power;  // e^-v
+  if (sizeof(T) == 2) {
+    // 2^f for 0 <= f <= 1, within 8e-5 of itself or 3e-6; scalef multiplies by 2^floor(t).
+    constexpr float kOf8Bits[4] = {0x1.fff632p-1f, 0x1.64444cp-1f, 0x1.cefc4cp-3f, 0x1.3f96a4p-4f};
+    constexpr float kOf11Bits[5] = {0x1.00002cp+0f, 0x1.62d166p-1f, 0x1.ee798ap-3f, 0x1.aa13f0p-5f, 0x1.bb7cd4p-7f};
+    constexpr bool k8Bits = std::is_same<T, BFloat16>::value;
+    constexpr int kDegree = k8Bits ? 3 : 4;
+    const float* c = k8Bits ? kOf8Bits : kOf11Bits;
+    const __m512 f = _mm512_maskz_reduce_ps(kAll, t, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+    power = _mm512_set1_ps(c[kDegree]);
+#pragma GCC unroll 4
+    for (int i = kDegree - 1; i >= 0; --i) power = _mm512_fmadd_ps(power, f, _mm512_set1_ps(c[i]));
+    power = _mm512_maskz_scalef_ps(kAll, power, t);
+  } else {
+    // Beyond, e^-v is lost beside 1, or the result is 0; the second operand is the result where it is a NaN.
+    constexpr int kNearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+    const __m512 low = _mm512_set1_ps(-89.0f), high = _mm512_set1_ps(87.3f);
+    const __m512 x = _mm512_maskz_min_ps(kAll, high, _mm512_maskz_max_ps(kAll, low, v));
+    const __m512 n = _mm512_maskz_roundscale_ps(kAll, _mm512_mul_ps(x, factor), kNearest);
+    __m512 f = _mm512_fmsub_ps(x, factor, n);
+    f = _mm512_fmadd_ps(x, _mm512_set1_ps(-kLog2ERest), f);
+    power = _mm512_set1_ps(kPower32[6]);
 #pragma GCC unroll 6
-  for (int i = kDegree - 1; i >= 0; --i) power = _mm512_fmadd_ps(power, f, _mm512_set1_ps(c[i]));
-  const __m512 denominator = _mm512_add_ps(_mm512_set1_ps(1.0f), _mm512_maskz_scalef_ps(kAll, power, n));
-  if (sizeof(T) == 2) return _mm512_mul_ps(v, _mm512_maskz_rcp14_ps(kAll, denominator));  // within 2^-14
-  return _mm512_div_ps(v, denominator);
+    for (int i = 5; i >= 0; --i) power = _mm512_fmadd_ps(power, f, _mm512_set1_ps(kPower32[i]));
+    power = _mm512_maskz_scalef_ps(kAll, power, n);
+  }
+  return _mm512_div_ps(v, _mm512_add_ps(_mm512_set1_ps(1.0f), power));
 }
 
 // Sixteen values side by side.

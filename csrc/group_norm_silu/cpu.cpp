@@ -164,7 +164,8 @@ void forward(const Args& args, int num_threads) {
 void backward(const Args& args, int num_threads) {
   switch (args.dtype) {
     case DType::float32:
-      return args.in_double ? backward_as<float, double>(args, num_threads) : backward_as<float, float>(args, num_threads);
+      if (args.in_double) return backward_as<float, double>(args, num_threads);
+      return backward_as<float, float>(args, num_threads);
     case DType::float16: return backward_as<Half, float>(args, num_threads);
     case DType::bfloat16: return backward_as<BFloat16, float>(args, num_threads);
     case DType::float64: return backward_as<double, double>(args, num_threads);

@@ -81,8 +81,8 @@ void forward(int threads, const DTypes& dtypes, const Sizes& x_sizes, const Size
 }
 
 void backward(int threads, const DTypes& dtypes, const Sizes& x_sizes, const Sizes& z_sizes, bool channels_last,
-              const Numbers& numbers, const std::array<uintptr_t, 8>& tensors, uintptr_t grad, uintptr_t grad_x, bool in_double,
-              uintptr_t grad_weight, uintptr_t grad_bias, uintptr_t grad_scale, uintptr_t grad_shift) {
+              const Numbers& numbers, const std::array<uintptr_t, 8>& tensors, uintptr_t grad, uintptr_t grad_x,
+              bool in_double, uintptr_t grad_weight, uintptr_t grad_bias, uintptr_t grad_scale, uintptr_t grad_shift) {
   const Firsts first = firsts(x_sizes, z_sizes);
   Args args = inputs(dtypes, x_sizes, z_sizes, channels_last, numbers, tensors, first);
   const Sizes of_latent{z_sizes[0], x_sizes[1], z_sizes[2], z_sizes[3], z_sizes[4]};

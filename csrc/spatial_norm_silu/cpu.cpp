@@ -9,10 +9,12 @@ namespace cogvx::spatial_norm_silu::COGVX_ISA {
 namespace {
 
 template <class T, class A> void forward_part(const Args& args, const Part& part, const Tile<T, A>& tile) {
-  const int64_t width = row_width(args);
+  const int64_t width = row_width(args), next_row = args.width * (args.x.channels_last ? args.x.channels : 1);
   each_run(args, part, [&](int64_t frame, int64_t pixel, int64_t count, int64_t index) {
+    const T* x = at<T>(args.x, part.b, part.channel, frame, pixel);
     T* y = at<T>(args.y, part.b, part.channel, args.num_halo + frame, pixel);
-    apply_rows(at<T>(args.x, part.b, part.channel, frame, pixel), y, count, width, tile.at_index(part, index));
+    fetch(x + next_row, count * width);
+    apply_rows(x, y, count, width, tile.at_index(part, index));
     for (int64_t copy = 0; frame == 0 && copy < args.num_copies; ++copy)
       memcpy(at<T>(args.y, part.b, part.channel, copy, pixel), y, count * width * sizeof(T));
   });
@@ -27,7 +29,8 @@ template <class T, class A> bool is_forward_fused(const Args& args) {
 }
 
 template <class T>
-void forward_row(const Args& args, const Part& row, const Affine<T, float>& affine, const Projection<float>& projection) {
+void forward_row(const Args& args, const Part& row, const Affine<T, float>& affine,
+                 const Projection<float>& projection) {
   const Coefficients<float> of = affine.of(row.b, 0);
   const int64_t depth = args.z.channels, channels = args.x.channels;
   for (int64_t j = 0; j < args.width; j += kTogether) {
@@ -36,6 +39,8 @@ void forward_row(const Args& args, const Part& row, const Affine<T, float>& affi
     T* y = at<T>(args.y, row.b, 0, args.num_halo + row.frame, pixel);
     const auto apply = [&](int64_t n, int64_t c, __m512, __m512 factor, __m512 offset) {
       __m512 centered = load16(x + n * channels + c);
+      __builtin_prefetch(x + (n + kTogether) * channels + c);  // the processor does not see through this order
+      __builtin_prefetch(y + (n + kTogether) * channels + c, 1);
       if (kIsCentered<T>) centered = _mm512_sub_ps(centered, load16(of.mean + c));
       store16(y + n * channels + c, silu<T>(_mm512_fmadd_ps(centered, factor, offset)));
     };
@@ -197,7 +202,8 @@ void forward(const Args& args, int num_threads) {
 void backward(const Args& args, int num_threads) {
   switch (args.dtype) {
     case DType::float32:
-      return args.in_double ? backward_as<float, double>(args, num_threads) : backward_as<float, float>(args, num_threads);
+      if (args.in_double) return backward_as<float, double>(args, num_threads);
+      return backward_as<float, float>(args, num_threads);
     case DType::float16: return backward_as<Half, float>(args, num_threads);
     case DType::bfloat16: return backward_as<BFloat16, float>(args, num_threads);
     case DType::float64: return backward_as<double, double>(args, num_threads);

@@ -9,8 +9,8 @@
 namespace cogvx::spatial_norm_silu {
 namespace {
 
-constexpr int64_t kTile = 16384;   // coefficients of each kind that are prepared together, about
-constexpr int64_t kTogether = 6;   // latent pixels whose sums are in registers
+constexpr int64_t kTile = 8192;   // coefficients of each kind that are prepared together, about
+constexpr int64_t kTogether = 6;  // latent pixels whose sums are in registers
 
 // The pixels of x to which some neighbours in one row of the latent are nearest; where a channel's pixels lie side by
 // side, those of one channel and a whole row.
@@ -92,8 +92,8 @@ template <class A> struct Rows {
   A *factor, *offset, *scale;  // the last for gradients alone, else nullptr
 };
 
-// scale = weight_y z + bias_y and shift = weight_b z + bias_b of one latent pixel; x is then multiplied by factor * scale
-// and offset * scale + shift is added. For channels first <= c < last.
+// scale = weight_y z + bias_y and shift = weight_b z + bias_b of one latent pixel; factor * scale and
+// offset * scale + shift are the coefficients of x. For channels first <= c < last.
 template <class T, class A>
 void project_pixel(const T* z, int64_t depth, const Projection<A>& by, const Coefficients<A>& of, int64_t first,
                    int64_t last, const Rows<A>& to) {
@@ -149,10 +149,11 @@ inline int64_t steps(const BFloat16*, int64_t depth, const Projection<float>&) {
 inline __m512 value_at(const BFloat16* z, int64_t k) { return _mm512_set1_ps(widen(z[k])); }
 #endif
 
-// The same for kTogether latent pixels one after another in memory, and for their channels by sixteen; how many of these.
-// `take(pixel, channel, scale, factor, offset)` gets the results.
+// The same for kTogether latent pixels one after another in memory, and for their channels by sixteen; how many of
+// these. `take(pixel, channel, scale, factor, offset)` gets the results.
 template <class T, class F>
-int64_t project_together(const T* z, int64_t depth, const Projection<float>& by, const Coefficients<float>& of, F take) {
+int64_t project_together(const T* z, int64_t depth, const Projection<float>& by, const Coefficients<float>& of,
+                         F take) {
   const int64_t count = steps(z, depth, by);
   int64_t c = 0;
   for (; c + 16 <= by.bias.width; c += 16) {
