@@ -9,17 +9,14 @@ from conftest import DEVICE, skip_unless_live
 
 from cogvx_kernels import group_norm_silu, use_backend
 from cogvx_kernels._op import OPS
-from cogvx_kernels.group_norm_silu.cases import REAL
+from cogvx_kernels.group_norm_silu.cases import PARTS, REAL
 from cogvx_kernels.testing import assert_as_accurate
 
 BACKENDS = ["reference", *OPS["group_norm_silu"].backends]
 
 
 def arguments(case: str, dtype: torch.dtype) -> tuple:
-    real = REAL[case]
-    batch, channels, frames, height, width, groups = real.args
-    height, width = (height, width) if DEVICE == "cuda" else (height // 4, width // 2)
-    args = real.func(batch, channels, frames, height, width, groups, **real.keywords, dtype=dtype, device=DEVICE)
+    args = (REAL if DEVICE == "cuda" else PARTS)[case](dtype=dtype, device=DEVICE)
     return args[0].contiguous(memory_format=torch.channels_last_3d), *args[1:]
 
 

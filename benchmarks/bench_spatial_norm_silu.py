@@ -10,19 +10,14 @@ from conftest import DEVICE, skip_unless_live
 
 from cogvx_kernels import spatial_norm_silu, use_backend
 from cogvx_kernels._op import OPS
-from cogvx_kernels.spatial_norm_silu.cases import REAL
+from cogvx_kernels.spatial_norm_silu.cases import PARTS, REAL
 from cogvx_kernels.testing import assert_as_accurate
 
 BACKENDS = ["reference", *OPS["spatial_norm_silu"].backends]
 
 
 def arguments(case: str, dtype: torch.dtype) -> tuple:
-    real = REAL[case]
-    batch, channels, (t, h, w), depth, (t_z, h_z, w_z), groups = real.args
-    if DEVICE == "cpu":
-        h, h_z, w, w_z = h // 4, h_z // 4, w // 2, w_z // 2
-    sizes = batch, channels, (t, h, w), depth, (t_z, h_z, w_z), groups
-    args = real.func(*sizes, **real.keywords, dtype=dtype, device=DEVICE)
+    args = (REAL if DEVICE == "cuda" else PARTS)[case](dtype=dtype, device=DEVICE)
     return args[0].contiguous(memory_format=torch.channels_last_3d), *args[1:]
 
 

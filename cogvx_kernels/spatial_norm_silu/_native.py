@@ -82,7 +82,7 @@ def backward(
         copies = num_halo if halo is None else 0
         _extension._C.spatial_norm_silu_backward(
             *_inputs((x, z, *weights), (num_groups, eps, num_halo, copies)), grad.data_ptr(), grad_x.data_ptr(),
-            sums_in == torch.float64, *(t.data_ptr() for t in (*sums, *at_latent)),
+            dtype == torch.float64, *(t.data_ptr() for t in (*sums, *at_latent)),
         )  # fmt: skip
     grad_weight, grad_bias = (g.to(weight.dtype, copy=True) for g in sums)
     grad_z, *of_projections = projection.gradients(z, weight_y, weight_b, *at_latent)

@@ -233,7 +233,7 @@ def backward(
     grad_weight, grad_bias = torch.zeros_like(weight), torch.zeros_like(weight)
     if x.numel():
         firsts, most = _firsts(x, z)
-        rows = z.shape[2] * z.shape[3] * triton.cdiv(z.shape[4], LATENT_PIXELS)
+        rows = z.shape[2] * z.shape[3] * triton.cdiv(z.shape[4], _LATENT_PIXELS)
         partials = torch.empty(b, rows, 2, c, dtype=torch.float64, device=x.device)
         with torch.cuda.device_of(x):
             stats = shared.statistics(x, num_groups, eps)
