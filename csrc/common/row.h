@@ -119,8 +119,17 @@ inline __m512 widen16(__m256i bits) {
 
 inline __m512 load16(const BFloat16* from, __mmask16 mask) { return widen16(_mm256_maskz_loadu_epi16(mask, from)); }
 
-// The instruction takes subnormal numbers for zeros, which is below any error that bfloat16 could show.
-inline __m256i round16(__m512 values) { return reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(values)); }
+// The instruction takes subnormal numbers for zeros; where there is one, integers round instead.
+inline __m256i round16(__m512 values) {
+  constexpr int kSubnormal = 0x20;
+  if (__builtin_expect(_mm512_fpclass_ps_mask(values, kSubnormal) == 0, 1))
+    return reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(values));
+  alignas(64) float wide[16];
+  alignas(32) BFloat16 narrow[16];
+  _mm512_store_ps(wide, values);
+  for (int i = 0; i < 16; ++i) store(narrow + i, wide[i]);
+  return _mm256_load_si256(reinterpret_cast<const __m256i*>(narrow));
+}
 
 inline void write16(BFloat16* to, __m256i bits, __mmask16 mask, bool streamed) {
   if (streamed) return _mm256_stream_si256(reinterpret_cast<__m256i*>(to), bits);
