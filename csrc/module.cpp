@@ -17,6 +17,7 @@ namespace cogvx {
 
 void register_expert_layernorm(py::module_& m);
 void register_gated_expert_layernorm(py::module_& m);
+void register_linear(py::module_& m);
 
 namespace {
 
@@ -74,4 +75,5 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.def("why_not_cuda", &cogvx::why_not_cuda_object, "Why a CUDA device cannot run the extension's kernels, or None.");
   cogvx::register_expert_layernorm(m);
   cogvx::register_gated_expert_layernorm(m);
+  cogvx::register_linear(m);
 }
