@@ -17,14 +17,11 @@ namespace cogvx {
 
 void register_expert_layernorm(py::module_& m);
 void register_gated_expert_layernorm(py::module_& m);
-<<<<<<< HEAD
 void register_group_norm_silu(py::module_& m);
 void register_joint_attention(py::module_& m);
+void register_linear(py::module_& m);
 void register_qk_norm_rope(py::module_& m);
 void register_spatial_norm_silu(py::module_& m);
-=======
-void register_linear(py::module_& m);
->>>>>>> w_tf
 
 namespace {
 
@@ -82,12 +79,9 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.def("why_not_cuda", &cogvx::why_not_cuda_object, "Why a CUDA device cannot run the extension's kernels, or None.");
   cogvx::register_expert_layernorm(m);
   cogvx::register_gated_expert_layernorm(m);
-<<<<<<< HEAD
   cogvx::register_group_norm_silu(m);
   cogvx::register_joint_attention(m);
+  cogvx::register_linear(m);
   cogvx::register_qk_norm_rope(m);
   cogvx::register_spatial_norm_silu(m);
-=======
-  cogvx::register_linear(m);
->>>>>>> w_tf
 }

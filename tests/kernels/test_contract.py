@@ -351,11 +351,7 @@ def test_explain_answers_for_every_operator():
 
 def test_an_unknown_backend_is_refused():
     with (
-<<<<<<< HEAD
         pytest.raises(ValueError, match=r"name must be one of reference, .*native.*, got 'trition'"),
-=======
-        pytest.raises(ValueError, match="name must be one of reference, native, triton, got 'trition'"),
->>>>>>> w_tf
         use_backend("trition"),
     ):
         pass
