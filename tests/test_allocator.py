@@ -11,7 +11,8 @@ ROOT = Path(__file__).parents[1]
 HOLD = """
 import ctypes, torch
 class Held(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_size_t) for name in "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split()]
+    names = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"
+    _fields_ = [(name, ctypes.c_size_t) for name in names.split()]
 state = ctypes.CDLL(None).mallinfo2
 state.restype = Held
 tensor = torch.ones(2**24)
@@ -23,7 +24,7 @@ LARGE = 2**26  # bytes of the tensor
 
 
 def memory_of_a_large_tensor(program):
-    """Bytes that the C library has got from the system block by block, and those that it keeps free, with a large tensor and after it."""
+    """Bytes that the C library got block by block while a tensor was held, and those that it keeps free after."""
     done = subprocess.run([sys.executable, "-c", program + HOLD], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return [int(word) for word in done.stdout.split()[-2:]]

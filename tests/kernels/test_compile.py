@@ -70,7 +70,7 @@ def listed_needs(op: str, capability: int) -> dict[str, str]:
     """The table's cells of one operator and architecture, by kernel."""
     column = 3 + list(SHARED_LIMITS).index(capability)
     rows = [line.split("|") for line in TABLE.read_text().splitlines() if line.startswith(f"| {op} |")]
-    return {row[2].strip(): row[column].strip() for row in rows}
+    return {row[2].strip(): row[column].strip() for row in rows if row[column].strip()}
 
 
 def cell(needs: dict) -> str:
@@ -98,9 +98,10 @@ def write_table() -> None:
     lines = [HEADER.format(version=version, architectures=architectures, dashes="---|" * len(SHARED_LIMITS))]
     for op in OPERATORS:
         with tempfile.TemporaryDirectory() as cache:
-            columns = [what_kernels_need(op, capability, Path(cache)) for capability in SHARED_LIMITS]
-        for row in zip(*columns, strict=True):
-            lines.append(f"| {op} | {row[0]['kernel']} | {' | '.join(cell(needs) for needs in row)} |\n")
+            needs = [what_kernels_need(op, capability, Path(cache)) for capability in SHARED_LIMITS]
+        columns = [{one["kernel"]: cell(one) for one in column} for column in needs]
+        for kernel in dict.fromkeys(kernel for column in columns for kernel in column):  # tiles differ by architecture
+            lines.append(f"| {op} | {kernel} | {' | '.join(column.get(kernel, '') for column in columns)} |\n")
     TABLE.write_text("".join(lines))
 
 
