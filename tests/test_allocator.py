@@ -37,5 +37,5 @@ def test_the_command_line_keeps_freed_memory_and_the_library_does_not():
     apart, kept = memory_of_a_large_tensor(
         "import sys; from cogvx.__main__ import main; sys.argv = ['cogvx', '--help']; main()\n"
     )
-    assert apart == 0
+    assert apart < LARGE
     assert kept >= LARGE
