@@ -15,11 +15,11 @@ BENCH := $(PY) -m pytest benchmarks --benchmark-group-by=group --benchmark-colum
 demo: $(STAMP)  ## a video from a prompt, with the checkpoint inside the package
 	$(PY) -m cogvx demo
 
-test: $(STAMP)  ## every test; Triton kernels run in its interpreter
-	TRITON_INTERPRET=1 $(PY) -m pytest tests --require native,triton
+test: $(STAMP)  ## every test; CUDA kernels are compiled for the host too, Triton kernels run in its interpreter
+	TRITON_INTERPRET=1 $(PY) -m pytest tests --require native,cuda,triton
 
 soak: $(STAMP)  ## the long counts; hours
-	TRITON_INTERPRET=1 $(PY) -m pytest tests --require native,triton -m soak
+	TRITON_INTERPRET=1 $(PY) -m pytest tests --require native,cuda,triton -m soak
 
 bench: $(STAMP)  ## every kernel beside plain PyTorch, with the C library's allocator as it is and with memory kept
 	COGVX_BENCH_ALLOCATOR=default $(BENCH)

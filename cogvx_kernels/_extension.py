@@ -4,6 +4,9 @@ It knows nothing of torch: it takes addresses, sizes, strides in elements and a 
 """
 
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -16,6 +19,8 @@ except ImportError as error:
     _C = None
     _missing = f"the compiled extension cannot be loaded ({error}); `pip install .` builds it"
 
+_on_host: ModuleType | None = None
+
 DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float64: "float64"}
 
 
@@ -25,29 +30,57 @@ def built_with() -> dict:
 
 
 def why_not(x: Tensor) -> str | None:
-    """Why the extension cannot work on tensors like `x`, or None."""
+    """Why the extension's CPU kernels cannot work on tensors like `x`, or None."""
     if _missing:
         return _missing
     if x.dtype not in DTYPES:
         return f"the compiled kernels work in float32, float16, bfloat16 and float64, not in {x.dtype}"
-    if x.device.type == "cpu":
-        return None
+    return None if x.device.type == "cpu" else f"these kernels run on CPUs, not on {x.device}"
+
+
+def why_not_cuda(x: Tensor, dtypes: tuple[torch.dtype, ...]) -> str | None:
+    """Why the extension's CUDA kernels, compiled for these dtypes, cannot work on tensors like `x`, or None."""
+    if x.dtype not in dtypes:
+        return f"the CUDA kernel works in {', '.join(str(d).removeprefix('torch.') for d in dtypes)}, not in {x.dtype}"
+    if _on_host is not None:
+        return None if x.device.type == "cpu" else "the CUDA kernels run on the host at present"
+    if _missing:
+        return _missing
     if x.device.type != "cuda" or torch.version.hip:
-        return f"the compiled kernels run on CPUs and CUDA devices, not on {x.device}"
-    return _why_not_cuda(x.device.index)
+        return f"CUDA kernels run on CUDA devices, not on {x.device}"
+    return _why_not_device(x.device.index)
 
 
 @functools.cache
-def _why_not_cuda(device: int) -> str | None:
+def _why_not_device(device: int) -> str | None:
     reason = _C.why_not_cuda(device)
     return reason and f"cuda:{device} cannot run the compiled kernels: {reason}"
 
 
+def cuda() -> ModuleType:
+    """The module whose CUDA kernels run: the extension, or in tests a build of it for the host."""
+    return _on_host or _C
+
+
+@contextmanager
+def cuda_on_host(module: ModuleType) -> Iterator[None]:
+    """Run CUDA kernels on CPU tensors, by an extension whose .cu files were compiled for the host; for tests."""
+    global _on_host
+    before, _on_host = _on_host, module
+    try:
+        yield
+    finally:
+        _on_host = before
+
+
 def place(x: Tensor) -> tuple[bool, int, int, int]:
-    """Where the kernel runs: whether on CUDA, threads, device, stream."""
-    if x.is_cuda:
-        return True, 0, x.device.index, torch.cuda.current_stream(x.device).cuda_stream
+    """Where a CPU kernel runs: not on CUDA, with so many threads."""
     return False, torch.get_num_threads(), 0, 0
+
+
+def cuda_place(x: Tensor) -> tuple[bool, int, int, int]:
+    """Where a CUDA kernel runs: on CUDA, on the tensor's device and on its current stream."""
+    return True, 0, *((x.device.index, torch.cuda.current_stream(x.device).cuda_stream) if x.is_cuda else (0, 0))
 
 
 def rows(x: Tensor) -> tuple[int, int, int]:  # x [B, N, D] with contiguous rows

@@ -3,6 +3,7 @@
 An operator is its reference: a module whose `forward` gives the meaning, the fake (shape) kernel, the default gradient
 and the fallback. A backend is a module named `_<backend>` beside it, with the same `forward`, and if it wants
 `backward(*grads, *args)`, a gradient for each tensor argument, and `why_not(*args)`, the reason it cannot run or None.
+One that is for some dtypes alone lists them as FOR_DTYPES, one that is for some shapes alone says which as FOR_SHAPES.
 A backward with a keyword argument `needs` is told which of those gradients are wanted; None does for the others.
 
 `torch.ops.cogvx.<name>` and `torch.ops.cogvx.<name>_backward` are opaque to torch.compile; the backend is chosen when
@@ -86,6 +87,10 @@ class Op:
         if isinstance(module, str):
             return module
         return module.why_not(*args) if hasattr(module, "why_not") else None
+
+    def dtypes(self, backend: str) -> tuple[torch.dtype, ...]:
+        """What a backend is for: its FOR_DTYPES, else every dtype of 32 bits or less."""
+        return getattr(self._module(backend), "FOR_DTYPES", FLOATS[:3])
 
     def _module(self, backend: str) -> ModuleType | str:
         if backend == "reference":
@@ -263,8 +268,10 @@ def explain(op: str | None = None, *args: Any) -> dict[str, dict[str, str]]:
     answer = {}
     for name in OPS if op is None else [op]:
         one = OPS[name]
-        call = args or importlib.import_module(f"{one.reference.__package__}.cases").SMALL[0](device=device)
-        answer[name] = {backend: one.why_not(backend, *call) or "live" for backend in (*one.backends, "reference")}
+        small = importlib.import_module(f"{one.reference.__package__}.cases").SMALL[0]
+        calls = {backend: args or small(device=device, dtype=one.dtypes(backend)[0]) for backend in one.backends}
+        answer[name] = {backend: one.why_not(backend, *call) or "live" for backend, call in calls.items()}
+        answer[name]["reference"] = "live"
     return answer
 
 

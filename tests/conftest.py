@@ -4,6 +4,7 @@ import os
 import signal
 from pathlib import Path
 
+import host_cuda
 import pytest
 import torch
 
@@ -11,16 +12,19 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read where a Triton kernel is defined, so before any is imported
 
 import cogvx_kernels
+from cogvx_kernels import _extension
 from cogvx_kernels._op import OPS, declared_backends
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--require", default="", help="backends that must run where they are declared: native,triton")
+    parser.addoption("--require", default="", help="backends that must run where they are declared: native,cuda,triton")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     # A shell makes what it runs in the background ignore Ctrl-C, and with it every process that a test starts.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    if "cuda" in required(config) and not torch.cuda.is_available():
+        run_cuda_on_host(config)
     live = cogvx_kernels.explain()
     for backend in required(config):
         if backend not in declared_backends():
@@ -28,6 +32,18 @@ def pytest_configure(config: pytest.Config) -> None:
         reasons = {name: answer[backend] for name, answer in live.items() if answer.get(backend, "live") != "live"}
         if reasons:
             raise pytest.UsageError(f"--require {backend}: does not run: {reasons}")
+
+
+def run_cuda_on_host(config: pytest.Config) -> None:
+    """CUDA kernels run on the host; the environment's HOST_CUDA_SANITIZER and HOST_CUDA_SEED say how."""
+    try:
+        path = host_cuda.build(os.environ.get("HOST_CUDA_SANITIZER", ""))
+    except RuntimeError as error:
+        raise pytest.UsageError(f"--require cuda: {error}") from None
+    host_cuda.Machine(path).seed(int(os.environ.get("HOST_CUDA_SEED", "0")))
+    here = _extension.cuda_on_host(host_cuda.load(path))
+    here.__enter__()
+    config.add_cleanup(lambda: here.__exit__(None, None, None))
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:

@@ -114,6 +114,8 @@ def test_one_name_five_places(name):
     if "native" in OPS[name].backends:
         places += [f"csrc/{name}/{part}" for part in (f"{name}.h", "bind.cpp", "cpu.cpp")]
         places += [f"benchmarks/bench_{name}.py"]
+    if "cuda" in OPS[name].backends:
+        places += [f"csrc/{name}/{part}" for part in (f"{name}.h", "bind.cpp", "cuda.cu")]
     assert not [place for place in places if not (ROOT / place).exists()]
     assert hasattr(torch.ops.cogvx, name)
 

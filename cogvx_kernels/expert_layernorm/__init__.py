@@ -38,4 +38,4 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor, shift: Tensor, scale: Tensor
     check_value(name, "eps", eps, eps > 0, "above 0")
 
 
-_op = Op("expert_layernorm", reference, "native", "triton", check=_check)
+_op = Op("expert_layernorm", reference, "native", "cuda", "triton", check=_check)

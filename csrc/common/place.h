@@ -39,4 +39,12 @@ inline void throw_if(const char* error, const char* operator_name) {
   if (error) throw std::runtime_error(std::string(operator_name) + ": CUDA error: " + error);
 }
 
+// Runs a CUDA launcher, where there are any.
+#ifdef COGVX_CUDA_VERSION
+#define COGVX_ON_CUDA(operator_name, call) cogvx::throw_if(call, operator_name)
+#else
+#define COGVX_ON_CUDA(operator_name, call) \
+  throw std::runtime_error(std::string(operator_name) + ": the extension was built without CUDA")
+#endif
+
 }  // namespace cogvx

@@ -35,15 +35,10 @@ void forward(const PyPlace& where, const std::string& dtype, const Sizes& sizes,
   args.y = rows(y);
   const Place at = place(where);
   const py::gil_scoped_release release;
-  if (at.is_cuda) {
-#ifdef COGVX_CUDA_VERSION
-    throw_if(forward_cuda(args, at.device, at.stream), "expert_layernorm");
-#else
-    throw std::runtime_error("expert_layernorm: the extension was built without CUDA");
-#endif
-  } else {
+  if (at.is_cuda)
+    COGVX_ON_CUDA("expert_layernorm", forward_cuda(args, at.device, at.stream));
+  else
     COGVX_ON_THIS_CPU(forward(args, at.threads));
-  }
 }
 
 void backward(const PyPlace& where, const std::string& dtype, const Sizes& sizes, double eps, const PyRows& x,
@@ -60,15 +55,10 @@ void backward(const PyPlace& where, const std::string& dtype, const Sizes& sizes
   args.partials = pointer(partials);
   const Place at = place(where);
   const py::gil_scoped_release release;
-  if (at.is_cuda) {
-#ifdef COGVX_CUDA_VERSION
-    throw_if(backward_cuda(args, at.device, at.stream), "expert_layernorm");
-#else
-    throw std::runtime_error("expert_layernorm: the extension was built without CUDA");
-#endif
-  } else {
+  if (at.is_cuda)
+    COGVX_ON_CUDA("expert_layernorm", backward_cuda(args, at.device, at.stream));
+  else
     COGVX_ON_THIS_CPU(backward(args, at.threads));
-  }
 }
 
 }  // namespace

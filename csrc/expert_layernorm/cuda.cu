@@ -1,5 +1,6 @@
 // A block takes a chunk of rows that share a modulation, keeps that in registers, and reads and writes each row once.
 #include "common/launch.cuh"
+#include "common/ptx.cuh"
 #include "common/vec.cuh"
 #include "expert_layernorm/expert_layernorm.h"
 
@@ -24,8 +25,7 @@ template <class T> __device__ T* row_of(const Rows& rows, int64_t b, int64_t n) 
 
 template <class T, class Layout> __global__ void __launch_bounds__(Layout::kMaxThreads, 1) forward_kernel(Args args) {
   using Row = Values<Layout::kVec, Layout::kSlots>;
-  __shared__ BlockSum::Shared shared;
-  BlockSum block_sum(shared);
+  BlockSum block_sum(*reinterpret_cast<BlockSum::Shared*>(shared_memory()));
   const int width = static_cast<int>(args.width);
   const Chunk chunk = chunk_at(args, blockIdx.x, kForwardChunk);
 
@@ -54,8 +54,7 @@ template <class T, class Layout> __global__ void __launch_bounds__(Layout::kMaxT
 // grad_x = rstd * (d - mean(d) - xhat * mean(d * xhat)).
 template <class T, class Layout> __global__ void __launch_bounds__(Layout::kMaxThreads, 1) backward_kernel(Args args) {
   using Row = Values<Layout::kVec, Layout::kSlots>;
-  __shared__ BlockSum::Shared shared;
-  BlockSum block_sum(shared);
+  BlockSum block_sum(*reinterpret_cast<BlockSum::Shared*>(shared_memory()));
   const int width = static_cast<int>(args.width);
   const Chunk chunk = chunk_at(args, blockIdx.x, kChunk);
 
@@ -88,9 +87,11 @@ template <class T, class Layout> __global__ void __launch_bounds__(Layout::kMaxT
   sum_grad_xhat.store(partial + width, width);
 }
 
+using ColumnSums = double[32][kCudaColumns];  // by row of threads
+
 // Adds the chunks up, in an order that depends on their number alone.
 template <class T> __global__ void __launch_bounds__(kCudaColumns * 32) columns_kernel(Args args) {
-  __shared__ double shared[2][32][kCudaColumns];
+  auto* shared = reinterpret_cast<ColumnSums*>(shared_memory());
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kCudaColumns + threadIdx.x;
   const int64_t per_sample = num_chunks(args, kChunk), num_text_chunks = num_chunks(args.num_text, kChunk);
   double grad_weight = 0, grad_bias = 0;
@@ -145,29 +146,34 @@ template <class Layout> unsigned num_threads(const Args& args) {
   return static_cast<unsigned>((args.width + values - 1) / values * 32);
 }
 
-template <class T, class Layout> void launch_forward(const Args& args, cudaStream_t stream) {
+template <class T, class Layout> const char* launch_forward(const Args& args, cudaStream_t stream) {
   const unsigned blocks = static_cast<unsigned>(args.batch * num_chunks(args, kForwardChunk));
-  if (blocks) forward_kernel<T, Layout><<<blocks, num_threads<Layout>(args), 0, stream>>>(args);
+  if (!blocks) return nullptr;
+  return launch<forward_kernel<T, Layout>>(blocks, num_threads<Layout>(args), sizeof(BlockSum::Shared), stream, args);
 }
 
-template <class T, class Layout> void launch_backward(const Args& args, cudaStream_t stream) {
+template <class T, class Layout> const char* launch_backward(const Args& args, cudaStream_t stream) {
   const unsigned blocks = static_cast<unsigned>(args.batch * num_chunks(args, kChunk));
-  if (blocks) backward_kernel<T, Layout><<<blocks, num_threads<Layout>(args), 0, stream>>>(args);
+  constexpr auto kernel = backward_kernel<T, Layout>;
+  const char* error = nullptr;
+  if (blocks) error = launch<kernel>(blocks, num_threads<Layout>(args), sizeof(BlockSum::Shared), stream, args);
+  if (error) return error;
   const unsigned column_blocks = static_cast<unsigned>((args.width + kCudaColumns - 1) / kCudaColumns);
-  columns_kernel<T><<<column_blocks, dim3(kCudaColumns, 32), 0, stream>>>(args);
+  return launch<columns_kernel<T>>(column_blocks, dim3(kCudaColumns, 32), 2 * sizeof(ColumnSums), stream, args);
 }
 
-template <class T> void forward_as(const Args& args, cudaStream_t stream) {
-  is_aligned<T>(args) ? launch_forward<T, Vectors<T>>(args, stream) : launch_forward<T, Scalars<T>>(args, stream);
+template <class T> const char* forward_as(const Args& args, cudaStream_t stream) {
+  if (is_aligned<T>(args)) return launch_forward<T, Vectors<T>>(args, stream);
+  return launch_forward<T, Scalars<T>>(args, stream);
 }
 
-template <class T> void backward_as(const Args& args, cudaStream_t stream) {
-  is_aligned<T>(args) ? launch_backward<T, Vectors<T>>(args, stream) : launch_backward<T, Scalars<T>>(args, stream);
+template <class T> const char* backward_as(const Args& args, cudaStream_t stream) {
+  if (is_aligned<T>(args)) return launch_backward<T, Vectors<T>>(args, stream);
+  return launch_backward<T, Scalars<T>>(args, stream);
 }
 
 const char* why_not(const Args& args) {
-  if (args.width < 1 || args.width > kMaxWidth) return "the width must be from 1 to 4096";
-  return args.dtype == DType::float64 ? "float64 is not compiled" : nullptr;
+  return args.width < 1 || args.width > kMaxWidth ? "the width must be from 1 to 4096" : nullptr;
 }
 
 }  // namespace
@@ -176,20 +182,20 @@ const char* forward_cuda(const Args& args, int device, uintptr_t stream_address)
   if (const char* reason = why_not(args)) return reason;
   const DeviceGuard guard(device);
   const auto stream = reinterpret_cast<cudaStream_t>(stream_address);
-  if (args.dtype == DType::float32) forward_as<float>(args, stream);
-  if (args.dtype == DType::float16) forward_as<__half>(args, stream);
-  if (args.dtype == DType::bfloat16) forward_as<__nv_bfloat16>(args, stream);
-  return launch_error();
+  if (args.dtype == DType::float32) return forward_as<float>(args, stream);
+  if (args.dtype == DType::float16) return forward_as<__half>(args, stream);
+  if (args.dtype == DType::bfloat16) return forward_as<__nv_bfloat16>(args, stream);
+  return "a dtype that is not compiled";
 }
 
 const char* backward_cuda(const Args& args, int device, uintptr_t stream_address) {
   if (const char* reason = why_not(args)) return reason;
   const DeviceGuard guard(device);
   const auto stream = reinterpret_cast<cudaStream_t>(stream_address);
-  if (args.dtype == DType::float32) backward_as<float>(args, stream);
-  if (args.dtype == DType::float16) backward_as<__half>(args, stream);
-  if (args.dtype == DType::bfloat16) backward_as<__nv_bfloat16>(args, stream);
-  return launch_error();
+  if (args.dtype == DType::float32) return backward_as<float>(args, stream);
+  if (args.dtype == DType::float16) return backward_as<__half>(args, stream);
+  if (args.dtype == DType::bfloat16) return backward_as<__nv_bfloat16>(args, stream);
+  return "a dtype that is not compiled";
 }
 
 }  // namespace cogvx::expert_layernorm

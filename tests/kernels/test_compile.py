@@ -18,7 +18,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 SHARED_LIMITS = {80: 163, 90: 227, 100: 227, 120: 99}  # KiB a block, by compute capability
-SOURCES = sorted(ROOT.glob("csrc/**/*.cu"))
+SOURCES = sorted([*ROOT.glob("csrc/**/*.cu"), ROOT / "tests/host_cuda/probe.cu"])
 OPERATORS = sorted(path.parent.name for path in ROOT.glob("cogvx_kernels/*/_triton.py"))
 TABLE = ROOT / "docs" / "triton.md"
 HEADER = """# What the Triton kernels need
@@ -105,7 +105,7 @@ def write_table() -> None:
     TABLE.write_text("".join(lines))
 
 
-@pytest.mark.parametrize("source", SOURCES, ids=lambda path: str(path.relative_to(ROOT / "csrc")))
+@pytest.mark.parametrize("source", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_nvcc_compiles(source, tmp_path):
     nvcc = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
     if nvcc is None:

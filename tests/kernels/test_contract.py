@@ -16,10 +16,11 @@ CASES = {name: import_module(f"cogvx_kernels.{name}.cases") for name in OPS}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 ALL = [(name, backend) for name, op in OPS.items() for backend in ("reference", *op.backends)]
+ALL_DTYPES = [(name, backend, dtype) for name, backend in ALL for dtype in DTYPES if dtype in OPS[name].dtypes(backend)]
 
 each_backend = pytest.mark.parametrize(("name", "backend"), ALL)
 each_backend_with_gradients = pytest.mark.parametrize(("name", "backend"), [x for x in ALL if OPS[x[0]].differentiable])
-each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+each_backend_and_dtype = pytest.mark.parametrize(("name", "backend", "dtype"), ALL_DTYPES, ids=str)
 each_device = pytest.mark.parametrize("device", devices())
 
 
@@ -39,6 +40,23 @@ def public(name):
 
 def opaque(name):
     return getattr(torch.ops.cogvx, name)
+
+
+def takes(name, backend, args):
+    """Whether a call is for this backend: one with FOR_SHAPES leaves others to the next, any other must take all."""
+    module = OPS[name]._module(backend)
+    return not hasattr(module, "FOR_SHAPES") or OPS[name].why_not(backend, *args) is None
+
+
+def small_calls(name, backend, device, run_on, dtype=None):
+    """The arguments of the small cases that are for this backend, at least two."""
+    dtype = dtype or OPS[name].dtypes(backend)[0]
+    calls = (case(dtype=dtype, device=device) for case in CASES[name].SMALL)
+    calls = [args for args in calls if takes(name, backend, args)]
+    assert len(calls) >= 2
+    for args in calls:
+        run_on(name, backend, *args)
+    return calls
 
 
 def parts(y):
@@ -90,12 +108,9 @@ def check_accuracy(name, args):
 
 
 @each_device
-@each_dtype
-@each_backend
+@each_backend_and_dtype
 def test_results_and_gradients(name, backend, dtype, device, run_on):
-    for case in CASES[name].SMALL:
-        args = case(dtype=dtype, device=device)
-        run_on(name, backend, *args)
+    for args in small_calls(name, backend, device, run_on, dtype):
         with use_backend(backend):
             check_accuracy(name, args)
 
@@ -103,8 +118,7 @@ def test_results_and_gradients(name, backend, dtype, device, run_on):
 @each_device
 @each_backend
 def test_noncontiguous_arguments_and_gradients(name, backend, device, run_on):
-    for case in CASES[name].SMALL[:4]:
-        args = case(device=device)
+    for args in small_calls(name, backend, device, run_on)[:4]:
         gapped = changed(args, noncontiguous)
         run_on(name, backend, *gapped)
         with use_backend(backend):
@@ -120,9 +134,7 @@ def test_noncontiguous_arguments_and_gradients(name, backend, device, run_on):
 @each_device
 @each_backend
 def test_every_value_is_written(name, backend, device, run_on):
-    for case in CASES[name].SMALL:
-        args = case(device=device)
-        run_on(name, backend, *args)
+    for args in small_calls(name, backend, device, run_on):
         with use_backend(backend):
             y = parts(opaque(name)(*args))
             grads = make_grads(y)
@@ -143,9 +155,7 @@ def assert_new_memory(results, others):
 @each_device
 @each_backend
 def test_results_are_new_memory(name, backend, device, run_on):
-    for case in CASES[name].SMALL:
-        args = case(device=device)
-        run_on(name, backend, *args)
+    for args in small_calls(name, backend, device, run_on):
         with use_backend(backend):
             assert_new_memory(parts(opaque(name)(*args)), tensors(args))
 
@@ -153,9 +163,7 @@ def test_results_are_new_memory(name, backend, device, run_on):
 @each_device
 @each_backend_with_gradients
 def test_gradients_are_new_memory(name, backend, device, run_on):
-    for case in CASES[name].SMALL:
-        args = case(device=device)
-        run_on(name, backend, *args)
+    for args in small_calls(name, backend, device, run_on):
         with use_backend(backend):
             needs = [isinstance(args[i], Tensor) for i in OPS[name]._tensors]
             grads = make_grads(parts(opaque(name)(*args)))
@@ -169,9 +177,8 @@ OPCHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "tes
 @each_device
 @each_backend
 def test_opcheck(name, backend, device, run_on):
-    for case, checks in ((CASES[name].SMALL[0], OPCHECKS), (CASES[name].SMALL[1], OPCHECKS[:3])):
-        args = case(device=device)
-        run_on(name, backend, *args)
+    calls = small_calls(name, backend, device, run_on)
+    for args, checks in ((calls[0], OPCHECKS), (calls[1], OPCHECKS[:3])):
         with use_backend(backend):
             args = leaves(args) if OPS[name].differentiable else args
             torch.library.opcheck(opaque(name).default, args, test_utils=checks)
@@ -180,9 +187,8 @@ def test_opcheck(name, backend, device, run_on):
 @each_device
 @each_backend_with_gradients
 def test_opcheck_of_gradients(name, backend, device, run_on):
-    for case, checks in ((CASES[name].SMALL[0], OPCHECKS), (CASES[name].SMALL[1], OPCHECKS[:3])):
-        args = case(device=device)
-        run_on(name, backend, *args)
+    calls = small_calls(name, backend, device, run_on)
+    for args, checks in ((calls[0], OPCHECKS), (calls[1], OPCHECKS[:3])):
         with use_backend(backend):
             needs = [isinstance(args[i], Tensor) and i != 1 for i in OPS[name]._tensors]
             call = make_grads(parts(opaque(name)(*args))), needs, *args
@@ -194,8 +200,7 @@ def test_opcheck_of_gradients(name, backend, device, run_on):
 @pytest.mark.parametrize("face", ["public", "opaque"])
 def test_fullgraph_compile(name, backend, face, device, run_on):
     function = public(name) if face == "public" else opaque(name)
-    args = CASES[name].SMALL[0](device=device)
-    run_on(name, backend, *args)
+    args = small_calls(name, backend, device, run_on)[0]
 
     def model(*args):
         return tuple(p * 2 for p in parts(function(*args)))
@@ -243,7 +248,7 @@ def test_channels_last_chunks_give_channels_last_results(name):
 @each_backend
 def test_autocast_gives_low_precision_and_full_precision_gradients(name, backend, run_on):
     args = CASES[name].SMALL[0]()
-    run_on(name, backend, *args)
+    run_on(name, backend, *CASES[name].SMALL[0](dtype=torch.bfloat16))
     with use_backend(backend), torch.autocast("cpu", torch.bfloat16):
         for function in (opaque(name), public(name)):
             mixed = leaves(args)
@@ -276,9 +281,12 @@ def test_an_operator_without_gradients_refuses_them(name):
 def test_legal_fuzz(name, backend, count, run_on):
     rng = random.Random(f"{name} {backend} legal")
     for i in range(count):
-        case = CASES[name].draw(rng)
-        dtype, scale = rng.choice(DTYPES), 10.0 ** rng.uniform(-3, 3)
-        args = case(dtype=dtype, seed=i, scale=scale)
+        dtype, scale = rng.choice(OPS[name].dtypes(backend)), 10.0 ** rng.uniform(-3, 3)
+        while True:
+            case = CASES[name].draw(rng)
+            args = case(dtype=dtype, seed=i, scale=scale)
+            if takes(name, backend, args):
+                break
         if rng.random() < 0.3:
             args = changed(args, noncontiguous)
         run_on(name, backend, *args)

@@ -1,0 +1,81 @@
+"""The extension with its CUDA kernels compiled for the host, built where it is out of date, and its controls."""
+
+import ctypes
+import importlib.machinery
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pybind11
+
+HERE = Path(__file__).parent
+BUILDS = HERE.parents[1] / "build"
+
+
+def build(sanitizer: str = "", sources: Path = HERE) -> Path:
+    """The compiled module; `sanitizer` is "", "address" or "thread".
+
+    Raises RuntimeError with what the compiler said.
+    """
+    folder = BUILDS / f"host_cuda{sanitizer and '-'}{sanitizer}"
+    binaries = Path(sys.executable).parent
+    environment = os.environ | {"PATH": f"{binaries}{os.pathsep}{os.environ['PATH']}"}
+    commands = [["cmake", "--build", folder]]
+    if not (folder / "build.ninja").exists():
+        settings = {
+            "CMAKE_BUILD_TYPE": "None",
+            "HOST_CUDA_SANITIZER": sanitizer,
+            "Python_EXECUTABLE": sys.executable,
+            "pybind11_DIR": pybind11.get_cmake_dir(),
+        }
+        commands.insert(
+            0, ["cmake", "-S", sources, "-B", folder, "-G", "Ninja", *(f"-D{k}={v}" for k, v in settings.items())]
+        )
+    for command in commands:
+        done = subprocess.run([str(word) for word in command], env=environment, capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(
+                f"the CUDA kernels cannot be compiled for the host:\n{(done.stdout + done.stderr)[-4000:]}"
+            )
+    return next(folder.glob("_C*.so"))
+
+
+def load(path: Path) -> ModuleType:
+    """The extension module; its name differs from the real one's, so that both can be in one process."""
+    loader = importlib.machinery.ExtensionFileLoader("host_cuda._C", str(path))
+    module = importlib.util.module_from_spec(importlib.util.spec_from_loader("host_cuda._C", loader))
+    loader.exec_module(module)
+    return module
+
+
+class Machine:
+    """The controls of a built module: the seed of its order of threads, and what it was asked to launch."""
+
+    def __init__(self, path: Path):
+        self.library = ctypes.CDLL(str(path))
+        self.library.host_cuda_launches.restype = ctypes.c_char_p
+
+    def seed(self, seed: int) -> None:
+        """Threads and blocks run in another order for another seed."""
+        self.library.host_cuda_seed(ctypes.c_uint64(seed))
+
+    def record(self, on: bool) -> None:
+        """Note launches down without running them."""
+        self.library.host_cuda_record(int(on))
+
+    def launches(self) -> list[tuple[str, tuple[int, ...], tuple[int, ...], int]]:
+        """Kernel, grid, block and bytes of shared memory of every launch since the last call."""
+        lines = self.library.host_cuda_launches().decode().splitlines()
+        fields = (line.split("\t") for line in lines)
+        return [(_kernel(name), *(tuple(map(int, size.split(","))) for size in (grid, block)), int(shared))
+                for name, grid, block, shared in fields]  # fmt: skip
+
+
+def _kernel(signature: str) -> str:
+    """The kernel's name in what the compiler calls the launching function."""
+    found = re.search(r"kernel = ([^;]*)[;\]]", signature)
+    return found[1].replace("{anonymous}::", "").replace("cogvx::", "") if found else signature
