@@ -35,9 +35,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def run_cuda_on_host(config: pytest.Config) -> None:
-    """CUDA kernels run on the host; the environment's HOST_CUDA_SANITIZER and HOST_CUDA_SEED say how."""
+    """CUDA kernels run on the host; the environment's HOST_CUDA_TARGET and HOST_CUDA_SEED say how."""
     try:
-        path = host_cuda.build(os.environ.get("HOST_CUDA_SANITIZER", ""))
+        path = host_cuda.build(os.environ.get("HOST_CUDA_TARGET", "plain"))
     except RuntimeError as error:
         raise pytest.UsageError(f"--require cuda: {error}") from None
     host_cuda.Machine(path).seed(int(os.environ.get("HOST_CUDA_SEED", "0")))

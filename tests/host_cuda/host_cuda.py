@@ -13,35 +13,31 @@ from types import ModuleType
 import pybind11
 
 HERE = Path(__file__).parent
-BUILDS = HERE.parents[1] / "build"
+FOLDER = HERE.parents[1] / "build" / "host_cuda"
 
 
-def build(sanitizer: str = "", sources: Path = HERE) -> Path:
-    """The compiled module; `sanitizer` is "", "address" or "thread".
+def build(target: str = "plain", sources: Path = HERE, folder: Path = FOLDER) -> Path:
+    """The compiled module; `target` is plain, or address or thread with the sanitizers of these names.
 
     Raises RuntimeError with what the compiler said.
     """
-    folder = BUILDS / f"host_cuda{sanitizer and '-'}{sanitizer}"
-    binaries = Path(sys.executable).parent
-    environment = os.environ | {"PATH": f"{binaries}{os.pathsep}{os.environ['PATH']}"}
-    commands = [["cmake", "--build", folder]]
+    environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}  # no sanitizer in cmake
+    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
+    commands = [["cmake", "--build", folder, "--target", target]]
     if not (folder / "build.ninja").exists():
         settings = {
             "CMAKE_BUILD_TYPE": "None",
-            "HOST_CUDA_SANITIZER": sanitizer,
             "Python_EXECUTABLE": sys.executable,
             "pybind11_DIR": pybind11.get_cmake_dir(),
         }
-        commands.insert(
-            0, ["cmake", "-S", sources, "-B", folder, "-G", "Ninja", *(f"-D{k}={v}" for k, v in settings.items())]
-        )
+        settings = [f"-D{name}={value}" for name, value in settings.items()]
+        commands.insert(0, ["cmake", "-S", sources, "-B", folder, "-G", "Ninja", *settings])
     for command in commands:
         done = subprocess.run([str(word) for word in command], env=environment, capture_output=True, text=True)
         if done.returncode:
-            raise RuntimeError(
-                f"the CUDA kernels cannot be compiled for the host:\n{(done.stdout + done.stderr)[-4000:]}"
-            )
-    return next(folder.glob("_C*.so"))
+            said = (done.stdout + done.stderr)[-4000:]
+            raise RuntimeError(f"the CUDA kernels cannot be compiled for the host:\n{said}")
+    return next((folder / target).glob("_C*.so"))
 
 
 def load(path: Path) -> ModuleType:
