@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 from types import ModuleType
 
@@ -41,9 +42,10 @@ def build(target: str = "plain", sources: Path = HERE, folder: Path = FOLDER) ->
 
 
 def load(path: Path) -> ModuleType:
-    """The extension module; its name differs from the real one's, so that both can be in one process."""
-    loader = importlib.machinery.ExtensionFileLoader("host_cuda._C", str(path))
-    module = importlib.util.module_from_spec(importlib.util.spec_from_loader("host_cuda._C", loader))
+    """The extension module, by a name of its own: the real one and builds of it can be in one process."""
+    name = f"host_cuda.{path.parent.name}_{zlib.crc32(bytes(path)):x}._C"
+    loader = importlib.machinery.ExtensionFileLoader(name, str(path))
+    module = importlib.util.module_from_spec(importlib.util.spec_from_loader(name, loader))
     loader.exec_module(module)
     return module
 
