@@ -18,6 +18,7 @@ from cogvx_kernels._op import OPS, declared_backends
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--require", default="", help="backends that must run where they are declared: native,cuda,triton")
+    parser.addoption("--calls", type=int, help="how many calls each fuzz makes, in the place of its own count")
 
 
 def pytest_configure(config: pytest.Config) -> None:

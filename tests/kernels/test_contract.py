@@ -278,9 +278,9 @@ def test_an_operator_without_gradients_refuses_them(name):
 
 @calls(50, 1000)
 @each_backend
-def test_legal_fuzz(name, backend, count, run_on):
+def test_legal_fuzz(name, backend, count, run_on, request):
     rng = random.Random(f"{name} {backend} legal")
-    for i in range(count):
+    for i in range(request.config.getoption("--calls") or count):
         dtype, scale = rng.choice(OPS[name].dtypes(backend)), 10.0 ** rng.uniform(-3, 3)
         while True:
             case = CASES[name].draw(rng)
