@@ -1,0 +1,35 @@
+"""Tensors as the CUDA convolutions take them: whole vectors of channels, weights in the order in which they stream."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import _extension
+
+_VECTOR = 8  # channels of 16 bytes
+
+
+def in_vectors(x: Tensor) -> Tensor:  # [B, C, T, H, W] -> the same in channels-last memory, C filled up to a vector
+    """`x` itself where it is so already: aligned to 16 bytes and of whole vectors of channels."""
+    c = x.shape[1]
+    if c % _VECTOR == 0:
+        x = x.contiguous(memory_format=torch.channels_last_3d)
+        return x if x.data_ptr() % 16 == 0 else x.clone()
+    shape = (x.shape[0], -(-c // _VECTOR) * _VECTOR, *x.shape[2:])
+    filled = torch.zeros(shape, dtype=x.dtype, device=x.device).contiguous(memory_format=torch.channels_last_3d)
+    filled[:, :c] = x
+    return filled
+
+
+def block_of(num_out: int) -> int:
+    """The output channels of a tile."""
+    wide, narrow = _extension.cuda().CONVOLUTION_BLOCKS
+    return narrow if num_out <= narrow else wide
+
+
+def in_tiles(weight: Tensor) -> Tensor:  # [phases of y, C_out, K_t, phases of x, taps, C]
+    """Tile by tile as one stream, zeros where a tile is not full: [phases, tiles, K_t, phases, depths, taps, 128, 32]."""
+    c_out, c = weight.shape[1], weight.shape[5]
+    block, depth = block_of(c_out), _extension.cuda().CONVOLUTION_DEPTH
+    weight = F.pad(weight, (0, -c % depth, *[0] * 6, 0, -c_out % block))
+    return weight.unflatten(5, (-1, depth)).unflatten(1, (-1, block)).permute(0, 1, 3, 4, 6, 5, 2, 7).contiguous()

@@ -1,0 +1,45 @@
+"""`causal_conv3d` in CUDA C++: an implicit matrix product on tensor cores, over channels-last memory."""
+
+import torch
+from torch import Tensor
+
+from .. import _extension
+from .._convolution import block_of, in_tiles, in_vectors
+
+FOR_DTYPES = (torch.bfloat16, torch.float16)
+FOR_SHAPES = "frames of a kernel up to 11 x 11"
+_LARGEST = 11  # what the taps of a frame read of it must fit into shared memory
+
+
+def why_not(x: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
+    if any(t is not None and t.dtype != x.dtype for t in (weight, bias)):
+        return f"every tensor must be {x.dtype}, as x is"
+    if max(weight.shape[3:]) > _LARGEST:
+        return f"this kernel is for {FOR_SHAPES}, not {list(weight.shape[3:])}"
+    return _extension.why_not_cuda(x, FOR_DTYPES)
+
+
+def forward(
+    x: Tensor,  # [B, C, K_t - 1 + T, H, W]: the halo, then the chunk
+    weight: Tensor,  # [C_out, C, K_t, K_h, K_w], odd K_h and K_w
+    bias: Tensor | None,  # [C_out]
+) -> Tensor:  # [B, C_out, T, H, W]
+    return _convolve(x, weight, bias, 0)
+
+
+def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, pad_t: int) -> Tensor:
+    """The convolution with `pad_t` frames of zeros on both sides of x."""
+    b, _, frames_in, h, w = x.shape
+    c_out, _, k_t, k_h, k_w = weight.shape
+    frames_out = frames_in + 2 * pad_t - k_t + 1
+    shape = (b, c_out, frames_out, h, w)
+    y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last_3d)
+    if y.numel():
+        x, bias = in_vectors(x), None if bias is None else bias.contiguous()
+        tiles = in_tiles(weight.flatten(3).permute(0, 2, 3, 1)[None, :, :, None])
+        sizes = (b, x.shape[1], c_out, frames_in, frames_out, pad_t, h, w, k_t, k_h, k_w, block_of(c_out))
+        _extension.cuda().causal_conv3d_forward(
+            _extension.cuda_place(x), _extension.DTYPES[x.dtype], sizes,
+            x.data_ptr(), tiles.data_ptr(), 0 if bias is None else bias.data_ptr(), y.data_ptr(),
+        )  # fmt: skip
+    return y

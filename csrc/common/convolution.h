@@ -1,0 +1,32 @@
+// A convolution of video frames on a GPU, as `causal_conv3d` and `upsample_conv` need it; every tensor channels-last.
+#pragma once
+
+#include <cstdint>
+
+#include "common/dtype.h"
+
+namespace cogvx {
+
+// y[b, t, r, s] = bias + sum over k_t, phase, k_h, k_w of x[b, t + k_t - pad_t, r + k_h - pad, s + k_w - pad] weight,
+// zeros outside the frames. Where y is `spread`, each frame of it has twice the rows and columns: pixel (2r + p, 2s + q)
+// is that of phase (p, q), each phase with its own weight and pads 1 - p and 1 - q. Where x is `gathered`, it is x that
+// has twice the rows and columns: phase (p, q) of it is (2r + p, 2s + q), with pads p and q, and all phases are summed.
+struct Convolution {
+  DType dtype;                          // float16 or bfloat16
+  int64_t batch, channels, channels_out;  // `channels` is a multiple of 8
+  int64_t frames_in, frames_out, pad_t;
+  int64_t height, width;  // of a phase
+  int64_t taps_t, taps_h, taps_w;  // of a phase
+  int64_t block;  // output channels of a tile, one of kConvolutionBlocks
+  bool spread, gathered;
+  bool repeated;  // every frame of y comes twice, in an odd number of frames_out the first comes once
+  const char* x;
+  const char* weight;  // [phases of y, tiles, taps_t, phases of x, channels / 32, taps_h, taps_w, block, 32], zeros beyond
+  const char* bias;    // [channels_out] or nullptr
+  char* y;
+};
+
+constexpr int kConvolutionBlocks[2] = {128, 32};
+constexpr int kConvolutionDepth = 32;  // input channels of a tile
+
+}  // namespace cogvx
