@@ -23,6 +23,7 @@ void register_joint_attention(py::module_& m);
 void register_linear(py::module_& m);
 void register_qk_norm_rope(py::module_& m);
 void register_spatial_norm_silu(py::module_& m);
+void register_upsample_conv(py::module_& m);
 
 namespace {
 
@@ -86,4 +87,5 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   cogvx::register_linear(m);
   cogvx::register_qk_norm_rope(m);
   cogvx::register_spatial_norm_silu(m);
+  cogvx::register_upsample_conv(m);
 }

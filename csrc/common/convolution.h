@@ -26,7 +26,20 @@ struct Convolution {
   char* y;
 };
 
+// partials[split, m, tap, n] = sum over the split's pixels of left[b, t, r, s, m] right[b, t + k_t, r', s', n] with
+// r' = step r + k_h - pad_h and s' = step s + k_w - pad_w, zeros outside the frames: the gradient of a weight.
+struct WeightGradient {
+  DType dtype;  // of left and right, float16 or bfloat16
+  int64_t batch, frames, height, width;  // of left; right has `step` times the rows and columns, taps_t - 1 frames more
+  int64_t channels_left, channels_right;  // multiples of 8
+  int64_t taps_t, taps_h, taps_w, pad_h, pad_w, step;
+  int64_t patches_a_split, num_splits;  // patches of 2 x 16 pixels of left, frame by frame
+  const char *left, *right;
+  float* partials;  // [num_splits, channels_left, taps, channels_right]
+};
+
 constexpr int kConvolutionBlocks[2] = {128, 32};
 constexpr int kConvolutionDepth = 32;  // input channels of a tile
+constexpr int kWeightPatch[2] = {2, 16};  // pixels whose products are summed at once
 
 }  // namespace cogvx
