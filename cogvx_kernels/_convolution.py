@@ -29,11 +29,15 @@ def block_of(num_out: int) -> int:
     return narrow if num_out <= narrow else wide
 
 
-def in_tiles(weight: Tensor) -> Tensor:  # [phases of y, C_out, K_t, phases of x, taps, C]
-    """Tile by tile as one stream, [phases, tiles, K_t, phases, depths, taps, block, depth]; zeros where a tile is not full."""
+def in_tiles(weight: Tensor) -> Tensor:
+    """A weight [phases of y, C_out, K_t, phases of x, taps, C] in the order in which a tile of the result takes it.
+
+    That is [phases of y, tiles, K_t, phases of x, depths, taps, block, depth], with zeros where a tile is not full.
+    """
     c_out, c = weight.shape[1], weight.shape[5]
     block, depth = block_of(c_out), _extension.cuda().CONVOLUTION_DEPTH
-    weight = F.pad(weight, (0, -c % depth, *[0] * 6, 0, -c_out % block))
+    if c % depth or c_out % block:
+        weight = F.pad(weight, (0, -c % depth, *[0] * 6, 0, -c_out % block))
     return weight.unflatten(5, (-1, depth)).unflatten(1, (-1, block)).permute(0, 1, 3, 4, 6, 5, 2, 7).contiguous()
 
 

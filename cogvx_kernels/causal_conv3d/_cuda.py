@@ -7,15 +7,15 @@ from .. import _extension
 from .._convolution import block_of, in_tiles, in_vectors, splits_of
 
 FOR_DTYPES = (torch.bfloat16, torch.float16)
-FOR_SHAPES = "frames of a kernel up to 11 x 11"
-_LARGEST = 11  # what the taps of a frame read of it must fit into shared memory
+FOR_SHAPES = "kernels of up to 9 x 9 in a frame"
+_LARGEST = 9
 
 
 def why_not(x: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
     if any(t is not None and t.dtype != x.dtype for t in (weight, bias)):
         return f"every tensor must be {x.dtype}, as x is"
     if max(weight.shape[3:]) > _LARGEST:
-        return f"this kernel is for {FOR_SHAPES}, not {list(weight.shape[3:])}"
+        return f"the CUDA kernel is for {FOR_SHAPES}, not {list(weight.shape[3:])}"
     return _extension.why_not_cuda(x, FOR_DTYPES)
 
 

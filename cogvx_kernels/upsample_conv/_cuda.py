@@ -79,7 +79,8 @@ def _grad_weight(grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     partials = torch.empty(num_splits, num_left, 4, 4, num_right, dtype=torch.float32, device=x.device)
     if num_splits:
         _extension.cuda().upsample_conv_weight(
-            _extension.cuda_place(x), _extension.DTYPES[x.dtype], (b, num_left, num_right, t, h, w, a_split, num_splits),
+            _extension.cuda_place(x), _extension.DTYPES[x.dtype],
+            (b, num_left, num_right, t, h, w, a_split, num_splits),
             x.data_ptr(), grad.data_ptr(), partials.data_ptr(),
         )  # fmt: skip
     # A tap of the gradient's pixels is one of M reversed.

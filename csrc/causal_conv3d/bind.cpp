@@ -10,7 +10,7 @@ namespace py = pybind11;
 namespace cogvx::causal_conv3d {
 namespace {
 
-using Sizes = std::array<int64_t, 12>;  // B, C, C_out, frames of x and of y, pad_t, H, W, K_t, K_h, K_w, block
+using Sizes = std::array<int, 12>;  // B, C, C_out, frames of x and of y, pad_t, H, W, K_t, K_h, K_w, block
 
 void forward(const PyPlace& where, const std::string& dtype, const Sizes& sizes, uintptr_t x, uintptr_t weight,
              uintptr_t bias, uintptr_t y) {
@@ -37,7 +37,7 @@ void forward(const PyPlace& where, const std::string& dtype, const Sizes& sizes,
   COGVX_ON_CUDA("causal_conv3d", forward_cuda(args, at.device, at.stream));
 }
 
-using WeightSizes = std::array<int64_t, 11>;  // B, C_out, C, T, H, W, K_t, K_h, K_w, patches a split, splits
+using WeightSizes = std::array<int, 11>;  // B, C_out, C, T, H, W, K_t, K_h, K_w, patches a split, splits
 
 void weight(const PyPlace& where, const std::string& dtype, const WeightSizes& sizes, uintptr_t grad, uintptr_t x,
             uintptr_t partials) {
@@ -73,6 +73,7 @@ namespace cogvx {
 void register_causal_conv3d(py::module_& m) {
   m.attr("CONVOLUTION_BLOCKS") = py::make_tuple(kConvolutionBlocks[0], kConvolutionBlocks[1]);
   m.attr("CONVOLUTION_DEPTH") = kConvolutionDepth;
+  m.attr("CONVOLUTION_TAPS") = kConvolutionTaps;
   m.attr("CONVOLUTION_WEIGHT_PATCH") = py::make_tuple(kWeightPatch[0], kWeightPatch[1]);
   m.def("causal_conv3d_forward", &causal_conv3d::forward);
   m.def("causal_conv3d_weight", &causal_conv3d::weight);

@@ -7,21 +7,22 @@
 
 namespace cogvx {
 
-// y[b, t, r, s] = bias + sum over k_t, phase, k_h, k_w of x[b, t + k_t - pad_t, r + k_h - pad, s + k_w - pad] weight,
-// zeros outside the frames. Where y is `spread`, each frame of it has twice the rows and columns: pixel (2r + p, 2s + q)
-// is that of phase (p, q), each phase with its own weight and pads 1 - p and 1 - q. Where x is `gathered`, it is x that
-// has twice the rows and columns: phase (p, q) of it is (2r + p, 2s + q), with pads p and q, and all phases are summed.
+// y[b, t, r, s] = bias + sum over k_t, k_h, k_w of x[b, t + k_t - pad_t, r + k_h - pad, s + k_w - pad] weight, zeros
+// outside the frames, pads half the taps. Where y is `spread`, each frame of it has twice the rows and columns: pixel
+// (2r + p, 2s + q) is that of phase (p, q), each phase with its own weight and pads 1 - p and 1 - q. Where x is
+// `gathered`, it is x that has twice the rows and columns: phase (p, q) of it is (2r + p, 2s + q), with its own weight
+// and pads p and q, and the phases are summed.
 struct Convolution {
-  DType dtype;                          // float16 or bfloat16
-  int64_t batch, channels, channels_out;  // `channels` is a multiple of 8
-  int64_t frames_in, frames_out, pad_t;
-  int64_t height, width;  // of a phase
-  int64_t taps_t, taps_h, taps_w;  // of a phase
-  int64_t block;  // output channels of a tile, one of kConvolutionBlocks
+  DType dtype;  // float16 or bfloat16
+  int batch, channels, channels_out;  // `channels` is a multiple of 8
+  int frames_in, frames_out, pad_t;
+  int height, width;           // of a phase
+  int taps_t, taps_h, taps_w;  // of a phase
+  int block;                   // output channels of a tile, one of kConvolutionBlocks
   bool spread, gathered;
   bool repeated;  // every frame of y comes twice, in an odd number of frames_out the first comes once
   const char* x;
-  const char* weight;  // [phases of y, tiles, taps_t, phases of x, channels / 32, taps_h, taps_w, block, 32], zeros beyond
+  const char* weight;  // [phases of y, tiles, taps_t, phases of x, channels / 32, taps_h, taps_w, block, 32]
   const char* bias;    // [channels_out] or nullptr
   char* y;
 };
@@ -30,16 +31,17 @@ struct Convolution {
 // r' = step r + k_h - pad_h and s' = step s + k_w - pad_w, zeros outside the frames: the gradient of a weight.
 struct WeightGradient {
   DType dtype;  // of left and right, float16 or bfloat16
-  int64_t batch, frames, height, width;  // of left; right has `step` times the rows and columns, taps_t - 1 frames more
-  int64_t channels_left, channels_right;  // multiples of 8
-  int64_t taps_t, taps_h, taps_w, pad_h, pad_w, step;
-  int64_t patches_a_split, num_splits;  // patches of 2 x 16 pixels of left, frame by frame
+  int batch, frames, height, width;  // of left; right has `step` times the rows and columns, taps_t - 1 frames more
+  int channels_left, channels_right;  // multiples of 8
+  int taps_t, taps_h, taps_w, pad_h, pad_w, step;
+  int patches_a_split, num_splits;  // patches of kWeightPatch pixels of left, frame by frame
   const char *left, *right;
   float* partials;  // [num_splits, channels_left, taps, channels_right]
 };
 
 constexpr int kConvolutionBlocks[2] = {128, 32};
-constexpr int kConvolutionDepth = 32;  // input channels of a tile
+constexpr int kConvolutionDepth = 32;     // input channels of a tile
+constexpr int kConvolutionTaps = 9;       // at most, along the height and the width
 constexpr int kWeightPatch[2] = {2, 16};  // pixels whose products are summed at once
 
 }  // namespace cogvx

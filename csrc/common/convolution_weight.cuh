@@ -17,123 +17,114 @@ template <class T, int kM, int kN> struct WeightBlock {
   static constexpr int kLeftBytes = kPatch * kM * 2, kStageBytes = kLeftBytes + kPatch * kN * 2;
 
   const WeightGradient& args;
-  char* const stages = shared_memory();
   const int lane = threadIdx.x % 32, warp_m = threadIdx.x / 32 % kWarpsM, warp_n = threadIdx.x / 32 / kWarpsM;
-  int64_t first_m, first_n;
-  int tap, tap_t, away_h, away_w;
-  int64_t frame;        // of the next patch to fetch: b * frames + t
-  int row, column;      // of it
-  int num_steps, fetched = 0;
+  int first_m, first_n, tap, away_t, away_h, away_w;
+  // What the copies are at, the next patch; and the stages of the copies and of the products.
+  int t, row, column, patches_left, next_stage = 0, stage = 0;
+  int64_t b;
 
   float sums[kTilesM][kTilesN][4] = {};
   uint32_t lefts[2][kTilesM][4], rights[2][kTilesN][2];  // of two products of depth 16, by turns
 
   __device__ explicit WeightBlock(const WeightGradient& a) : args(a) {
-    const unsigned tiles_m = static_cast<unsigned>((a.channels_left + kM - 1) / kM);
-    const unsigned tiles_n = static_cast<unsigned>((a.channels_right + kN - 1) / kN);
-    unsigned i = blockIdx.x;  // neighbours share pixels
-    first_m = static_cast<int64_t>(i % tiles_m) * kM, i /= tiles_m;
-    first_n = static_cast<int64_t>(i % tiles_n) * kN, i /= tiles_n;
-    tap = static_cast<int>(i);
-    const int taps_h = static_cast<int>(a.taps_h), taps_w = static_cast<int>(a.taps_w);
-    tap_t = tap / (taps_h * taps_w);
-    away_h = tap / taps_w % taps_h - static_cast<int>(a.pad_h);
-    away_w = tap % taps_w - static_cast<int>(a.pad_w);
+    const int tiles_m = (a.channels_left + kM - 1) / kM, tiles_n = (a.channels_right + kN - 1) / kN;
+    int i = blockIdx.x;  // neighbours share pixels
+    first_m = i % tiles_m * kM, i /= tiles_m;
+    first_n = i % tiles_n * kN, i /= tiles_n;
+    tap = i;
+    away_t = tap / (a.taps_h * a.taps_w);
+    away_h = tap / a.taps_w % a.taps_h - a.pad_h;
+    away_w = tap % a.taps_w - a.pad_w;
     const int64_t columns = (a.width + kPatchColumns - 1) / kPatchColumns;
     const int64_t rows = (a.height + kPatchRows - 1) / kPatchRows;
-    const int64_t first = blockIdx.y * a.patches_a_split, left = a.batch * a.frames * rows * columns - first;
-    num_steps = static_cast<int>(left < a.patches_a_split ? left : a.patches_a_split);
+    const int64_t first = static_cast<int64_t>(blockIdx.y) * a.patches_a_split;
+    const int64_t left = a.batch * a.frames * rows * columns - first;
+    patches_left = left < a.patches_a_split ? static_cast<int>(left) : a.patches_a_split;
     column = static_cast<int>(first % columns) * kPatchColumns;
     row = static_cast<int>(first / columns % rows) * kPatchRows;
-    frame = first / columns / rows;
+    t = static_cast<int>(first / columns / rows % a.frames);
+    b = first / columns / rows / a.frames;
   }
 
   __device__ void fetch() {
-    if (fetched < num_steps) {
-      char* to = stages + fetched % kStages * kStageBytes;
-      fetch_left(to);
-      fetch_right(to + kLeftBytes);
+    if (patches_left) {
+      --patches_left;
+      char* to = shared_memory() + next_stage * kStageBytes;
+      const int64_t frame = b * args.frames + t;
+      fetch_channels<kM>(to, args.left, frame, 1, 0, 0, first_m, args.channels_left);
+      fetch_channels<kN>(to + kLeftBytes, args.right, frame + b * (args.taps_t - 1) + away_t, args.step, away_h, away_w,
+                         first_n, args.channels_right);
+      next_stage = (next_stage + 1) % kStages;
       column += kPatchColumns;
       if (column >= args.width) column = 0, row += kPatchRows;
-      if (row >= args.height) row = 0, ++frame;
-      ++fetched;
+      if (row >= args.height) row = 0, ++t;
+      if (t == args.frames) t = 0, ++b;
     }
     commit_copies();
   }
 
-  __device__ void fetch_left(char* to) const {
-    const T* left = reinterpret_cast<const T*>(args.left);
+  // Of each pixel (r, s) of the patch the channels of (step r + away_r, step s + away_s), zeros outside.
+  template <int kChannels>
+  __device__ void fetch_channels(char* to, const char* source, int64_t frame, int step, int away_r, int away_s,
+                                 int first, int channels) const {
+    constexpr int kVectors = kChannels / 8, kStride = kThreads / kVectors;  // pixels that are copied at once
+    static_assert(kStride % 8 == 0 && kPatch % kStride == 0, "the swizzle stays");
+    const int own = static_cast<int>(threadIdx.x) / kVectors, chunk = threadIdx.x % kVectors;
+    const int height = args.height * step, width = args.width * step, c = first + chunk * 8;
+    const T* x = reinterpret_cast<const T*>(source) + frame * height * width * channels;
+    char* target = to + swizzled<kChannels * 2>(own, chunk);
 #pragma unroll
-    for (int i = threadIdx.x; i < kPatch * kM / 8; i += kThreads) {
-      const int pixel = i / (kM / 8), chunk = i % (kM / 8);
-      const int r = row + pixel / kPatchColumns, s = column + pixel % kPatchColumns;
-      const int64_t m = first_m + chunk * 8;
-      const bool inside = r < args.height && s < args.width && m < args.channels_left;
-      const int64_t place = (frame * args.height + r) * args.width + s;
-      copy_async<16>(to + swizzled_in<kM * 2>(pixel, chunk), inside ? left + place * args.channels_left + m : left, inside);
-    }
-  }
-
-  __device__ void fetch_right(char* to) const {
-    const T* right = reinterpret_cast<const T*>(args.right);
-    const int step = static_cast<int>(args.step);
-    const int64_t height = args.height * step, width = args.width * step;
-    const int64_t from = frame + frame / args.frames * (args.taps_t - 1) + tap_t;
-#pragma unroll
-    for (int i = threadIdx.x; i < kPatch * kN / 8; i += kThreads) {
-      const int pixel = i / (kN / 8), chunk = i % (kN / 8);
-      const int r = row + pixel / kPatchColumns, s = column + pixel % kPatchColumns;
-      const int y = r * step + away_h, x = s * step + away_w;
-      const int64_t n = first_n + chunk * 8;
-      const bool inside = r < args.height && s < args.width && y >= 0 && y < height && x >= 0 && x < width &&
-                          n < args.channels_right;
-      const int64_t place = (from * height + y) * width + x;
-      copy_async<16>(to + swizzled_in<kN * 2>(pixel, chunk), inside ? right + place * args.channels_right + n : right,
-                     inside);
+    for (int i = 0; i < kPatch / kStride; ++i) {
+      const int pixel = own + i * kStride, r = row + pixel / kPatchColumns, s = column + pixel % kPatchColumns;
+      const int y = r * step + away_r, z = s * step + away_s;
+      const bool inside = r < args.height && s < args.width && c < channels &&  //
+                          y >= 0 && y < height && z >= 0 && z < width;
+      copy_async<16>(target + i * (kStride * kChannels * 2), inside ? x + (y * width + z) * channels + c : x, inside);
     }
   }
 
   // The operands of a product of depth 16, the first or the second half of a patch; both lie with pixels as rows.
-  __device__ void load(int half, int step) {
-    const char* left = stages + step % kStages * kStageBytes;
-    const char* right = left + kLeftBytes;
+  template <int kWhich> __device__ void load() {
+    const char* left = shared_memory() + stage * kStageBytes + kWhich * (16 * kM * 2);
+    const char* right = shared_memory() + stage * kStageBytes + kLeftBytes + kWhich * (16 * kN * 2);
     const int high = lane / 16, low = lane / 8 % 2;
 #pragma unroll
     for (int m = 0; m < kTilesM; ++m)
-      load_matrices_transposed(lefts[half][m], left + swizzled_in<kM * 2>(half * 16 + high * 8 + lane % 8,
-                                                                          (warp_m * kTilesM + m) * 2 + low));
+      load_matrices_transposed(lefts[kWhich][m],
+                               left + swizzled<kM * 2>(high * 8 + lane % 8, (warp_m * kTilesM + m) * 2 + low));
 #pragma unroll
     for (int j = 0; j < kTilesN; j += 2) {
       uint32_t both[4];
-      load_matrices_transposed(
-          both, right + swizzled_in<kN * 2>(half * 16 + low * 8 + lane % 8, warp_n * kTilesN + j + high));
-      rights[half][j][0] = both[0], rights[half][j][1] = both[1];
-      rights[half][j + 1][0] = both[2], rights[half][j + 1][1] = both[3];
+      load_matrices_transposed(both, right + swizzled<kN * 2>(low * 8 + lane % 8, warp_n * kTilesN + j + high));
+      rights[kWhich][j][0] = both[0], rights[kWhich][j][1] = both[1];
+      rights[kWhich][j + 1][0] = both[2], rights[kWhich][j + 1][1] = both[3];
     }
   }
 
-  __device__ void multiply(int half) {
+  template <int kWhich> __device__ void multiply() {
 #pragma unroll
     for (int m = 0; m < kTilesM; ++m)
 #pragma unroll
-      for (int j = 0; j < kTilesN; ++j) multiply_add(sums[m][j], lefts[half][m], rights[half][j], T{});
+      for (int j = 0; j < kTilesN; ++j) multiply_add(sums[m][j], lefts[kWhich][m], rights[kWhich][j], T{});
   }
 
   __device__ void accumulate() {
-    for (int step = 0; step < kStages; ++step) fetch();
+    const int num_steps = patches_left;
+    for (int i = 0; i < kStages; ++i) fetch();
     wait_for_copies<kStages - 1>();
     __syncthreads();
-    load(0, 0);
+    load<0>();
     for (int step = 0; step < num_steps; ++step) {
-      load(1, step);
-      multiply(0);
+      load<1>();
+      multiply<0>();
       if (step + 1 < num_steps) {
         wait_for_copies<kStages - 2>();
         __syncthreads();  // the next patch is there, and this one's operands are in registers
         fetch();
-        load(0, step + 1);
+        stage = (stage + 1) % kStages;
+        load<0>();
       }
-      multiply(1);
+      multiply<1>();
     }
     wait_for_copies<0>();
   }
@@ -144,11 +135,12 @@ template <class T, int kM, int kN> struct WeightBlock {
     for (int i = 0; i < kTilesM; ++i)
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const int64_t m = first_m + (warp_m * kTilesM + i) * 16 + half * 8 + lane / 4;
-        float* to = args.partials + ((blockIdx.y * args.channels_left + m) * taps + tap) * args.channels_right;
+        const int m = first_m + (warp_m * kTilesM + i) * 16 + half * 8 + lane / 4;
+        const int64_t split_m = static_cast<int64_t>(blockIdx.y) * args.channels_left + m;
+        float* to = args.partials + (split_m * taps + tap) * args.channels_right;
 #pragma unroll
         for (int j = 0; j < kTilesN; ++j) {
-          const int64_t n = first_n + (warp_n * kTilesN + j) * 8 + lane % 4 * 2;
+          const int n = first_n + (warp_n * kTilesN + j) * 8 + lane % 4 * 2;
           if (m < args.channels_left && n < args.channels_right)
             *reinterpret_cast<float2*>(to + n) = make_float2(sums[i][j][half * 2], sums[i][j][half * 2 + 1]);
         }
@@ -163,8 +155,8 @@ template <class T, int kM, int kN> __global__ void __launch_bounds__(kThreads, 2
 }
 
 template <class T, int kM, int kN> const char* launch_weight(const WeightGradient& args, cudaStream_t stream) {
-  const int64_t tiles = (args.channels_left + kM - 1) / kM * ((args.channels_right + kN - 1) / kN);
-  const int64_t blocks = tiles * args.taps_t * args.taps_h * args.taps_w;
+  const int64_t tiles_m = (args.channels_left + kM - 1) / kM, tiles_n = (args.channels_right + kN - 1) / kN;
+  const int64_t blocks = tiles_m * tiles_n * args.taps_t * args.taps_h * args.taps_w;
   if (blocks == 0 || args.num_splits == 0) return nullptr;
   if (blocks > 0x7fffffff || args.num_splits > 0xffff) return "too many blocks";
   const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(args.num_splits));
@@ -174,7 +166,8 @@ template <class T, int kM, int kN> const char* launch_weight(const WeightGradien
 template <class T> const char* launch_weight_as(const WeightGradient& args, cudaStream_t stream) {
   constexpr int kWide = kConvolutionBlocks[0], kNarrow = kConvolutionBlocks[1];
   if (args.channels_left % 8 || args.channels_right % 8) return "the channels must be multiples of 8";
-  if (args.height > 1 << 24 || args.width > 1 << 24) return "too many pixels";
+  const int64_t pixels = static_cast<int64_t>(args.height) * args.width * args.step * args.step;
+  if (pixels * max(args.channels_left, args.channels_right) > 0x7fffffff) return "the frames are too large";
   if (args.channels_left <= kNarrow) return launch_weight<T, kNarrow, kWide>(args, stream);
   if (args.channels_right <= kNarrow) return launch_weight<T, kWide, kNarrow>(args, stream);
   return launch_weight<T, kWide, kWide>(args, stream);

@@ -10,7 +10,7 @@ namespace py = pybind11;
 namespace cogvx::upsample_conv {
 namespace {
 
-using Sizes = std::array<int64_t, 7>;  // B, channels of the input and of the result, T, H, W, block; H and W of x
+using Sizes = std::array<int, 7>;  // B, channels of the input and of the result, T, H, W, block; H and W of x
 
 Convolution convolution(const std::string& dtype, const Sizes& sizes, uintptr_t from, uintptr_t weight, uintptr_t to) {
   Convolution args{};
@@ -50,7 +50,7 @@ void input(const PyPlace& where, const std::string& dtype, const Sizes& sizes, u
   COGVX_ON_CUDA("upsample_conv", convolve_cuda(args, at.device, at.stream));
 }
 
-using WeightSizes = std::array<int64_t, 8>;  // B, C, C_out, T, H, W, patches a split, splits
+using WeightSizes = std::array<int, 8>;  // B, C, C_out, T, H, W, patches a split, splits
 
 void weight(const PyPlace& where, const std::string& dtype, const WeightSizes& sizes, uintptr_t x, uintptr_t grad,
             uintptr_t partials) {
