@@ -50,6 +50,8 @@ SMALL = [
     partial(make, 0, 2, 3, 2, 3, 3),
     partial(make, 1, 40, 136, 1, 9, 19, kernel=(1, 3, 3)),  # two and more of every tile, and ragged ends
     partial(make, 2, 72, 24, 1, 3, 17, kernel=(2, 1, 3)),
+    partial(make, 1, 2, 3, 1, 9, 20, kernel=(1, 9, 9)),
+    partial(make, 1, 40, 3, 1, 2, 3, kernel=(1, 1, 1)),
     partial(make, 1, 3, 5, 1, 35, 17, kernel=(1, 3, 1)),  # pixels for several sums of the weight's gradient
 ]
 

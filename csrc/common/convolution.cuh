@@ -179,8 +179,9 @@ template <class T, int kBlock> struct Block {
     wait_for_copies<kStages - 1>();
     __syncthreads();
     load<0>();
+    const bool deep = args.channels > kDepth / 2;  // else the second product would be of zeros
     for (int step = 0; step < num_steps; ++step) {
-      load<1>();
+      if (deep) load<1>();
       multiply<0>();
       if (step + 1 < num_steps) {
         wait_for_copies<kStages - 2>();
@@ -190,7 +191,7 @@ template <class T, int kBlock> struct Block {
         commit_copies();
         load<0>();
       }
-      multiply<1>();
+      if (deep) multiply<1>();
     }
   }
 
