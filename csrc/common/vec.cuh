@@ -25,21 +25,46 @@ template <> __device__ inline __nv_bfloat16 from_accumulator<__nv_bfloat16>(floa
   return __float2bfloat16_rn(value);
 }
 
-// The values of a row that one thread holds: kSlots vectors of kVec, neighbouring threads side by side. The width is a
-// multiple of kVec; what lies beyond it stays 0, so that sums need no mask.
-template <int kVec, int kSlots> struct Values {
-  float v[kSlots][kVec];
+// Where a thread's vectors of a row stand: a warp's side by side, so that one address and constants find them all.
+template <int kVec, int kSlots> __device__ int column_of(int slot) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  return (warp * kSlots * 32 + lane) * kVec + slot * 32 * kVec;
+}
 
-  static __device__ int column(int slot) { return (slot * static_cast<int>(blockDim.x) + threadIdx.x) * kVec; }
+// What one thread holds of a row, as it is in memory: rows are asked for long before they are needed.
+template <class T, int kVec, int kSlots> struct Packed {
+  Vec<T, kVec> v[kSlots];
 
-  template <class T> __device__ void load(const T* row, int width) {
+  __device__ void load(const T* row, int width) {
 #pragma unroll
     for (int s = 0; s < kSlots; ++s) {
-      Vec<T, kVec> packed{};
-      if (column(s) < width) packed = *reinterpret_cast<const Vec<T, kVec>*>(row + column(s));
-#pragma unroll
-      for (int k = 0; k < kVec; ++k) v[s][k] = to_accumulator(packed.v[k]);
+      v[s] = {};
+      const int column = column_of<kVec, kSlots>(s);
+      if (column < width) v[s] = *reinterpret_cast<const Vec<T, kVec>*>(row + column);
     }
+  }
+};
+
+// The values of a row that one thread holds: kSlots vectors of kVec. The width is a multiple of kVec; what lies beyond
+// it stays 0, so that sums need no mask.
+template <int kVec, int kSlots> struct Values {
+  template <class T> using Packed = cogvx::Packed<T, kVec, kSlots>;
+
+  float v[kSlots][kVec];
+
+  static __device__ int column(int slot) { return column_of<kVec, kSlots>(slot); }
+
+  template <class T> __device__ void unpack(const Packed<T>& packed) {
+#pragma unroll
+    for (int s = 0; s < kSlots; ++s)
+#pragma unroll
+      for (int k = 0; k < kVec; ++k) v[s][k] = to_accumulator(packed.v[s].v[k]);
+  }
+
+  template <class T> __device__ void load(const T* row, int width) {
+    Packed<T> packed;
+    packed.load(row, width);
+    unpack(packed);
   }
 
   template <class T> __device__ void store(T* row, int width) const {
