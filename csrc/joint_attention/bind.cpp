@@ -68,6 +68,25 @@ void backward(int threads, const std::string& dtype, const Sizes& sizes, const L
   COGVX_ON_THIS_CPU(backward(args, threads));
 }
 
+using Tiles = std::pair<uintptr_t, int64_t>;  // address, or 0, and number
+
+Args inputs_on_cuda(const std::string& dtype, const Sizes& sizes, const Tiles& tiles, const PyHeads& q, const PyHeads& k,
+                    const PyHeads& v) {
+  Args args = inputs(dtype, sizes, {}, q, k, v);
+  args.tiles = reinterpret_cast<const int*>(tiles.first);
+  args.num_tiles = tiles.second;
+  return args;
+}
+
+void forward_on_cuda(const PyPlace& where, const std::string& dtype, const Sizes& sizes, const Tiles& tiles,
+                     const PyHeads& q, const PyHeads& k, const PyHeads& v, const PyHeads& y) {
+  Args args = inputs_on_cuda(dtype, sizes, tiles, q, k, v);
+  args.y = heads(y);
+  const Place at = place(where);
+  const py::gil_scoped_release release;
+  COGVX_ON_CUDA("joint_attention", forward_cuda(args, at.device, at.stream));
+}
+
 }  // namespace
 }  // namespace cogvx::joint_attention
 
@@ -76,6 +95,9 @@ namespace cogvx {
 void register_joint_attention(py::module_& m) {
   m.def("joint_attention_forward", &joint_attention::forward);
   m.def("joint_attention_backward", &joint_attention::backward);
+  m.attr("JOINT_ATTENTION_QUERY_TILE") = joint_attention::kQueryTile;
+  m.attr("JOINT_ATTENTION_KEY_TILE") = joint_attention::kKeyTile;
+  m.def("joint_attention_forward_cuda", &joint_attention::forward_on_cuda);
 }
 
 }  // namespace cogvx
