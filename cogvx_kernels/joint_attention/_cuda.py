@@ -32,13 +32,33 @@ def forward(
     y = torch.empty(b, n, a * e, dtype=q.dtype, device=q.device)
     if y.numel():
         q, k, v = map(_with_aligned_rows, (q, k, v))
-        cuda = _extension.cuda()
-        tiles = _tiles(q, lengths, cuda.JOINT_ATTENTION_QUERY_TILE)
-        cuda.joint_attention_forward_cuda(
-            cuda_place(q), DTYPES[q.dtype], (b, a, n, e), _table(tiles, n, cuda.JOINT_ATTENTION_QUERY_TILE),
+        tiles = _tiles(q, lengths)
+        _extension.cuda().joint_attention_forward_cuda(
+            cuda_place(q), DTYPES[q.dtype], (b, a, n, e), _table(tiles, n),
             _heads(q), _heads(k), _heads(v), _heads(_by_head(y, a)),
         )  # fmt: skip
     return y
+
+
+def backward(
+    grad: Tensor,  # [B, N, A E]
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lengths: list[int] | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # of q, k, v
+    """The gradients; a block sums all of a row, so that they repeat bit for bit."""
+    grads = tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    b, a, n, e = q.shape
+    if q.numel():
+        grad, q, k, v = map(_with_aligned_rows, (grad, q, k, v))
+        tiles = _tiles(q, lengths)
+        statistics = torch.empty(b, a, n, 4, dtype=torch.float32, device=q.device)
+        _extension.cuda().joint_attention_backward_cuda(
+            cuda_place(q), DTYPES[q.dtype], (b, a, n, e), _table(tiles, n),
+            _heads(q), _heads(k), _heads(v), _heads(_by_head(grad, a)), *map(_heads, grads), statistics.data_ptr(),
+        )  # fmt: skip
+    return grads
 
 
 def _with_aligned_rows(x: Tensor) -> Tensor:
@@ -56,13 +76,18 @@ def _heads(x: Tensor) -> tuple[int, int, int, int]:  # x [B, A, N, E] with conti
     return x.data_ptr(), *x.stride()[:3]
 
 
-def _tiles(q: Tensor, lengths: list[int] | None, size: int) -> Tensor | None:  # [tiles, 3]
-    return _tiles_on_host(tuple(lengths), size, q.is_cuda).to(q.device, non_blocking=True) if lengths else None
+def _tiles(q: Tensor, lengths: list[int] | None) -> Tensor | None:  # [tiles, 3]
+    if lengths is None:
+        return None
+    table = _tiles_on_host(tuple(lengths), _extension.cuda().JOINT_ATTENTION_TILE, q.is_cuda)
+    return table.to(q.device, non_blocking=True)
 
 
-def _table(tiles: Tensor | None, num_tokens: int, size: int) -> tuple[int, int]:
+def _table(tiles: Tensor | None, num_tokens: int) -> tuple[int, int]:
     """Address and number of tiles; without a table they follow one another."""
-    return (0, -(-num_tokens // size)) if tiles is None else (tiles.data_ptr(), len(tiles))
+    if tiles is None:
+        return 0, -(-num_tokens // _extension.cuda().JOINT_ATTENTION_TILE)
+    return tiles.data_ptr(), len(tiles)
 
 
 @lru_cache(maxsize=256)

@@ -9,10 +9,10 @@ namespace {
 template <int kWidth> struct Sizes {
   static constexpr int kKeys = 64, kStages = 3;
   static constexpr int kBlocks = kWidth <= 64 ? 2 : 1;  // of 16 queries a warp: as many as registers hold
-  static constexpr int kThreads = kQueryTile / (16 * kBlocks) * 32;
+  static constexpr int kThreads = kOwned / (16 * kBlocks) * 32;
   static constexpr int kTile = kKeys * kWidth;      // numbers
   static constexpr int kBytes = kStages * 2 * kTile * 2;
-  static_assert(kQueryTile * kWidth <= 2 * kTile);  // queries lie where later a stage does
+  static_assert(kOwned * kWidth <= 2 * kTile);  // queries lie where later a stage does
 };
 
 template <class T, int kWidth> __global__ void __launch_bounds__(Sizes<kWidth>::kThreads, kWidth <= 64 ? 2 : 1)
@@ -22,10 +22,10 @@ forward_kernel(Args args) {
   T* const shared = reinterpret_cast<T*>(shared_memory());
   const auto keys = [&](int stage) { return Tile<T, kWidth>{shared + 2 * stage * S::kTile}; };
   const auto values = [&](int stage) { return Tile<T, kWidth>{shared + (2 * stage + 1) * S::kTile}; };
-  const Owner owner = owner_of(args, kQueryTile);
+  const Owner owner = owner_of(args);
   const int width = static_cast<int>(args.width), row = threadIdx.x / 32 * (16 * kBlocks);  // the warp's first
 
-  Reader<T, kWidth, kQueryTile, S::kThreads> q(owner.head(args.q), args.q.stride_n, owner.row, owner.end, width);
+  Reader<T, kWidth, kOwned, S::kThreads> q(owner.head(args.q), args.q.stride_n, owner.row, owner.end, width);
   Reader<T, kWidth, kKeys, S::kThreads> k(owner.head(args.k), args.k.stride_n, owner.start, owner.end, width);
   Reader<T, kWidth, kKeys, S::kThreads> v(owner.head(args.v), args.v.stride_n, owner.start, owner.end, width);
   const auto start = [&](int stage) {
@@ -38,8 +38,7 @@ forward_kernel(Args args) {
   pipeline.prefetch(start);
   wait_for_copies<S::kStages - 1>();
   __syncthreads();
-  Lefts<kBlocks, kWidth> queries;
-  load_lefts<kBlocks>(queries, keys(S::kStages - 1), row);
+  const InRegisters<kBlocks, kWidth> queries(keys(S::kStages - 1), row);
 
   Sums<kBlocks, kWidth> sums;
   clear<kBlocks, kWidth>(sums);

@@ -34,7 +34,7 @@ struct Args {
   // nullptr where all tokens see one another.
   const int* tiles;
   int64_t num_tiles;
-  float *peaks, *shares, *deltas;  // [B, A, N] of the softmax's rows, for its gradient
+  float* statistics;  // [B, A, N, 4] of rows of scores: peak, share of a weight of 1, delta, nothing; for the gradient
 };
 
 #define COGVX_DECLARE(isa)                          \
@@ -45,13 +45,11 @@ struct Args {
 COGVX_EACH_ISA(COGVX_DECLARE)
 #undef COGVX_DECLARE
 
-// Rows of a tile of `tiles`: of queries, and of keys where those own a sum.
-constexpr int kQueryTile = 128, kKeyTile = 128;
+constexpr int kOwned = 128;  // rows of one of `tiles`
 
 // Return nullptr, or what went wrong. They take float16 and bfloat16, widths that are multiples of 8 up to 128, rows
-// that begin at multiples of 16 bytes. The gradients of keys and values read what that of the queries leaves.
+// that begin at multiples of 16 bytes.
 const char* forward_cuda(const Args& args, int device, uintptr_t stream);
-const char* queries_backward_cuda(const Args& args, int device, uintptr_t stream);
-const char* keys_backward_cuda(const Args& args, int device, uintptr_t stream);
+const char* backward_cuda(const Args& args, int device, uintptr_t stream);
 
 }  // namespace cogvx::joint_attention

@@ -20,10 +20,10 @@ struct Owner {
   }
 };
 
-__device__ inline Owner owner_of(const Args& args, int size) {
+__device__ inline Owner owner_of(const Args& args) {
   const int64_t index = blockIdx.x / static_cast<unsigned>(args.num_tiles);
   const int tile = blockIdx.x % static_cast<unsigned>(args.num_tiles);
-  Owner owner{index / args.num_heads, index % args.num_heads, tile * size, 0, static_cast<int>(args.num_tokens)};
+  Owner owner{index / args.num_heads, index % args.num_heads, tile * kOwned, 0, static_cast<int>(args.num_tokens)};
   if (args.tiles) {
     owner.row = args.tiles[3 * tile];
     owner.start = args.tiles[3 * tile + 1];

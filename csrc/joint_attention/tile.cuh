@@ -116,9 +116,8 @@ template <class T> __device__ uint32_t packed(float x, float y) {
   return bits;
 }
 
-// What a warp holds of 16 kBlocks rows: kColumns sums each, or all left operands of kWidth numbers.
+// What a warp holds of 16 kBlocks rows and kColumns columns.
 template <int kBlocks, int kColumns> using Sums = float[kBlocks][kColumns / 8][4];
-template <int kBlocks, int kWidth> using Lefts = uint32_t[kBlocks][kWidth / 16][4];
 
 template <int kBlocks, int kColumns> __device__ void clear(Sums<kBlocks, kColumns>& sums) {
 #pragma unroll
@@ -129,31 +128,47 @@ template <int kBlocks, int kColumns> __device__ void clear(Sums<kBlocks, kColumn
       for (int e = 0; e < 4; ++e) sums[i][j][e] = 0.0f;
 }
 
-template <int kBlocks, class T, int kWidth>
-__device__ void load_lefts(Lefts<kBlocks, kWidth>& lefts, Tile<T, kWidth> tile, int row) {
+template <int kBlocks, int kWidth> struct InRegisters {  // the warp's rows, as left operands
+  uint32_t lefts[kBlocks][kWidth / 16][4];
+
+  template <class T> __device__ InRegisters(Tile<T, kWidth> tile, int row) {
 #pragma unroll
-  for (int i = 0; i < kBlocks; ++i)
+    for (int i = 0; i < kBlocks; ++i)
 #pragma unroll
-    for (int k = 0; k < kWidth / 16; ++k) tile.left(lefts[i][k], row + 16 * i, 2 * k);
-}
+      for (int k = 0; k < kWidth / 16; ++k) tile.left(lefts[i][k], row + 16 * i, 2 * k);
+  }
+  __device__ void get(uint32_t (&a)[4], int i, int k) const {
+#pragma unroll
+    for (int r = 0; r < 4; ++r) a[r] = lefts[i][k][r];
+  }
+};
+
+template <class T, int kWidth> struct InShared {  // the same, where registers are too few
+  Tile<T, kWidth> tile;
+  int row;
+  __device__ void get(uint32_t (&a)[4], int i, int k) const { tile.left(a, row + 16 * i, 2 * k); }
+};
 
 // The inner products of the warp's rows with kColumns rows of a tile, from `row` on.
-template <int kBlocks, int kColumns, class T, int kWidth>
-__device__ void multiply_by_rows(Sums<kBlocks, kColumns>& products, const Lefts<kBlocks, kWidth>& lefts,
-                                 Tile<T, kWidth> tile, int row) {
+template <int kBlocks, int kColumns, class Own, class T, int kWidth>
+__device__ void multiply_by_rows(Sums<kBlocks, kColumns>& products, const Own& own, Tile<T, kWidth> tile, int row) {
   clear<kBlocks, kColumns>(products);
 #pragma unroll
-  for (int k = 0; k < kWidth / 16; ++k)
+  for (int k = 0; k < kWidth / 16; ++k) {
+    uint32_t a[kBlocks][4];
+#pragma unroll
+    for (int i = 0; i < kBlocks; ++i) own.get(a[i], i, k);
 #pragma unroll
     for (int j = 0; j < kColumns / 16; ++j) {
       uint32_t b[2][2];
       tile.right(b, row + 16 * j, 2 * k);
 #pragma unroll
       for (int i = 0; i < kBlocks; ++i) {
-        multiply_add(products[i][2 * j], lefts[i][k], b[0], T{});
-        multiply_add(products[i][2 * j + 1], lefts[i][k], b[1], T{});
+        multiply_add(products[i][2 * j], a[i], b[0], T{});
+        multiply_add(products[i][2 * j + 1], a[i], b[1], T{});
       }
     }
+  }
 }
 
 // Adds up kColumns rows of a tile, from `row` on, each by its weight for the warp's rows; weights are rounded to T.
