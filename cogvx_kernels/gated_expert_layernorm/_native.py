@@ -69,7 +69,8 @@ def backward(
     b, n, d = x.shape
     chunk = _extension._C.EXPERT_LAYERNORM_CHUNK
     num_chunks = -(-num_text // chunk) + -(-(n - num_text) // chunk)
-    sums_in = torch.float64 if x.dtype == torch.float64 else torch.float32
+    in_double = x.dtype == torch.float64 or d <= _extension._C.EXPERT_LAYERNORM_NARROW
+    sums_in = torch.float64 if in_double else torch.float32
     partials, gate_partials = (torch.empty(b, num_chunks, count, d, dtype=sums_in) for count in (2, 1))
     grad_x, grad_y, grad_gate, grad_weight, grad_bias, grad_shift, grad_scale = grads
     _extension._C.gated_expert_layernorm_backward(
