@@ -5,6 +5,7 @@ Everything is counted from shapes, so tensors on the device meta will do: `of("j
 time: products at the rate of the best matrix product, exponentials at that of their unit, bytes at that of a copy.
 """
 
+import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-import cogvx_kernels  # noqa: F401, it registers the operators
+import cogvx_kernels
 from cogvx_kernels._op import OPS
 
 
@@ -103,8 +104,8 @@ _BACKWARD = {"joint_attention": 2.5}
 
 def of(name: str, args: Sequence[Any], results: Any = None) -> Cost:
     """Of one call of an operator: every tensor read or written once."""
-    results = _parts(_on_meta(name, args) if results is None else results)
     args = _complete(name, args)
+    results = _parts(_on_meta(name, args) if results is None else results)
     computed = _COMPUTED[name](*args, results[0]) if name in _COMPUTED else Cost()
     again = args[0].nbytes if name in _READ_TWICE else 0
     return computed + Cost(bytes=_bytes(args) + _bytes(results) + again)
@@ -112,6 +113,7 @@ def of(name: str, args: Sequence[Any], results: Any = None) -> Cost:
 
 def with_gradients(name: str, args: Sequence[Any]) -> Cost:
     """Of one call and the gradients of all its tensors."""
+    args = _complete(name, args)
     results = _parts(_on_meta(name, args))
     forward = of(name, args, results)
     backward = Cost(forward.flops, forward.int8_flops, forward.exps) * _BACKWARD.get(name, 2)
@@ -184,8 +186,9 @@ def _on_meta(name: str, args: Sequence[Any]) -> Any:
 
 def _complete(name: str, args: Sequence[Any]) -> tuple[Any, ...]:
     """The arguments with the defaults that a call left out."""
-    schema = getattr(torch.ops.cogvx, name).default._schema.arguments
-    return (*args, *(argument.default_value for argument in schema[len(args) :]))
+    call = inspect.signature(getattr(cogvx_kernels, name)).bind(*args)
+    call.apply_defaults()
+    return call.args
 
 
 def _parts(y: Any) -> tuple[Tensor, ...]:

@@ -37,6 +37,7 @@ def test_attention(kind, teraflop, gigabytes):
     assert found.floor(H200, torch.bfloat16) == pytest.approx(teraflop / 790, rel=1e-3)
     # As many clocks for exponentials as for products, so that one after the other reaches half the peak.
     assert found.flops / found.serial(H100, torch.bfloat16) == pytest.approx(494e12, rel=2e-3)
+    assert cost.of("joint_attention", real("joint_attention", f"{kind}, 49 x 480 x 720")[:3]) == found
     packed = cost.of("joint_attention", (*real("joint_attention", f"{kind}, 49 x 480 x 720")[:3], [TOKENS // 2] * 2))
     assert packed.flops == found.flops / 2
 
