@@ -146,8 +146,13 @@ class Count(TorchDispatchMode):
         super().__init__()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        results = func(*args, **(kwargs or {}))
         space, name = func._schema.name.split("::")
+        if space == "aten" and func._overloadpacket not in flop_registry:
+            with self:  # in inference mode some operators come whole, though they are made of others
+                results = func.decompose(*args, **(kwargs or {}))
+            if results is not NotImplemented:
+                return results
+        results = func(*args, **(kwargs or {}))
         if space == "cogvx" and name in OPS:
             found = of(name, args, results)
             if name == "causal_conv3d" and id(args[1]) not in self._met:

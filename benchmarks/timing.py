@@ -17,8 +17,7 @@ import torch
 import torch.nn.functional as F
 from cost import Cost, Peaks
 
-# COGVX_BENCH_DEVICE=cpu leaves a GPU alone.
-DEVICE = os.environ.get("COGVX_BENCH_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DEVICE_NAME = torch.cuda.get_device_name() if DEVICE == "cuda" else f"CPU, {torch.get_num_threads()} threads"
 # Small sizes do for a look at whether everything runs.
 TOY = os.environ.get("COGVX_BENCH_TOY") == "1"

@@ -100,6 +100,13 @@ def test_a_convolution_behind_copies_of_its_first_frame_saves_three_products_of_
     assert count.total.flops == 2 * whole - whole // 2
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_model_costs_the_same_in_every_mode(mode):
+    with mode():
+        layer = torch.nn.Linear(8, 16, device="meta")
+        assert cost.of_model(lambda: layer(torch.empty(2, 3, 8, device="meta"))).flops == 2 * 6 * 8 * 16
+
+
 @pytest.mark.parametrize("name", OPS)
 def test_every_operator_has_a_cost_at_every_real_size(name):
     module = importlib.import_module(f"cogvx_kernels.{name}.cases")
