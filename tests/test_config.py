@@ -5,6 +5,8 @@ import pytest
 
 from cogvx.config import PRESETS, ScheduleConfig, TransformerConfig, VAEConfig
 
+ROPE = {"use_rotary_positional_embeddings": True}
+LEARNED = {"use_learned_positional_embeddings": True, **ROPE}
 PARTS = [(name, part) for name in PRESETS for part in ("transformer", "vae", "schedule")]
 
 
@@ -49,9 +51,16 @@ def test_time_is_halved_at_the_first_two_levels():
 @pytest.mark.parametrize(
     ("config", "changes", "message"),
     [
-        (TransformerConfig, {"patch_size_t": 2}, "patch_size_t is 2, which is not supported yet; supported is None"),
-        (TransformerConfig, {"ofs_embed_dim": 512}, "ofs_embed_dim is 512, which is not supported yet"),
+        (TransformerConfig, {"dropout": 0.1}, "dropout is 0.1, which is not supported yet; supported is 0.0"),
+        (TransformerConfig, {"patch_size_t": 2}, "patch_size_t is 2 without use_rotary_positional_embeddings"),
+        (TransformerConfig, {"patch_size_t": True}, "patch_size_t is True; it must be of type int"),
+        (TransformerConfig, {"patch_size_t": 65, **ROPE}, "patch_size_t is 65; it must be at most 64"),
+        (TransformerConfig, {"ofs_embed_dim": 256}, "ofs_embed_dim is 256; it must be None or time_embed_dim 512"),
         (TransformerConfig, {"use_learned_positional_embeddings": True}, "use_learned_positional_embeddings is True"),
+        (TransformerConfig, LEARNED | {"patch_size_t": 2}, "patch_size_t is 2 with use_learned_positional_embeddings"),
+        (TransformerConfig, LEARNED | {"sample_frames": 10**6}, "sample_frames, .* 337500226 positions; .* at most"),
+        (TransformerConfig, {"attention_head_dim": 2**19}, "the width is 15728640; it must be at most 1048576"),
+        (VAEConfig, {"invert_scale_latents": 1}, "invert_scale_latents is 1; it must be of type bool"),
         (TransformerConfig, {"freq_shift": False}, "freq_shift is False"),
         (TransformerConfig, {"colour": "red"}, "colour is 'red', a field that is not known"),
         (TransformerConfig, {"num_layers": "30"}, "num_layers is '30'; it must be of type int"),
