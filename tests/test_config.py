@@ -2,8 +2,10 @@ import json
 import math
 
 import pytest
+import torch
 
-from cogvx.config import PRESETS, ScheduleConfig, TransformerConfig, VAEConfig
+from cogvx.config import MAX_SIZE, PRESETS, ScheduleConfig, TransformerConfig, VAEConfig
+from cogvx.models import ExpertTransformer
 
 ROPE = {"use_rotary_positional_embeddings": True}
 LEARNED = {"use_learned_positional_embeddings": True, **ROPE}
@@ -42,6 +44,34 @@ def test_files_as_published_are_read():
     )  # fmt: skip
     assert schedule == ScheduleConfig(snr_shift_scale=1.0, sampler="dpmpp_2m_sde")
     assert schedule.to_dict()["_class_name"] == "CogVideoXDPMScheduler"
+
+
+def test_the_released_1_5_is_read():
+    # The fields of its image-to-video model that differ from the 5B's; both sizes are in use.
+    content = PRESETS["5b"].transformer.to_dict() | {
+        "in_channels": 32, "ofs_embed_dim": 512, "patch_bias": False, "patch_size_t": 2, "sample_frames": 81,
+        "sample_height": 300, "sample_width": 300,
+    }  # fmt: skip
+    config = TransformerConfig.from_dict(content)
+    assert config == PRESETS["1.5-5b-i2v"].transformer
+    other = TransformerConfig.from_dict(content | {"sample_height": 96, "sample_width": 170})
+    for size in (config, other):
+        assert size.latent_size == (96, 170) and size.trained_grid == (11, 48, 85)
+
+
+def test_the_largest_sizes_still_describe_a_model():
+    largest = dict.fromkeys(("in_channels", "out_channels", "text_embed_dim", "time_embed_dim"), MAX_SIZE)
+    patches = dict.fromkeys(("patch_size", "patch_size_t", "sample_height", "sample_width"), 64)
+    width = {"num_layers": 1, "num_attention_heads": 2**10, "attention_head_dim": 2**10}
+    config = TransformerConfig(**largest, **patches, **width, **ROPE, ofs_embed_dim=MAX_SIZE)
+    with torch.device("meta"):
+        assert sum(p.numel() for p in ExpertTransformer(config).parameters()) > 2**58
+
+
+def test_grids_of_the_1_0_models():
+    for name in ("2b", "5b", "5b-i2v"):
+        config = PRESETS[name].transformer
+        assert (config.trained_grid, config.num_positions) == ((13, 30, 45), 226 + 17_550)
 
 
 def test_time_is_halved_at_the_first_two_levels():
