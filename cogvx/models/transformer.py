@@ -81,7 +81,7 @@ class ExpertTransformer(nn.Module):
     ) -> Tensor:  # [B, out_channels, T, H, W]
         dtype, num_text, patch = self.proj_out.weight.dtype, text.shape[1], self.config.patch
         grid = self.check_shapes(latents, text, timestep)
-        added, rope = self.positions(grid, num_text, latents.device, placement or default_placement(self.config))
+        added, rope = self.positions(grid, num_text, latents.device, placement)
         modulation = (modulation or self.modulate(timestep, ofs)).expand(len(latents))
         stream = Stream(self.patch_embed(latents.to(dtype), text.to(dtype), added))
         for block, norms in zip(self.transformer_blocks, modulation.blocks.unbind(1), strict=True):
@@ -157,9 +157,12 @@ class ExpertTransformer(nn.Module):
         if self.table is not None:
             raise ValueError(f"the modulation weights of this transformer were released, so it cannot be {what}")
 
-    def positions(self, grid: Grid, num_text: int, device: torch.device, placement: Placement) -> tuple[Added, Rope]:
+    def positions(
+        self, grid: Grid, num_text: int, device: torch.device, placement: Placement | None = None
+    ) -> tuple[Added, Rope]:
         """What is added to text and to vision tokens, and what rotates the latter; None where nothing does."""
         config, rope = self.config, None
+        placement = placement or default_placement(config)
         if config.use_rotary_positional_embeddings:
             rules = placement.rope, placement.intrinsic
             rope = rope_positions(grid, config.trained_grid[1:], config.attention_head_dim, device, *rules)
