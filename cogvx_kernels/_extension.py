@@ -19,6 +19,7 @@ except ImportError as error:
     _C = None
     _missing = f"the compiled extension cannot be loaded ({error}); `pip install .` builds it"
 
+Place = tuple[bool, int, int, int]  # on CUDA or not, threads of a CPU, a GPU's number and stream
 _on_host: ModuleType | None = None
 
 DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float64: "float64"}
@@ -73,12 +74,12 @@ def cuda_on_host(module: ModuleType) -> Iterator[None]:
         _on_host = before
 
 
-def place(x: Tensor) -> tuple[bool, int, int, int]:
+def place(x: Tensor) -> Place:
     """Where a CPU kernel runs: not on CUDA, with so many threads."""
     return False, torch.get_num_threads(), 0, 0
 
 
-def cuda_place(x: Tensor) -> tuple[bool, int, int, int]:
+def cuda_place(x: Tensor) -> Place:
     """Where a CUDA kernel runs: on CUDA, on the tensor's device and on its current stream."""
     return True, 0, *((x.device.index, torch.cuda.current_stream(x.device).cuda_stream) if x.is_cuda else (0, 0))
 
