@@ -85,7 +85,9 @@ def extension(monkeypatch):
     ],
     ids=["no nvcc", "turned off"],
 )
-def test_doctor_says_why_it_was_built_without_cuda(environment, expected, extension, run_command, tmp_path, monkeypatch):
+def test_doctor_says_why_it_was_built_without_cuda(
+    environment, expected, extension, run_command, tmp_path, monkeypatch
+):
     reason = reason_of_build(environment, tmp_path)
     assert reason == expected
     extension(None, reason)
