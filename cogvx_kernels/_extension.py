@@ -47,15 +47,23 @@ def why_not_cuda(x: Tensor, dtypes: tuple[torch.dtype, ...]) -> str | None:
         return None if x.device.type == "cpu" else "the CUDA kernels run on the host at present"
     if _missing:
         return _missing
-    if x.device.type != "cuda" or torch.version.hip:
-        return f"CUDA kernels run on CUDA devices, not on {x.device}"
-    return _why_not_device(x.device.index)
+    if x.device.type == "cuda" and not torch.version.hip:
+        return _why_not_device(x.device.index)
+    return _why_not_elsewhere(x.device.type)
 
 
 @functools.cache
 def _why_not_device(device: int) -> str | None:
     reason = _C.why_not_cuda(device)
     return reason and f"cuda:{device} cannot run the compiled kernels: {reason}"
+
+
+@functools.cache
+def _why_not_elsewhere(kind: str) -> str:
+    if _C.built_with()["cuda"] is None:
+        return _C.why_not_cuda(0)
+    here = "" if torch.cuda.is_available() else ", and torch finds no GPU here"
+    return f"CUDA kernels run on CUDA devices, not on {kind}{here}"
 
 
 def cuda() -> ModuleType:
