@@ -33,7 +33,7 @@ inline Stage stage_of(const std::string& dtype, double eps, const StageSizes& si
   stage.grad_x = pointer(tensors[8]);
   stage.partials = as_doubles(tensors[9]);
   stage.ends = as_floats(tensors[10]);
-  stage.grad_latent = as_floats(tensors[11]);
+  stage.grad_latent = pointer(tensors[11]);
   return stage;
 }
 

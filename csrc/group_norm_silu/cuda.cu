@@ -98,19 +98,16 @@ template <class T, int kVec> __global__ void __launch_bounds__(kThreads, 2) sums
     const T* grad = row_of<T>(stage, piece, stage.grad, stage.num_halo, b, place.channel);
     const int step = pixels_at_once<kVec>(stage);
     const int64_t num_copies = piece.frame == 0 ? stage.num_copies : 0;
-#pragma unroll 4
-    for (int column = piece.first + place.pixel; column < piece.last; column += step) {
-      const Vec<T, kVec> values = load_vector<T, kVec>(x + column * channels);
-      float g[kVec];
-      load_gradient(grad + column * channels, num_copies, frame, g);
+    const auto add = [&](const Vec<T, kVec>& values, const float(&g)[kVec], int) {
 #pragma unroll
       for (int k = 0; k < kVec; ++k) {
         const float centered = to_accumulator(values.v[k]) - of.mean[k];
-        const float d = __fmul_rn(g[k], silu_derivative<T>(centered * of.factor[k] + of.offset[k]));
+        const float d = product(g[k], silu_derivative<T>(centered * of.factor[k] + of.offset[k]));
         sum_d[k] += d;
         sum_d_x[k] += d * centered;
       }
-    }
+    };
+    each_gradient<2, T, kVec>(x, grad, piece.first + place.pixel, piece.last, step, channels, num_copies, frame, add);
   }
   double* partials = stage.partials + (b * gridDim.x + blockIdx.x) * 2 * channels;
   add_pixels(stage, place, sum_d, sum_d_x, [=](int channel, double d, double d_x) {

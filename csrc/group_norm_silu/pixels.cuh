@@ -39,24 +39,48 @@ template <class T> __device__ float exponential(float v) {
   if constexpr (sizeof(T) == 2) return __expf(v);
   return expf(v);
 }
+template <class T> __device__ double exponential(double v) { return exp(v); }
 
 template <class T> __device__ float quotient(float a, float b) {
   if constexpr (sizeof(T) == 2) return __fdividef(a, b);
   return a / b;
 }
+template <class T> __device__ double quotient(double a, double b) { return a / b; }
+
+// Never fused with a sum: what is in one sum and a factor in another must be the same number in both.
+__device__ inline float product(float a, float b) { return __fmul_rn(a, b); }
+__device__ inline double product(double a, double b) { return a * b; }
 
 template <class T> __device__ float silu(float v) {
   return quotient<T>(v, 1.0f + exponential<T>(-fmaxf(v, -80.0f)));
 }
 
-template <class T> __device__ float silu_derivative(float v) {
-  const float e = exponential<T>(-fmaxf(v, -80.0f));  // finite, so that e * s is 1 - s
-  const float s = quotient<T>(1.0f, 1.0f + e);
-  return s * (1.0f + v * (e * s));
+template <class T, class A> __device__ A silu_derivative(A v) {
+  const A one = 1, e = exponential<T>(-(v > -80 ? v : A{-80}));  // finite, so that e * s is 1 - s
+  const A s = quotient<T>(one, one + e);
+  return s * (one + v * (e * s));
 }
 
 template <class T, int kVec> __device__ Vec<T, kVec> load_vector(const T* from) {
   return *reinterpret_cast<const Vec<T, kVec>*>(from);
+}
+
+template <class T, class A, int kVec> __device__ void load_widened(const T* from, A (&values)[kVec]) {
+  const Vec<T, kVec> packed = load_vector<T, kVec>(from);
+#pragma unroll
+  for (int k = 0; k < kVec; ++k) values[k] = to_accumulator(packed.v[k]);
+}
+
+// Stores of 16 bytes, where there is more than one value.
+template <class A, int kVec> __device__ void store_vector(A* to, const A (&values)[kVec]) {
+  constexpr int kWidth = kVec == 1 ? 1 : 16 / sizeof(A);
+#pragma unroll
+  for (int start = 0; start < kVec; start += kWidth) {
+    Vec<A, kWidth> packed;
+#pragma unroll
+    for (int k = 0; k < kWidth; ++k) packed.v[k] = values[start + k];
+    *reinterpret_cast<Vec<A, kWidth>*>(to + start) = packed;
+  }
 }
 
 // GroupNorm(x) = (x - mean) * factor + offset.
@@ -65,12 +89,13 @@ template <int kVec> struct Channels {
 
   __device__ Channels(const Stage& stage, int64_t b, int channel) {
     const float* statistics = stage.statistics + b * 2 * stage.channels + channel;
+    float weight[kVec];
+    load_widened(statistics, mean);
+    load_widened(statistics + stage.channels, factor);
+    load_widened<float>(stage.weight + channel, weight);
+    load_widened<float>(stage.bias + channel, offset);
 #pragma unroll
-    for (int k = 0; k < kVec; ++k) {
-      mean[k] = statistics[k];
-      factor[k] = statistics[stage.channels + k] * stage.weight[channel + k];
-      offset[k] = stage.bias[channel + k];
-    }
+    for (int k = 0; k < kVec; ++k) factor[k] *= weight[k];
   }
 };
 
@@ -115,7 +140,7 @@ __device__ T* row_of(const Stage& stage, const Piece& piece, char* video, int64_
 }
 
 template <class T, int kVec, bool kIsSpatial> __global__ void __launch_bounds__(kThreads, 2) apply_kernel(Stage stage) {
-  constexpr int kAhead = 4;  // pixels on their way together
+  constexpr int kAhead = kIsSpatial ? 2 : 4;  // pixels on their way together
   const Place<kVec> place(stage);
   if (!place.is_inside) return;
   const int64_t b = blockIdx.z, channels = stage.channels, frame = stage.height * stage.width * channels;
@@ -148,22 +173,49 @@ template <class T, int kVec, bool kIsSpatial> __global__ void __launch_bounds__(
         if (kIsSpatial) v = v * to_accumulator(by[i].scale.v[k]) + to_accumulator(by[i].shift.v[k]);
         values[i].v[k] = from_accumulator<T>(silu<T>(v));
       }
+#pragma unroll 1
       for (int64_t copy = 0; copy <= num_copies; ++copy)
         *reinterpret_cast<Vec<T, kVec>*>(y + column * channels - copy * frame) = values[i];
     }
   }
 }
 
-// The gradient of y's pixel: that of the frame itself, and of its copies where there are some.
+// The gradient of y's pixel: `own`, that of the frame itself at `grad`, and of its copies where there are some.
 template <class T, int kVec>
-__device__ void load_gradient(const T* grad, int64_t num_copies, int64_t frame, float (&g)[kVec]) {
-  const Vec<T, kVec> own = load_vector<T, kVec>(grad);
+__device__ void add_copies(const Vec<T, kVec>& own, const T* grad, int64_t num_copies, int64_t frame,
+                           float (&g)[kVec]) {
 #pragma unroll
   for (int k = 0; k < kVec; ++k) g[k] = to_accumulator(own.v[k]);
+#pragma unroll 1
   for (int64_t copy = 1; copy <= num_copies; ++copy) {
     const Vec<T, kVec> other = load_vector<T, kVec>(grad - copy * frame);
 #pragma unroll
     for (int k = 0; k < kVec; ++k) g[k] += to_accumulator(other.v[k]);
+  }
+}
+
+// f(x's pixel, g, column) for the columns first, first + step, ... before `last`; kAhead of them on their way together.
+template <int kAhead, class T, int kVec, class F>
+__device__ void each_gradient(const T* x, const T* grad, int first, int last, int step, int64_t channels,
+                              int64_t num_copies, int64_t frame, F f) {
+#pragma unroll 1
+  for (int start = first; start < last; start += kAhead * step) {
+    Vec<T, kVec> values[kAhead], own[kAhead];
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) {
+      const int column = start + i * step;
+      if (column >= last) break;
+      values[i] = load_vector<T, kVec>(x + column * channels);
+      own[i] = load_vector<T, kVec>(grad + column * channels);
+    }
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) {
+      const int column = start + i * step;
+      if (column >= last) break;
+      float g[kVec];
+      add_copies(own[i], grad + column * channels, num_copies, frame, g);
+      f(values[i], g, column);
+    }
   }
 }
 
@@ -176,44 +228,39 @@ __global__ void __launch_bounds__(kThreads, 2) gradient_kernel(Stage stage) {
   const Piece piece = piece_at(stage, gridDim.x - 1 - blockIdx.x, Grain::fine);
   const Channels<kVec> of(stage, b, place.channel);
   float constant[kVec], slope[kVec];
-#pragma unroll
-  for (int k = 0; k < kVec; ++k) {
-    constant[k] = stage.ends[b * 2 * channels + place.channel + k];
-    slope[k] = stage.ends[(b * 2 + 1) * channels + place.channel + k];
-  }
+  load_widened<float>(stage.ends + b * 2 * channels + place.channel, constant);
+  load_widened<float>(stage.ends + (b * 2 + 1) * channels + place.channel, slope);
   const T* x = row_of<T>(stage, piece, stage.x, 0, b, place.channel);
   const T* grad = row_of<T>(stage, piece, stage.grad, stage.num_halo, b, place.channel);
   T* grad_x = row_of<T>(stage, piece, stage.grad_x, 0, b, place.channel);
   const T* latent = kIsSpatial ? latent_of<T>(stage, piece, b, place.channel) : nullptr;
   const int step = pixels_at_once<kVec>(stage);
   const int64_t num_copies = piece.frame == 0 ? stage.num_copies : 0;
-#pragma unroll 2
-  for (int column = piece.first + place.pixel; column < piece.last; column += step) {
-    Vec<T, kVec> values = load_vector<T, kVec>(x + column * channels);
+  const auto each = [&](Vec<T, kVec> values, const float(&g)[kVec], int column) {
     Latent<T, kVec> by;
     if (kIsSpatial) by.load(stage, latent, column);
-    float g[kVec];
-    load_gradient(grad + column * channels, num_copies, frame, g);
 #pragma unroll
     for (int k = 0; k < kVec; ++k) {
       const float centered = to_accumulator(values.v[k]) - of.mean[k];
       const float scale = kIsSpatial ? to_accumulator(by.scale.v[k]) : 1.0f;
       float v = centered * of.factor[k] + of.offset[k];
       if (kIsSpatial) v = v * scale + to_accumulator(by.shift.v[k]);
-      const float d = __fmul_rn(__fmul_rn(g[k], silu_derivative<T>(v)), scale);
-      values.v[k] = from_accumulator<T>(__fmul_rn(d, of.factor[k]) + (constant[k] + __fmul_rn(centered, slope[k])));
+      const float d = product(product(g[k], silu_derivative<T>(v)), scale);
+      values.v[k] = from_accumulator<T>(product(d, of.factor[k]) + (constant[k] + product(centered, slope[k])));
     }
     *reinterpret_cast<Vec<T, kVec>*>(grad_x + column * channels) = values;
-  }
+  };
+  constexpr int kAhead = kIsSpatial ? 1 : 2;
+  const int first = piece.first + place.pixel;
+  each_gradient<kAhead, T, kVec>(x, grad, first, piece.last, step, channels, num_copies, frame, each);
 }
 
 // f(channel, a, b) for every channel of a block: the sums of its threads' a and b, in the order of their pixels.
-template <int kVec> constexpr size_t kSumsBytes = 2 * kThreads * kVec * sizeof(float);
+template <int kVec, class A = float> constexpr size_t kSumsBytes = 2 * kThreads * kVec * sizeof(A);
 
-template <int kVec, class F>
-__device__ void add_pixels(const Stage& stage, const Place<kVec>& place, const float (&a)[kVec], const float (&b)[kVec],
-                           F f) {
-  float* shared = reinterpret_cast<float*>(shared_memory());
+template <int kVec, class A, class F>
+__device__ void add_pixels(const Stage& stage, const Place<kVec>& place, const A (&a)[kVec], const A (&b)[kVec], F f) {
+  A* shared = reinterpret_cast<A*>(shared_memory());
   const int across = threads_of_pixel<kVec>(stage) * kVec, pixels = pixels_at_once<kVec>(stage);
   const int first = static_cast<int>(blockIdx.y) * kThreads * kVec;
   if (place.is_inside) {
@@ -234,10 +281,12 @@ __device__ void add_pixels(const Stage& stage, const Place<kVec>& place, const f
   }
 }
 
-// Whether a pixel's channels can be read in vectors of 16 bytes.
+// Whether what belongs to a pixel's channels can be read in vectors of 16 bytes.
 template <class T> bool is_aligned(const Stage& stage) {
-  for (const char* video : {stage.x, stage.y, stage.latent, stage.grad, stage.grad_x})
-    if (reinterpret_cast<uintptr_t>(video) % 16) return false;
+  const void* tensors[] = {stage.x,    stage.y,      stage.weight, stage.bias,       stage.statistics,
+                           stage.grad, stage.grad_x, stage.latent, stage.grad_latent, stage.ends};
+  for (const void* tensor : tensors)
+    if (reinterpret_cast<uintptr_t>(tensor) % 16) return false;
   return stage.channels * sizeof(T) % 16 == 0;
 }
 

@@ -29,7 +29,7 @@ struct Stage {
   char *grad, *grad_x;   // backward alone: of y, of x
   double* partials;      // [B, pieces, 2, C]: sums of d and d * (x - mean), with d = dL/dv times scale
   float* ends;           // [B, 2, C]: constant and slope of dL/dx = d * rstd * weight + constant + (x - mean) * slope
-  float* grad_latent;    // [B, T_z, H_z, W_z, 2 C]
+  char* grad_latent;     // [B, T_z, H_z, W_z, 2 C] in float, or in double
 };
 
 // Consecutive pixels of one row. Their number depends on the sizes alone, and so do all sums.
