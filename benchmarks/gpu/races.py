@@ -17,6 +17,7 @@ from cogvx_kernels import use_backend
 from cogvx_kernels._op import OPS
 from cogvx_kernels.testing import poisoned_memory
 
+from .operators import with_channels_last
 from .record import Record, from_arguments
 
 REPEATS = 3 if TOY else 250
@@ -24,7 +25,7 @@ REPEATS = 3 if TOY else 250
 CALLS = {
     "joint_attention": "2b, 4096 tokens",
     "int8_joint_attention": "2b, 4096 tokens",
-    "causal_conv3d": "decoder, 512 at 60 x 90",
+    "causal_conv3d": "decoder, 512 at 60 x 90, second of a block",
     "upsample_conv": "decoder, 512 at 2 x 60 x 90",
     "group_norm_silu": "encoder, 512 at 2 x 60 x 90",
     "spatial_norm_silu": "decoder, 512 at 2 x 60 x 90",
@@ -60,10 +61,7 @@ def arguments(name: str) -> tuple:
     module = importlib.import_module(f"cogvx_kernels.{name}.cases")
     label = CALLS.get(name) or next(iter(module.REAL))
     make = module.SMALL[0] if TOY else module.REAL[label]
-    args = make(dtype=torch.bfloat16, device=DEVICE)
-    if args[0].dim() == 5:
-        args = args[0].contiguous(memory_format=torch.channels_last_3d), *args[1:]
-    return args
+    return with_channels_last(name, make(dtype=torch.bfloat16, device=DEVICE))
 
 
 def repeat(record: Record, name: str, backend: str, args: tuple) -> None:

@@ -194,8 +194,7 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor, z: Tensor | None, halos: Halos) -> Tensor:
         y = self.conv1(self.norm1(x, z, halos.pop(self.conv1, None)), halos)
-        y = self.conv2(self.norm2(y, z, halos.pop(self.conv2, None)), halos)
-        return y.add_(self.conv_shortcut(x))  # in place: no convolution's gradient needs its result
+        return self.conv2(self.norm2(y, z, halos.pop(self.conv2, None)), halos, self.conv_shortcut(x))
 
 
 class PointwiseConv(nn.Conv3d):
@@ -218,10 +217,10 @@ class CausalConv3d(nn.Module):
         super().__init__()
         self.conv = nn.Conv3d(width_in, width, 3, padding=(0, 1, 1))
 
-    def forward(self, x: Tensor, halos: Halos) -> Tensor:
+    def forward(self, x: Tensor, halos: Halos, residual: Tensor | None = None) -> Tensor:
         if not halos.last:
             halos[self] = x[:, :, -2:].clone()  # a copy, so that the buffer can be freed
-        return causal_conv3d(x, self.conv.weight, self.conv.bias)
+        return causal_conv3d(x, self.conv.weight, self.conv.bias, residual)
 
 
 class GroupNormSiLU(nn.GroupNorm):
