@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from cogvx_kernels import expert_layernorm, gated_expert_layernorm, joint_attention, qk_norm_rope
 
 from ..config import TransformerConfig
-from .checkpoint import load_model
 from .embeddings import Grid, Placement, default_placement, rope_positions, timestep_embedding
 from .linear import Linear
+from .loading import ConfigLike, load_model
 from .modulation import Modulation, ModulationTable
 from .patches import Added, PatchEmbed, unpatchify
 from .saving import SHARD_BYTES, save_model
@@ -54,13 +54,16 @@ class ExpertTransformer(nn.Module):
         numerics: str = "diffusers",
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
+        config: ConfigLike = None,
     ) -> Self:
-        """The transformer of a published folder: a pipeline's or the transformer's own, a hub name, or "tiny".
+        """The transformer of a published folder: a pipeline's or its own, a hub name, "tiny", or a safetensors file.
+
+        config: of a file of no released size: a preset's name, a checkpoint's folder, or a TransformerConfig.
 
         Raises:
             CheckpointError: the folder is no checkpoint, or a damaged, incomplete or unsafe one.
         """
-        return load_model(cls, TransformerConfig, "transformer", folder, numerics, dtype, device)
+        return load_model(cls, "transformer", folder, numerics, dtype, device, config)
 
     def save_pretrained(self, folder: str | Path, shard_bytes: int = SHARD_BYTES) -> None:
         """Write the transformer's own published folder; diffusers loads it too.
