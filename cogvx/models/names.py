@@ -132,7 +132,7 @@ SAT_PLACES: dict[str, list[tuple[str, Callable[..., Place]]]] = {
         (_BLOCK + r"ff\.net\.2\.(\w+)", _same(_LAYER + "mlp.dense_4h_to_h.{}")),
         (_BLOCK + r"norm1\.norm\.(\w+)", _same(_LAYER + "input_layernorm.{}")),
         (_BLOCK + r"norm2\.norm\.(\w+)", _same(_LAYER + "post_attention_layernorm.{}")),
-        # SAT's twelve: shift, scale, gate of vision before attention and before the MLP, then of text; ours six and six.
+        # SAT's twelve: shift, scale, gate of vision before attention and before the MLP, then of text; ours: 6 and 6.
         (_BLOCK + r"norm1\.linear\.(\w+)", _same(_MIXIN + "adaLN_modulations.{}.1.{}", 12, 0, 1, 2, 6, 7, 8)),
         (_BLOCK + r"norm2\.linear\.(\w+)", _same(_MIXIN + "adaLN_modulations.{}.1.{}", 12, 3, 4, 5, 9, 10, 11)),
         (r"time_embedding\.linear_1\.(\w+)", _same("time_embed.0.{}")),
