@@ -16,9 +16,9 @@ COMMANDS = {
     "replay": "make a video again and compare",
     "encode": "turn a video into latents",
     "decode": "turn latents into a video",
-    "convert": "write a transformer or VAE in another format: diffusers, one file, SAT",
     "verify": "check a checkpoint folder: names, shapes, hashes, a forward pass, parity with diffusers",
     "doctor": "print versions, devices, and which kernels run",
+    "convert": "write a transformer, VAE or LoRA in another format: diffusers, one file, SAT",
     "evaluate": "measure the embedded checkpoint on Shapes World",
     "demo": "make a video with the embedded checkpoint, and a contact sheet beside it",
 }

@@ -1,4 +1,4 @@
-"""cogvx convert: write a transformer or a VAE in another format."""
+"""cogvx convert: write a transformer, a VAE or a LoRA in another format."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -12,16 +12,17 @@ if TYPE_CHECKING:
 
     from ..models.loading import Loaded
 
-SUFFIXES = {"diffusers": "", "single": ".safetensors", "sat": ".pt"}
+SUFFIXES = {"single": ".safetensors", "sat": ".pt", "lora": ".safetensors"}
 
 
 def main(
     source: Annotated[Positional[Path], arg(metavar="SOURCE")],
     output: Annotated[Positional[Path], arg(metavar="OUTPUT")],
-    to: Literal["diffusers", "single", "sat"],
+    to: Literal["diffusers", "single", "sat", "lora"],
     component: Literal["transformer", "vae"] | None = None,
     config: str | None = None,
     dtype: DType | None = None,
+    alpha: float | None = None,
 ) -> None:
     """Write a transformer or VAE as a diffusers folder, as one safetensors file, or as SAT, the training code, does.
 
@@ -30,10 +31,11 @@ def main(
     Args:
         source: a checkpoint folder, a safetensors file, or a SAT file (.pt), of which tensors alone are read.
         output: a folder for diffusers, a .safetensors or a .pt file; must not exist yet.
-        to: the format to write.
+        to: the format to write; "lora" is a LoRA, of any naming, in diffusers'.
         component: which part, where the source holds both.
         config: of a file that does not say it: 2b, 5b, 5b-i2v, 1.5-5b, 1.5-5b-i2v, or a checkpoint's folder.
         dtype: unset, the stored one.
+        alpha: of a LoRA that does not say it; unset, 1 for those of SAT, else the rank.
     """
     from ..models import CheckpointError
 
@@ -43,6 +45,8 @@ def main(
         raise CheckpointError(f"{output} exists; give a new name")
     if not output.absolute().parent.is_dir():
         raise CheckpointError(f"cannot write {output}: there is no folder {output.absolute().parent}")
+    if to == "lora":
+        return convert_lora(source, output, alpha)
     try:
         loaded = load(source, component, config, dtype)
     except ValueError as error:  # of a config that is none
@@ -50,8 +54,27 @@ def main(
     write(loaded.model, output, to)
     tensors = loaded.model.state_dict().values()
     print(f"{output}  {len(tensors)} tensors, {sum(t.nbytes for t in tensors) / 2**20:,.1f} MiB")
-    for name in loaded.left_out:
-        print(f"left out  {name}")
+    list_left_out(loaded.left_out)
+
+
+def convert_lora(source: Path, output: Path, alpha: float | None) -> None:
+    from ..models.checkpoint import load_tensors
+    from ..models.lora import write_lora
+    from ..models.lora_names import SAT, pairs
+    from ..models.sat import PICKLED, read_pickle
+
+    pickled = source.suffix in PICKLED
+    tensors, metadata = (read_pickle(source), {}) if pickled else load_tensors(source)
+    left_out = [name for name in tensors if pickled and not SAT.fullmatch(name)]
+    layers = pairs({n: t for n, t in tensors.items() if n not in left_out}, metadata, alpha, source)
+    write_lora(layers, output)
+    print(f"{output}  a LoRA of {len(layers)} layers")
+    list_left_out(left_out)
+
+
+def list_left_out(names: list[str]) -> None:
+    for name in names:
+        print(f"left out  {''.join(letter if letter.isprintable() else '?' for letter in name)}")
 
 
 def load(source: Path, component: str | None, config: str | None, dtype: str | None) -> "Loaded":

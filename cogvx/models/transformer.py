@@ -10,7 +10,7 @@ Source: "CogVideoX" (arXiv 2408.06072), section 2.2, and the released configurat
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -45,6 +45,7 @@ class ExpertTransformer(nn.Module):
         self.norm_final = nn.LayerNorm(config.width, config.norm_eps)
         self.norm_out = LastNorm(config)
         self.proj_out = Linear(config.width, config.out_channels * math.prod(config.patch))
+        self.loras: dict[str, Any] = {}  # see `cogvx.models.lora`
         self.table: ModulationTable | None = None  # what is left of the modulation once its weights are released
 
     @classmethod
