@@ -29,7 +29,7 @@ def main(
     Tensors keep every byte unless a dtype is given. What has no place in the other format is listed.
 
     Args:
-        source: a checkpoint folder, a safetensors file, or a SAT file (.pt), of which tensors alone are read.
+        source: a checkpoint folder, a safetensors or GGUF file, or a SAT file (.pt), of which tensors alone are read.
         output: a folder for diffusers, a .safetensors or a .pt file; must not exist yet.
         to: the format to write; "lora" is a LoRA, of any naming, in diffusers'.
         component: which part, where the source holds both.
@@ -80,17 +80,16 @@ def list_left_out(names: list[str]) -> None:
 def load(source: Path, component: str | None, config: str | None, dtype: str | None) -> "Loaded":
     """The one model in a file or folder, with the names that have no place in it."""
     from ..models import CausalVAE, CheckpointError, ExpertTransformer
-    from ..models.loading import FILES, Loaded, load_file
+    from ..models.loading import FILES, Loaded, content_of, load_file
     from ..models.names import find
     from ..models.sat import PICKLED, load_sat
-    from ..models.stored import opened
     from ._arguments import torch_dtype
 
     classes, kind = {"transformer": ExpertTransformer, "vae": CausalVAE}, torch_dtype(dtype)
     if source.suffix in PICKLED:
         return load_sat(classes, source, component, config, kind)
     if source.suffix in FILES and source.is_file():
-        with opened([source]) as stored:
+        with content_of(source) as (stored, _):
             component = find((name for name, _ in stored), component, source).component
         return load_file(classes[component], component, source, kind, None, config)
     if config is not None:

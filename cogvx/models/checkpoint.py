@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from .quantized import DTYPE, is_fp8, unscaled
 from .stored import DTYPES, CheckpointError, Stored, one_line, opened, opened_file, some
 
 TINY = Path(__file__).parent.parent / "assets" / "tiny"
@@ -150,16 +151,18 @@ def load_weights(
     aliases: dict[str, str] | None = None,
     keep_fp32: Iterable[str] = (),
 ) -> None:
-    """Give a model the weights of a folder, cast to `dtype` (None: as stored), once every name and shape is right.
+    """Give a model the weights of a folder, cast to `dtype`, once every name and shape is right.
 
     Args:
+        dtype: None is what is stored, and bf16 for fp8.
         aliases: other names under which a file may hold a tensor.
         keep_fp32: tensors that stay in fp32 where the others become fp16.
     """
     check_dtype(dtype)
     check_device(device)
     with opened(weight_files(folder, root)) as stored:
-        fill(model, stored, folder, dtype, device, aliases or {}, keep_fp32)
+        dtype = DTYPE if dtype is None and is_fp8(stored) else dtype
+        fill(model, unscaled(stored), folder, dtype, device, aliases or {}, keep_fp32)
 
 
 def fill(

@@ -2,7 +2,8 @@
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -24,12 +25,14 @@ from .checkpoint import (
     save_tensors,
 )
 from .names import Found, by_our_names, find, sat_place
+from .quantized import DTYPE, is_fp8, opened_gguf, unscaled
 from .stored import CheckpointError, Stored, one_line, opened, opened_file
 
 Model = TypeVar("Model", bound=nn.Module)
 ConfigLike = Published | str | os.PathLike | None  # a config, a preset's name, a checkpoint's folder
 CONFIGS = {"transformer": TransformerConfig, "vae": VAEConfig}
-FILES = (".safetensors",)
+GGUF = ".gguf"
+FILES = (".safetensors", GGUF)
 
 
 def load_model(
@@ -79,13 +82,27 @@ def load_file(
     device: torch.device | str | None,
     config: ConfigLike = None,
 ) -> Loaded:
-    """The model in a safetensors file, under any of the usual prefixes, by diffusers' names or SAT's."""
+    """The model in a safetensors or GGUF file, under any of the usual prefixes, by diffusers' names or SAT's.
+
+    dtype: None is what is stored, and bf16 for GGUF and fp8.
+    """
+    with content_of(file) as (stored, metadata):
+        found = find((name for name, _ in stored), component, file)
+        known = pick_config(component, config, metadata, stored, found, file)
+        dtype = DTYPE if dtype is None and (file.suffix == GGUF or is_fp8(stored)) else dtype
+        return take(model_class, known, unscaled(stored), found, file, dtype, device)
+
+
+@contextmanager
+def content_of(file: Path) -> Iterator[tuple[list[tuple[str, Stored]], dict[str, str]]]:
+    """What a single file holds, and the words in its header."""
+    if file.suffix == GGUF:
+        yield opened_gguf(file), {}
+        return
     with opened_file(file) as content:
         metadata = content.metadata() or {}
     with opened([file]) as stored:
-        found = find((name for name, _ in stored), component, file)
-        known = pick_config(component, config, metadata, stored, found, file)
-        return take(model_class, known, stored, found, file, dtype, device)
+        yield stored, metadata
 
 
 def take(

@@ -57,7 +57,7 @@ class ExpertTransformer(nn.Module):
         device: torch.device | str | None = None,
         config: ConfigLike = None,
     ) -> Self:
-        """The transformer of a published folder: a pipeline's or its own, a hub name, "tiny", or a safetensors file.
+        """The transformer of a published folder: a pipeline's or its own, a hub name, "tiny", or one file.
 
         config: of a file of no released size: a preset's name, a checkpoint's folder, or a TransformerConfig.
 

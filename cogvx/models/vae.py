@@ -49,7 +49,7 @@ class CausalVAE(nn.Module):
         device: torch.device | str | None = None,
         config: ConfigLike = None,
     ) -> Self:
-        """The VAE of a published folder: a pipeline's or the VAE's own, a hub name, "tiny", or a safetensors file.
+        """The VAE of a published folder: a pipeline's or the VAE's own, a hub name, "tiny", or one file.
 
         config: of a file that does not state it: a preset's name, a checkpoint's folder, or a VAEConfig.
 
