@@ -18,6 +18,7 @@ COMMANDS = {
     "decode": "turn latents into a video",
     "verify": "check a checkpoint folder: names, shapes, hashes, a forward pass, parity with diffusers",
     "doctor": "print versions, devices, and which kernels run",
+    "convert": "write a transformer, VAE or LoRA in another format: diffusers, one file, SAT",
     "evaluate": "measure the embedded checkpoint on Shapes World",
     "demo": "make a video with the embedded checkpoint, and a contact sheet beside it",
 }

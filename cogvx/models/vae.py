@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from cogvx_kernels import causal_conv3d, group_norm_silu, spatial_norm_silu, upsample_conv
 
 from ..config import VAEConfig
-from .checkpoint import load_model
+from .loading import ConfigLike, load_model
 from .saving import SHARD_BYTES, save_model
 
 
@@ -47,13 +47,16 @@ class CausalVAE(nn.Module):
         numerics: str = "diffusers",
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
+        config: ConfigLike = None,
     ) -> Self:
-        """The VAE of a published folder: a pipeline's or the VAE's own, a hub name, or "tiny".
+        """The VAE of a published folder: a pipeline's or the VAE's own, a hub name, "tiny", or one file.
+
+        config: of a file that does not state it: a preset's name, a checkpoint's folder, or a VAEConfig.
 
         Raises:
             CheckpointError: the folder is no checkpoint, or a damaged, incomplete or unsafe one.
         """
-        return load_model(cls, VAEConfig, "vae", folder, numerics, dtype, device)
+        return load_model(cls, "vae", folder, numerics, dtype, device, config)
 
     def save_pretrained(self, folder: str | Path, shard_bytes: int = SHARD_BYTES) -> None:
         """Write the VAE's own published folder; diffusers loads it too."""
