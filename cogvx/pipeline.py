@@ -1,5 +1,6 @@
 """Text in, video out, in five visible steps: settings, text, noise, sampling, frames."""
 
+import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -16,15 +17,18 @@ from .clip import Clip
 from .data.pixels import to_frames
 from .diffusion.guidance import guide
 from .diffusion.samplers import SAMPLERS
-from .diffusion.schedule import sampling_steps
+from .diffusion.schedule import Step, sampling_steps
 from .finite import NonFiniteError, all_finite, check_finite
 from .machine import computable, environment, peak_memory, pick_device
-from .models.checkpoint import CheckpointError, check_numerics, resolve_folder
+from .models.checkpoint import CheckpointError, resolve_folder
 from .models.saving import content_hash, new_folder, write_json
 from .models.text import TextEncoder
 from .models.transformer import ExpertTransformer
 from .models.vae import CausalVAE
+from .numerics import DIFFUSERS, Numerics, differences, followed, read_numerics
 from .settings import Configs, Settings, SettingsError, read_configs
+
+logger = logging.getLogger(__name__)
 
 FPS = 8
 MODEL_INDEX = {
@@ -50,9 +54,14 @@ class Pipeline:
         configs: Configs,
         source: str = "",
         folder: Path | None = None,
+        numerics: Numerics = DIFFUSERS,
     ):
         self.transformer, self.vae, self.text_encoder = transformer.eval(), vae.eval(), text_encoder
         self.configs, self.source, self.folder = configs, source, folder
+        self.numerics = followed(numerics)
+        if pending := differences(numerics, self.numerics):
+            names = ", ".join(pending)
+            logger.warning("numerics: these choices are not computed yet and stay diffusers': %s", names)
 
     @classmethod
     def from_pretrained(
@@ -60,21 +69,22 @@ class Pipeline:
         model: str | os.PathLike = "tiny",
         dtype: torch.dtype | None = None,
         device: str | torch.device | None = None,
-        numerics: str = "diffusers",
+        numerics: str | dict | Numerics = "diffusers",
     ) -> "Pipeline":
         """Load a published folder, a hub name, or "tiny", the checkpoint inside this package.
 
         dtype: None keeps the stored one, except that fp16 is computed in fp32 on a CPU. device: None takes a GPU where
-        there is one. Raises ValueError for what is no checkpoint, with the reason.
+        there is one. numerics: "sat", what the weights were trained with, "diffusers", or the choices one by one, a
+        `cogvx.numerics.Numerics`. Raises ValueError for what is no checkpoint, with the reason.
         """
-        check_numerics(numerics)
+        choices = read_numerics(numerics)
         configs, folder, device = read_configs(model), resolve_folder(model), pick_device(device)
-        check_folder(folder, configs, numerics)
-        transformer = computable(ExpertTransformer.from_pretrained(folder, numerics, dtype, device), dtype)
-        vae = computable(CausalVAE.from_pretrained(folder, numerics, dtype, device), dtype)
+        check_folder(folder, configs)
+        transformer = computable(ExpertTransformer.from_pretrained(folder, dtype=dtype, device=device), dtype)
+        vae = computable(CausalVAE.from_pretrained(folder, dtype=dtype, device=device), dtype)
         length = configs.transformer.max_text_seq_length
         text_encoder = TextEncoder.from_pretrained(folder, length, transformer.proj_out.weight.dtype, device)
-        return cls(transformer, vae, text_encoder, configs, os.fspath(model), folder)
+        return cls(transformer, vae, text_encoder, configs, os.fspath(model), folder, choices)
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
         """Write the published folder layout, which diffusers loads too."""
@@ -95,8 +105,12 @@ class Pipeline:
         What they compute for this number of steps is kept; calls with another number then raise ValueError, and so do
         saving and training.
         """
-        steps = sampling_steps(self.configs.schedule, num_inference_steps)
-        self.transformer.release_modulation([step.timestep for step in steps])
+        self.transformer.release_modulation([step.timestep for step in self.steps(num_inference_steps)])
+
+    def steps(self, num_inference_steps: int) -> list[Step]:
+        """The moves of a sampler under this pipeline's numerics."""
+        how = self.numerics
+        return sampling_steps(self.configs.schedule, num_inference_steps, how.rounding, how.moves, how.zero_snr)
 
     @property
     def device(self) -> torch.device:
@@ -119,7 +133,7 @@ class Pipeline:
         height: int | None = None,
         width: int | None = None,
         num_inference_steps: int = 50,
-        guidance_scale: float = 6.0,
+        guidance_scale: float | Sequence[float] = 6.0,
         dynamic_guidance: str | None = None,
         sampler: str | None = None,
         seed: int | None = None,
@@ -137,7 +151,7 @@ class Pipeline:
         settings = Settings(
             prompt, negative_prompt, num_frames, height, width, num_inference_steps, guidance_scale, dynamic_guidance,
             sampler, seed,
-        ).resolve(self.configs)  # fmt: skip
+        ).resolve(self.configs, self.numerics)  # fmt: skip
         given = {"latents": latents, "prompt_embeds": prompt_embeds, "negative_prompt_embeds": negative_prompt_embeds}
         self.check_given(settings, given)
         return self.generate([settings], given, callback_on_step_end, progress)[0]
@@ -173,9 +187,10 @@ class Pipeline:
         for name, count in (("num_videos_per_prompt", num_videos_per_prompt), ("batch_size", batch_size)):
             if isinstance(count, bool) or not isinstance(count, int) or count < 1:
                 raise SettingsError(f"{name} is {count!r}; it must be a whole number from 1")
-        first = Settings(prompts[0], seed=seed, **settings).resolve(self.configs)
+        first = Settings(prompts[0], seed=seed, **settings).resolve(self.configs, self.numerics)
         wanted = [prompt for prompt in prompts for _ in range(num_videos_per_prompt)]
-        each = [replace(first, prompt=p, seed=first.seed + i).resolve(self.configs) for i, p in enumerate(wanted)]
+        each = [replace(first, prompt=p, seed=first.seed + i) for i, p in enumerate(wanted)]
+        each = [one.resolve(self.configs, self.numerics) for one in each]
         for start in range(0, len(each), batch_size):
             yield from self.generate(each[start : start + batch_size], {}, None, progress)
 
@@ -202,10 +217,12 @@ class Pipeline:
         if prompted is None:
             prompted = self.encode_prompts([s.prompt for s in batch])
         prompted = prompted.to(self.device, self.dtype)
-        if settings.guidance_scale <= 1.0:
+        if not settings.is_guided:
             return prompted
         null = given.get("negative_prompt_embeds")
-        if null is None:
+        if null is None and settings.negative_prompt == "" and self.numerics.null_text == "zeros":
+            null = torch.zeros_like(prompted[:1])
+        elif null is None:
             null = self.encode_prompts([settings.negative_prompt])
         return torch.cat([null.to(prompted).expand_as(prompted), prompted])
 
@@ -235,7 +252,8 @@ class Pipeline:
     ) -> Tensor:
         """From noise to scaled latents, [B, C, T, H, W] in fp32."""
         guided = len(text) > len(noise)
-        steps = sampling_steps(self.configs.schedule, settings.num_inference_steps)
+        steps = self.steps(settings.num_inference_steps)
+        kept = torch.float32 if self.numerics.latents_between_steps == "fp32" else self.dtype
         table = self.transformer.tabulate([step.timestep for step in steps], batch=len(text))
 
         def denoise(frames: Tensor, timestep: int, index: int) -> Tensor:
@@ -259,7 +277,7 @@ class Pipeline:
 
         with tqdm(total=settings.num_inference_steps, unit="step", disable=not progress) as bar:
             # Frames first, [B, T, C, H, W]: so the noise that a sampler adds is that of diffusers too, seed for seed.
-            frames = SAMPLERS[settings.sampler](denoise, noise.transpose(1, 2), steps, generators, on_step)
+            frames = SAMPLERS[settings.sampler](denoise, noise.transpose(1, 2), steps, generators, on_step, kept)
             return frames.transpose(1, 2)
 
     def decode(self, latents: Tensor) -> list[np.ndarray]:
@@ -289,17 +307,17 @@ class Pipeline:
             "batch_size": batch_size,
             "model": self.source,
             "model_sha256": self.model_hash,
-            "numerics": "diffusers",
+            "numerics": self.numerics.as_dict(),
             "dtype": str(self.dtype).removeprefix("torch."),
             "not_replayable_because_of": reasons,
             "environment": environment(self.device),
         }
 
 
-def check_folder(folder: Path, configs: Configs, numerics: str) -> None:
+def check_folder(folder: Path, configs: Configs) -> None:
     """Raises CheckpointError if any part of a checkpoint lacks a tensor or has a wrong one; reads no weights."""
-    ExpertTransformer.from_pretrained(folder, numerics, device="meta")
-    CausalVAE.from_pretrained(folder, numerics, device="meta")
+    ExpertTransformer.from_pretrained(folder, device="meta")
+    CausalVAE.from_pretrained(folder, device="meta")
     text_encoder = TextEncoder.from_pretrained(folder, configs.transformer.max_text_seq_length, device="meta")
     width = text_encoder.model.config.d_model
     if width != configs.transformer.text_embed_dim:

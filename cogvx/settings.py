@@ -3,6 +3,7 @@
 import math
 import os
 import secrets
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from .diffusion.guidance import SCALES
 from .diffusion.samplers import SAMPLERS
 from .diffusion.schedule import cumulative_alphas, timesteps
 from .models.checkpoint import CheckpointError, component_folder, read_config, resolve_folder
+from .numerics import DIFFUSERS, Numerics
 
 MAX_SEED = 2**63 - 1
 
@@ -79,24 +81,29 @@ class Settings:
     height: int | None = None  # pixels
     width: int | None = None  # pixels
     num_inference_steps: int = 50
-    guidance_scale: float = 6.0  # up to 1.0 is no guidance
-    dynamic_guidance: str | None = None  # None, "wave" (as released) or "cosine" (as meant)
-    sampler: str | None = None  # "ddim" or "dpmpp_2m_sde"
+    guidance_scale: float | Sequence[float] = 6.0  # up to 1.0 is no guidance; or one for each step
+    dynamic_guidance: str | None = None  # "constant", "wave" (as released) or "cosine" (as meant)
+    sampler: str | None = None  # one of SAMPLERS
     seed: int | None = None  # None draws one
 
-    def resolve(self, configs: Configs) -> "Settings":
+    def resolve(self, configs: Configs, numerics: Numerics = DIFFUSERS) -> "Settings":
         """The same settings, complete. Raises SettingsError for one that does not fit."""
         if self.prompt is not None and (not isinstance(self.prompt, str) or not self.prompt.strip()):
             raise SettingsError(f"prompt is {self.prompt!r}; say in words what the video shows")
         if not isinstance(self.negative_prompt, str):
             raise SettingsError(f"negative_prompt is {self.negative_prompt!r}; it must be a text, '' for none")
         transformer, factor = configs.transformer, configs.space_factor
+        listed = isinstance(self.guidance_scale, list | tuple)
+        form = "constant" if listed else numerics.dynamic_guidance
+        sampler = configs.schedule.sampler if numerics.sampler == "folder" else numerics.sampler
         known = replace(
             self,
             num_frames=transformer.sample_frames if self.num_frames is None else self.num_frames,
             height=transformer.sample_height * factor if self.height is None else self.height,
             width=transformer.sample_width * factor if self.width is None else self.width,
-            sampler=configs.schedule.sampler if self.sampler is None else self.sampler,
+            guidance_scale=list(self.guidance_scale) if listed else self.guidance_scale,
+            dynamic_guidance=form if self.dynamic_guidance is None else self.dynamic_guidance,
+            sampler=sampler if self.sampler is None else self.sampler,
             seed=secrets.randbelow(2**32) if self.seed is None else self.seed,
         )
         known.check_size(configs)
@@ -125,17 +132,27 @@ class Settings:
             timesteps(configs.schedule, self.num_inference_steps)
         except ValueError as error:
             raise SettingsError(str(error)) from error
-        scale = self.guidance_scale
-        if isinstance(scale, bool) or not isinstance(scale, int | float) or not math.isfinite(scale) or scale < 0:
-            what = "a finite number from 0 (up to 1 is no guidance)"
-            raise SettingsError(f"guidance_scale is {scale!r}; it must be {what}")
-        if self.dynamic_guidance not in (None, "wave", "cosine"):
-            raise SettingsError(f"dynamic_guidance is {self.dynamic_guidance!r}; valid: None, 'wave', 'cosine'")
+        self.check_guidance()
         if self.sampler not in SAMPLERS:
             raise SettingsError(f"sampler is {self.sampler!r}; valid: {', '.join(map(repr, SAMPLERS))}")
         check_int("seed", self.seed)
         if not 0 <= self.seed <= MAX_SEED:
             raise SettingsError(f"seed is {self.seed}; it must be from 0 to {MAX_SEED}")
+
+    def check_guidance(self) -> None:
+        scale, form, count = self.guidance_scale, self.dynamic_guidance, self.num_inference_steps
+        if form not in SCALES:
+            raise SettingsError(f"dynamic_guidance is {form!r}; valid: None, {', '.join(map(repr, SCALES))}")
+        if not isinstance(scale, list):
+            check_scale("guidance_scale", scale)
+            return
+        for i, one in enumerate(scale):
+            check_scale(f"guidance_scale of step {i + 1}", one)
+        if len(scale) != count:
+            what = f"it must hold one for each of the {count} steps of num_inference_steps"
+            raise SettingsError(f"guidance_scale holds {len(scale)} scales; {what}")
+        if form != "constant":
+            raise SettingsError(f"dynamic_guidance is {form!r}; with a guidance_scale for each step it must be None")
 
     def latent_shape(self, configs: Configs) -> tuple[int, int, int, int]:
         """C, T, H, W of the latents that the transformer makes."""
@@ -143,8 +160,16 @@ class Settings:
         factor = configs.space_factor
         return configs.vae.latent_channels, frames, self.height // factor, self.width // factor
 
+    @property
+    def is_guided(self) -> bool:
+        """Whether any step looks at the negative prompt."""
+        scale = self.guidance_scale
+        return max(scale) > 1.0 if isinstance(scale, list) else scale > 1.0
+
     def scale_at(self, timestep: int, step_index: int) -> float:
         """The guidance scale of one step."""
+        if isinstance(self.guidance_scale, list):
+            return max(self.guidance_scale[step_index], 1.0)
         form = SCALES[self.dynamic_guidance or "constant"]
         return form(self.guidance_scale, timestep, step_index, self.num_inference_steps)
 
@@ -155,3 +180,9 @@ class Settings:
 def check_int(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
         raise SettingsError(f"{name} is {value!r}; it must be a whole number")
+
+
+def check_scale(name: str, scale: object) -> None:
+    if isinstance(scale, bool) or not isinstance(scale, int | float) or not math.isfinite(scale) or scale < 0:
+        what = "a finite number from 0 (up to 1 is no guidance)"
+        raise SettingsError(f"{name} is {scale!r}; it must be {what}, or a list of one for each step")

@@ -17,7 +17,7 @@ SOURCES = ("cogvx", "cogvx_kernels", "csrc", "tests", "benchmarks")
 
 # A module imports from earlier lines or from its own package; cogvx/__init__.py is the face and may reach for any.
 LAYERS = (
-    ("allocator", "config", "finite", "version"),
+    ("allocator", "config", "finite", "numerics", "version"),
     ("diffusion",),
     ("models",),
     ("data",),

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
-from ._arguments import DType, Numerics
+from ._arguments import DType
 
 
 def main(
@@ -17,11 +17,11 @@ def main(
     height: int | None = None,
     width: int | None = None,
     num_inference_steps: int = 50,
-    guidance_scale: float = 6.0,
-    dynamic_guidance: Literal["wave", "cosine"] | None = None,
-    sampler: Literal["ddim", "dpmpp_2m_sde"] | None = None,
+    guidance_scale: Annotated[str, arg(metavar="SCALE[,SCALE...]")] = "6.0",
+    dynamic_guidance: Literal["constant", "wave", "cosine"] | None = None,
+    sampler: Literal["ddim", "dpmpp_2m_sde", "dpmpp_2m", "unipc"] | None = None,
     seed: int | None = None,
-    numerics: Numerics = "diffusers",
+    numerics: Annotated[str, arg(metavar="{sat,diffusers}[,FIELD=CHOICE...]")] = "diffusers",
     dtype: DType | None = None,
     device: str | None = None,
     progress: bool = True,
@@ -37,28 +37,32 @@ def main(
         height: in pixels.
         width: in pixels.
         num_inference_steps: from 1 to 1000.
-        guidance_scale: how closely the prompt is followed; up to 1 is no guidance.
-        dynamic_guidance: a scale that changes over the steps: "wave" as it was released, "cosine" as it was meant.
-        sampler: unset, what the checkpoint says.
+        guidance_scale: how closely the prompt is followed; up to 1 is no guidance; or one for each step, as in 6,6,4,1.
+        dynamic_guidance: a scale that changes over the steps: "wave" as it was released, "cosine" as it was meant;
+            unset, what the numerics say.
+        sampler: unset, what the numerics and the checkpoint say.
         seed: unset, a fresh one, which the file keeps.
-        numerics: whose arithmetic to follow.
+        numerics: whose arithmetic to follow, and changes to it, as in sat,null_text=encoded.
         dtype: unset, the stored one (fp16 is computed in fp32 on a CPU).
         device: unset, a GPU where there is one.
         progress: show a progress bar.
     """
     from ..data.video import check_writable
+    from ..numerics import read_numerics
     from ..settings import Settings, read_configs
+    from ._arguments import read_scales
 
+    choices = read_numerics(numerics)
     settings = Settings(
-        prompt, negative_prompt, num_frames, height, width, num_inference_steps, guidance_scale, dynamic_guidance,
-        sampler, seed,
-    ).resolve(read_configs(model))  # fmt: skip
+        prompt, negative_prompt, num_frames, height, width, num_inference_steps, read_scales(guidance_scale),
+        dynamic_guidance, sampler, seed,
+    ).resolve(read_configs(model), choices)  # fmt: skip
     check_writable(output, ".mp4")
 
     from ..pipeline import Pipeline
     from ._arguments import torch_dtype
 
-    pipeline = Pipeline.from_pretrained(model, torch_dtype(dtype), device, numerics)
+    pipeline = Pipeline.from_pretrained(model, torch_dtype(dtype), device, choices)
     clip = pipeline(**settings.as_dict(), progress=progress)
     clip.save(output)
     print(f"{output}  ({clip.seconds:.1f} s, seed {clip.metadata['seed']})")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, get_args
 
 from tyro.conf import Positional, arg
 
-from ._arguments import DType, Numerics
+from ._arguments import DType
 
 if TYPE_CHECKING:
     from ..settings import Settings
@@ -57,6 +57,7 @@ def main(
 def recorded_settings(file: Path, made: dict, model: str | None) -> "Settings":
     """The settings that a video carries, complete. Raises VideoError for a video that cannot be made again."""
     from ..data.video import VideoError
+    from ..numerics import NumericsError, read_numerics
     from ..settings import Settings, SettingsError, read_configs
 
     if made.get("not_replayable_because_of"):
@@ -68,11 +69,16 @@ def recorded_settings(file: Path, made: dict, model: str | None) -> "Settings":
         raise VideoError(f"{file} cannot be replayed: its metadata does not say {', '.join(missing)}")
     kinds = {"model": str, "model_sha256": str, "environment": dict, "seed": int}
     wrong = [name for name, kind in kinds.items() if not isinstance(made[name], kind)]
-    wrong += [name for name, valid in (("dtype", DType), ("numerics", Numerics)) if made[name] not in get_args(valid)]
+    wrong += [] if made["dtype"] in get_args(DType) else ["dtype"]
     if wrong:
         raise VideoError(f"{file} cannot be replayed: in its metadata {wrong[0]} is {str(made[wrong[0]])[:60]!r}")
     try:
-        return Settings(**{name: made[name] for name in names}).resolve(read_configs(model or made["model"]))
+        numerics = read_numerics(made["numerics"])
+    except NumericsError as error:
+        raise VideoError(f"{file} cannot be replayed: in its metadata {error}") from error
+    try:
+        settings = Settings(**{name: made[name] for name in names})
+        return settings.resolve(read_configs(model or made["model"]), numerics)
     except SettingsError as error:
         raise VideoError(f"{file} cannot be replayed with this model: {error}") from error
 

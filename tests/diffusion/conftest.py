@@ -1,6 +1,9 @@
 """The published schedule, ours and as the oracle's schedulers are built from it."""
 
+import math
+
 import pytest
+import torch
 
 from cogvx.config import ScheduleConfig
 
@@ -25,3 +28,15 @@ def make_config():
 def make_oracle():
     diffusers = pytest.importorskip("diffusers")
     return lambda name, **changes: getattr(diffusers, name)(**FIXED | NUMBERS | changes)
+
+
+@pytest.fixture
+def nonlinear_denoiser():
+    """A random function of latents, [B, 16, T, H, W], and timestep, as bounded as a velocity is."""
+    mix = torch.randn(16, 16, generator=torch.Generator().manual_seed(1)) / 4
+
+    def denoise(latents, timestep, step_index):
+        mixed = torch.einsum("dc,bcthw->bdthw", mix, latents)
+        return torch.tanh(1.5 * mixed + math.cos(timestep / 100)) + 0.3 * torch.sin(3 * latents)
+
+    return denoise
