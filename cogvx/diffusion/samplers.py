@@ -179,13 +179,13 @@ def _corrected_move(
     With `y = x0 + c1 s + c2 s^2` through them, s the part of the step that is done, the clip that the move takes is
     `x0 + c1 b1 + c2 b2`, where b1 and b2 are the means of s and s^2 under the solver's weight, e^(h s).
     """
+    change = next_x0 - x0
+    if previous is None:  # from pure noise the clip changes evenly along e^lambda, so that the mean is exact
+        return exponential_move(x, x0 + 0.5 * change, step)
     now = half_log_snr(step.alpha)
     h = half_log_snr(step.next_alpha) - now
-    change = next_x0 - x0
-    if math.isinf(h):  # from pure noise: the mean in e^lambda, along which the clip changes evenly there
-        return exponential_move(x, x0 + 0.5 * change, step)
     b1 = -1 / math.expm1(-h) - 1 / h
-    if previous is None or math.isinf(previous[1]):
+    if math.isinf(previous[1]):  # too far away to say anything of a bend
         return exponential_move(x, x0 + b1 * change, step)
     b2 = -1 / math.expm1(-h) - 2 * b1 / h
     before = (previous[1] - now) / h  # below 0

@@ -56,9 +56,8 @@ def ddim(denoise, x, n, s):
 
 def dpmpp_2m_sde(denoise, x, n, s, draw):
     """draw: normal noise of x's shape; once in the first step, twice in the middle ones, in the last one not at all."""
-    x, before, ratio = x.double(), None, None
-    steps = schedule(n, s)
-    for i, (t, root, after, seen) in enumerate(steps):
+    x, before, previous_shrink = x.double(), None, None
+    for i, (t, root, after, seen) in enumerate(schedule(n, s)):
         x0 = seen * x - math.sqrt(1 - seen**2) * denoise(x.float(), t, i).double()
         if i == n - 1:
             return x0
