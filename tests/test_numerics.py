@@ -1,0 +1,190 @@
+"""One named choice a disagreement: the presets, what changes them, their table, and what is recorded of them."""
+
+import logging
+import sys
+from dataclasses import FrozenInstanceError, fields, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from cogvx import Pipeline
+from cogvx.data.video import read_metadata, write_video
+from cogvx.diffusion.samplers import SAMPLERS
+from cogvx.numerics import DIFFUSERS, PENDING, SAT, Numerics, NumericsError, differences, followed, read_numerics, table
+
+DOCUMENT = Path(__file__).parents[1] / "docs" / "numerics.md"
+INTRODUCTION = """\
+# Numerics
+
+The code that the released weights were trained with (SAT) and diffusers disagree in places. Each is a field of
+`cogvx.numerics.Numerics`; `SAT` and `DIFFUSERS` are the two presets.
+
+```python
+from dataclasses import replace
+from cogvx import Pipeline
+from cogvx.numerics import SAT
+
+Pipeline.from_pretrained("tiny", numerics="sat")
+Pipeline.from_pretrained("tiny", numerics=replace(SAT, null_text="encoded"))
+```
+
+`cogvx generate --numerics sat,null_text=encoded` is the same on the command line. An mp4 carries every field, and
+`cogvx replay` follows them. A field that is not followed yet stays as in diffusers, with a warning, and is recorded so.
+
+"""
+NOTES = """
+
+No field, because no clip depends on it: in its last step diffusers' DPM-Solver++ SDE draws noise that it multiplies by
+0, SAT draws none. Noise is drawn in fp32 on the CPU in either.
+
+Written by `python tests/test_numerics.py`, kept true by `tests/test_numerics.py`.
+"""
+PROMPT = "a red circle moves left"
+QUICK = {"num_inference_steps": 3, "num_frames": 9, "seed": 3, "progress": False}
+
+
+def document() -> str:
+    return INTRODUCTION + table() + NOTES
+
+
+def test_the_document_is_the_table_in_force():
+    assert DOCUMENT.read_text() == document()
+
+
+def test_the_presets_differ_in_every_field_and_each_field_says_what_it_is():
+    assert differences(SAT, DIFFUSERS) == [f.name for f in fields(Numerics)]
+    assert all(f.metadata["meaning"].endswith(".") for f in fields(Numerics))
+    assert set(PENDING) <= {f.name for f in fields(Numerics)}
+    with pytest.raises(FrozenInstanceError):
+        SAT.null_text = "encoded"
+
+
+@pytest.mark.parametrize(("value", "expected"), [
+    ("sat", SAT),
+    ("diffusers", DIFFUSERS),
+    (SAT, SAT),
+    ("sat,null_text=encoded", replace(SAT, null_text="encoded")),
+    ("diffusers,last_norm_eps=1e-6,text_tokens_1_5=224", replace(DIFFUSERS, last_norm_eps=1e-6, text_tokens_1_5=224)),
+    ("sat,image_latent_1_5=multiplied,rounding=rounded", replace(SAT, image_latent_1_5="multiplied", rounding="rounded")),
+    (SAT.as_dict(), SAT),
+])  # fmt: skip
+def test_numerics_by_name_by_changes_and_by_field(value, expected):
+    assert read_numerics(value) == expected
+
+
+@pytest.mark.parametrize(("value", "message"), [
+    ("best", "numerics is 'best'; valid: sat, diffusers, or either with changes, as in sat,null_text=encoded"),
+    ("", "numerics is ''; valid: sat"),
+    (None, "numerics is 'None'; valid: sat"),
+    (["sat"], "valid: sat"),
+    ("sat,null_text", "null_text of numerics is ''; valid: 'zeros', 'encoded'"),
+    ("sat,null_text=none", "null_text of numerics is 'none'; valid: 'zeros', 'encoded'"),
+    ("sat,nil=1", "numerics has no field 'nil'; valid: null_text, zero_snr"),
+    ("sat,text_tokens_1_5=225", "text_tokens_1_5 of numerics is 225; valid: 224, 226"),
+    ({"null_text": "zeros"}, "numerics does not say zero_snr, rounding"),
+    (SAT.as_dict() | {"moves": True}, "moves of numerics is True; valid: 'visited', 'stride'"),
+    (SAT.as_dict() | {"other": 1}, "numerics has no field 'other'"),
+])  # fmt: skip
+def test_what_is_no_choice_is_named(value, message):
+    with pytest.raises(NumericsError) as caught:
+        read_numerics(value)
+    assert message in str(caught.value)
+
+
+def test_the_named_samplers_are_there():
+    assert {SAT.sampler, "dpmpp_2m", "unipc"} < set(SAMPLERS)
+
+
+@pytest.fixture(scope="module")
+def made(small_checkpoint):
+    """`made(numerics, kind, dtype, **settings)`: a clip of a small checkpoint."""
+
+    def make(numerics, kind="2b", dtype=None, **settings):
+        pipeline = Pipeline.from_pretrained(small_checkpoint(kind), dtype, "cpu", numerics)
+        return pipeline(PROMPT, **QUICK | settings)
+
+    return make
+
+
+def test_numerics_that_are_not_computed_yet_are_named_and_not_recorded(made, caplog):
+    with caplog.at_level(logging.WARNING, "cogvx"):
+        clip = made("sat")
+    assert [record.getMessage() for record in caplog.records] == [
+        f"numerics: these choices are not computed yet and stay diffusers': {', '.join(PENDING)}"
+    ]
+    assert clip.metadata["numerics"] == followed(SAT).as_dict()
+    assert clip.metadata["sampler"] == "dpmpp_2m_sde" and clip.metadata["dynamic_guidance"] == "wave"
+
+
+def test_unset_settings_are_those_of_the_numerics(made):
+    assert made("diffusers").metadata["sampler"] == "ddim"  # what the folder names
+    asked = made("sat", sampler="unipc", dynamic_guidance="cosine").metadata
+    assert (asked["sampler"], asked["dynamic_guidance"]) == ("unipc", "cosine")
+
+
+# 7 steps divide 1000 with a remainder, and 7 timesteps are rounded otherwise than truncated.
+@pytest.mark.parametrize("change", [
+    "null_text=zeros", "zero_snr=visited", "rounding=truncated", "moves=visited", "sampler=dpmpp_2m_sde",
+    "dynamic_guidance=wave",
+])  # fmt: skip
+def test_every_switch_changes_what_is_made(change, made):
+    before, after = (made(numerics, num_inference_steps=7).frames for numerics in ("diffusers", f"diffusers,{change}"))
+    assert not np.array_equal(before, after)
+
+
+def test_latents_are_rounded_between_steps_where_the_model_computes_in_less(made):
+    def seen(numerics, dtype):
+        kept = []
+
+        def watch(pipeline, index, timestep, tensors):
+            kept.append(tensors["latents"].clone())
+
+        made(numerics, dtype=dtype, callback_on_step_end=watch)
+        return kept
+
+    for latents in seen("diffusers", torch.bfloat16):
+        assert torch.equal(latents, latents.bfloat16().float())
+    precise = seen("diffusers,latents_between_steps=fp32", torch.bfloat16)
+    assert not any(torch.equal(latents, latents.bfloat16().float()) for latents in precise)
+    both = seen("diffusers", torch.float32), seen("diffusers,latents_between_steps=fp32", torch.float32)
+    assert all(torch.equal(one, other) for one, other in zip(*both, strict=True))
+
+
+def test_zeros_stand_for_no_text_but_not_for_a_negative_prompt(made, small_checkpoint):
+    embeds = torch.zeros(1, 16, 24)
+    assert np.array_equal(
+        made("diffusers,null_text=zeros").frames, made("diffusers", negative_prompt_embeds=embeds).frames
+    )
+    assert np.array_equal(
+        made("diffusers,null_text=zeros", negative_prompt="blue").frames, made("diffusers", negative_prompt="blue").frames
+    )
+
+
+def test_a_replay_follows_every_field(small_checkpoint, run_command, tmp_path):
+    file, numerics = tmp_path / "a.mp4", "sat,rounding=rounded,null_text=encoded"
+    words = ("--model", small_checkpoint("2b"), "--num-frames", 9, "--num-inference-steps", 3, "--no-progress")
+    status, _, err = run_command("generate", PROMPT, "-o", file, *words, "--numerics", numerics, "--guidance-scale",
+                                 "6,4.5,1")  # fmt: skip
+    assert status == 0, err
+    metadata = read_metadata(file)
+    assert metadata["numerics"] == followed(read_numerics(numerics)).as_dict()
+    assert metadata["guidance_scale"] == [6.0, 4.5, 1.0] and metadata["dynamic_guidance"] == "constant"
+    status, out, err = run_command("replay", file, "--no-progress")
+    assert status == 0 and "frames equal, bytes equal" in out and err == "", err
+    write_video(file, np.zeros((9, 48, 64, 3), np.uint8), 8, metadata | {"numerics": {"null_text": "zeros"}})
+    assert "cannot be replayed: in its metadata numerics does not say zero_snr" in run_command("replay", file)[2]
+
+
+def test_a_replay_of_a_video_from_before_takes_the_name_alone(small_checkpoint, run_command, tmp_path, made):
+    clip = made("diffusers")
+    old = clip.metadata | {"numerics": "diffusers", "dynamic_guidance": None}
+    write_video(tmp_path / "a.mp4", clip.frames, 8, old)
+    status, out, err = run_command("replay", tmp_path / "a.mp4", "--no-progress")
+    assert status == 0 and "frames equal" in out, err
+
+
+if __name__ == "__main__":
+    DOCUMENT.write_text(document())
+    print(f"{DOCUMENT} written", file=sys.stderr)
