@@ -96,11 +96,12 @@ class Settings:
         listed = isinstance(self.guidance_scale, list | tuple)
         form = "constant" if listed else numerics.dynamic_guidance
         sampler = configs.schedule.sampler if numerics.sampler == "folder" else numerics.sampler
+        height, width = (size * factor for size in transformer.latent_size)
         known = replace(
             self,
             num_frames=transformer.sample_frames if self.num_frames is None else self.num_frames,
-            height=transformer.sample_height * factor if self.height is None else self.height,
-            width=transformer.sample_width * factor if self.width is None else self.width,
+            height=height if self.height is None else self.height,
+            width=width if self.width is None else self.width,
             guidance_scale=list(self.guidance_scale) if listed else self.guidance_scale,
             dynamic_guidance=form if self.dynamic_guidance is None else self.dynamic_guidance,
             sampler=sampler if self.sampler is None else self.sampler,

@@ -77,7 +77,7 @@ class Op:
         device = args[0].device.type
         if self.backends and (self.devices is None or device in self.devices):
             return self._run(*args) if self._is_eager(args, device) else self._overload(*args)
-        self._check(args, torch.is_autocast_enabled(device))
+        self._check(args, device != "meta" and torch.is_autocast_enabled(device))
         return self.reference.forward(*args)
 
     def _is_eager(self, args: Sequence[Any], device: str) -> bool:
@@ -86,6 +86,8 @@ class Op:
         It then means the same without PyTorch's dispatcher, which costs about as much as a small kernel.
         """
         if torch.compiler.is_compiling():  # first, because what follows cannot be traced
+            return False
+        if device == "meta":  # for which nothing below has an answer
             return False
         if torch._C._len_torch_dispatch_stack() or torch._C._is_tracing() or torch.is_autocast_enabled(device):
             return False
@@ -96,7 +98,7 @@ class Op:
             x = args[i]
             if x is not None and (type(x) not in _PLAIN or (records and x.requires_grad)):
                 return False
-        return device != "meta"
+        return True
 
     def why_not(self, backend: str, *args: Any) -> str | None:
         """The reason why a backend cannot run on these arguments, or None."""

@@ -67,7 +67,7 @@ def test_the_presets_differ_in_every_field_and_each_field_says_what_it_is():
     (SAT, SAT),
     ("sat,null_text=encoded", replace(SAT, null_text="encoded")),
     ("diffusers,last_norm_eps=1e-6,text_tokens_1_5=224", replace(DIFFUSERS, last_norm_eps=1e-6, text_tokens_1_5=224)),
-    ("sat,image_latent_1_5=multiplied,rounding=rounded", replace(SAT, image_latent_1_5="multiplied", rounding="rounded")),
+    ("sat,image_latent_1_5=multiplied,moves=stride", replace(SAT, image_latent_1_5="multiplied", moves="stride")),
     (SAT.as_dict(), SAT),
 ])  # fmt: skip
 def test_numerics_by_name_by_changes_and_by_field(value, expected):
@@ -153,13 +153,10 @@ def test_latents_are_rounded_between_steps_where_the_model_computes_in_less(made
 
 
 def test_zeros_stand_for_no_text_but_not_for_a_negative_prompt(made, small_checkpoint):
-    embeds = torch.zeros(1, 16, 24)
-    assert np.array_equal(
-        made("diffusers,null_text=zeros").frames, made("diffusers", negative_prompt_embeds=embeds).frames
-    )
-    assert np.array_equal(
-        made("diffusers,null_text=zeros", negative_prompt="blue").frames, made("diffusers", negative_prompt="blue").frames
-    )
+    given = made("diffusers", negative_prompt_embeds=torch.zeros(1, 16, 24))
+    assert np.array_equal(made("diffusers,null_text=zeros").frames, given.frames)
+    both = (made(numerics, negative_prompt="blue").frames for numerics in ("diffusers,null_text=zeros", "diffusers"))
+    assert np.array_equal(*both)
 
 
 def test_a_replay_follows_every_field(small_checkpoint, run_command, tmp_path):

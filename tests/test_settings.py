@@ -22,6 +22,13 @@ def test_unset_settings_are_what_the_checkpoint_says():
     assert known.seed != Settings("a cat").resolve(CONFIGS).seed
 
 
+def test_the_1_5_models_make_their_trained_size():
+    for name in ("1.5-5b", "1.5-5b-i2v"):
+        preset = PRESETS[name]
+        known = Settings("a cat").resolve(Configs(preset.transformer, preset.vae, preset.schedule))
+        assert (known.num_frames, known.height, known.width) == (81, 768, 1360)
+
+
 @pytest.mark.parametrize("num_frames", [1, 9, 17, 25, 33, 41, 49])
 def test_as_many_frames_as_asked(num_frames):
     known = Settings("a cat", num_frames=num_frames).resolve(CONFIGS)
@@ -51,7 +58,7 @@ def test_as_many_frames_as_asked(num_frames):
     ({"guidance_scale": [6.0] * 49}, "guidance_scale holds 49 scales; it must hold one for each of the 50 steps"),
     ({"guidance_scale": [6.0, float("nan")]}, "guidance_scale of step 2 is nan; it must be a finite number from 0"),
     ({"guidance_scale": (6, "x")}, "guidance_scale of step 2 is 'x'; it must be a finite number from 0"),
-    ({"guidance_scale": [6.0] * 50, "dynamic_guidance": "wave"}, "dynamic_guidance is 'wave'; with a guidance_scale for"),
+    ({"guidance_scale": [6.0] * 50, "dynamic_guidance": "wave"}, "dynamic_guidance is 'wave'; with a guidance_scale"),
     ({"sampler": "euler"}, "sampler is 'euler'; valid: 'ddim', 'dpmpp_2m_sde', 'dpmpp_2m', 'unipc'"),
     ({"seed": -1}, f"seed is -1; it must be from 0 to {2**63 - 1}"),
     ({"seed": 1.5}, "seed is 1.5; it must be a whole number"),

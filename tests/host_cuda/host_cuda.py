@@ -1,6 +1,7 @@
 """The extension with its CUDA kernels compiled for the host, built where it is out of date, and its controls."""
 
 import ctypes
+import fcntl
 import importlib.machinery
 import importlib.util
 import os
@@ -11,8 +12,6 @@ import zlib
 from pathlib import Path
 from types import ModuleType
 
-import pybind11
-
 HERE = Path(__file__).parent
 FOLDER = HERE.parents[1] / "build" / "host_cuda"
 
@@ -22,23 +21,33 @@ def build(target: str = "plain", sources: Path = HERE, folder: Path = FOLDER) ->
 
     Raises RuntimeError with what the compiler said.
     """
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "w") as lock:  # tests run in several processes
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "build.ninja").exists():
+            settings = {
+                "CMAKE_BUILD_TYPE": "None",
+                "Python_EXECUTABLE": sys.executable,
+                "pybind11_DIR": pybind11_folder(),
+            }
+            run("cmake", "-S", sources, "-B", folder, "-G", "Ninja", *(f"-D{k}={v}" for k, v in settings.items()))
+        run("cmake", "--build", folder, "--target", target)
+    return next((folder / target).glob("_C*.so"))
+
+
+def pybind11_folder() -> str:
+    import pybind11  # a dependency of builds alone
+
+    return pybind11.get_cmake_dir()
+
+
+def run(*command: object) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}  # no sanitizer in cmake
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
-    commands = [["cmake", "--build", folder, "--target", target]]
-    if not (folder / "build.ninja").exists():
-        settings = {
-            "CMAKE_BUILD_TYPE": "None",
-            "Python_EXECUTABLE": sys.executable,
-            "pybind11_DIR": pybind11.get_cmake_dir(),
-        }
-        settings = [f"-D{name}={value}" for name, value in settings.items()]
-        commands.insert(0, ["cmake", "-S", sources, "-B", folder, "-G", "Ninja", *settings])
-    for command in commands:
-        done = subprocess.run([str(word) for word in command], env=environment, capture_output=True, text=True)
-        if done.returncode:
-            said = (done.stdout + done.stderr)[-4000:]
-            raise RuntimeError(f"the CUDA kernels cannot be compiled for the host:\n{said}")
-    return next((folder / target).glob("_C*.so"))
+    done = subprocess.run([str(word) for word in command], env=environment, capture_output=True, text=True)
+    if done.returncode:
+        said = (done.stdout + done.stderr)[-4000:]
+        raise RuntimeError(f"the CUDA kernels cannot be compiled for the host:\n{said}")
 
 
 def load(path: Path) -> ModuleType:
