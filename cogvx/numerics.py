@@ -86,8 +86,8 @@ PRESETS = {"sat": SAT, "diffusers": DIFFUSERS}
 
 # What the models do not ask for yet: they follow diffusers in these.
 PENDING = (
-    "last_norm_eps", "rope_positions", "rope_dtype", "sincos_table", "text_tokens_1_5", "image_latent_1_5",
-    "vae_encode_chunks", "vae_decode_chunks", "odd_latents",
+    "last_norm_eps", "rope_positions", "rope_dtype", "sincos_table", "text_tokens_1_5",
+    "vae_decode_chunks", "odd_latents",
 )  # fmt: skip
 
 

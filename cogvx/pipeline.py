@@ -1,4 +1,4 @@
-"""Text in, video out, in five visible steps: settings, text, noise, sampling, frames."""
+"""Text, images and video in, video out, in five visible steps: settings, text, start, sampling, frames."""
 
 import logging
 import os
@@ -19,20 +19,21 @@ from .diffusion.guidance import guide
 from .diffusion.samplers import SAMPLERS
 from .diffusion.schedule import Step, sampling_steps
 from .finite import NonFiniteError, all_finite, check_finite
+from .inputs import NAMES, Inputs, Picture, Video, planned
 from .machine import computable, environment, peak_memory, pick_device
 from .models.checkpoint import CheckpointError, resolve_folder
+from .models.image_latents import with_image
 from .models.saving import content_hash, new_folder, write_json
 from .models.text import TextEncoder
 from .models.transformer import ExpertTransformer
 from .models.vae import CausalVAE
 from .numerics import DIFFUSERS, Numerics, differences, followed, read_numerics
 from .settings import Configs, Settings, SettingsError, read_configs
+from .start import Start, prepare
 
 logger = logging.getLogger(__name__)
 
-FPS = 8
 MODEL_INDEX = {
-    "_class_name": "CogVideoXPipeline",
     "text_encoder": ["transformers", "T5EncoderModel"],
     "tokenizer": ["transformers", "T5Tokenizer"],
     "transformer": ["diffusers", "CogVideoXTransformer3DModel"],
@@ -95,9 +96,9 @@ class Pipeline:
             (partial / "scheduler").mkdir()
             scheduler = self.configs.schedule.to_dict()
             write_json(partial / "scheduler" / "scheduler_config.json", scheduler)
-            write_json(
-                partial / "model_index.json", MODEL_INDEX | {"scheduler": ["diffusers", scheduler["_class_name"]]}
-            )
+            name = "CogVideoXImageToVideoPipeline" if self.configs.takes_image else "CogVideoXPipeline"
+            index = {"_class_name": name, **MODEL_INDEX, "scheduler": ["diffusers", scheduler["_class_name"]]}
+            write_json(partial / "model_index.json", index)
 
     def release_modulation(self, num_inference_steps: int = 50) -> None:
         """Free the weights that modulate the transformer, a fifth of 2B's, a seventh of 5B's.
@@ -128,6 +129,10 @@ class Pipeline:
     def __call__(
         self,
         prompt: str | None = None,
+        image: Picture | None = None,
+        last_image: Picture | None = None,
+        video: Video | None = None,
+        strength: float | None = 0.8,
         negative_prompt: str = "",
         num_frames: int | None = None,
         height: int | None = None,
@@ -137,6 +142,7 @@ class Pipeline:
         dynamic_guidance: str | None = None,
         sampler: str | None = None,
         seed: int | None = None,
+        ofs: float | None = None,
         latents: Tensor | None = None,  # [1, C, T, H, W], the noise to start from
         prompt_embeds: Tensor | None = None,  # [1, L, D]
         negative_prompt_embeds: Tensor | None = None,  # [1, L, D]
@@ -145,16 +151,24 @@ class Pipeline:
     ) -> Clip:
         """Make a video of the prompt; None stands for what the checkpoint's folder says, for the seed a fresh one.
 
+        image, last_image: the first and the last frame, for a model that takes images; files, arrays or Pillow images,
+        which are scaled to cover the video and cut around the centre. video: what to start from, a file, an array or a
+        Clip, of which as many frames are taken as are made; strength: how far it goes back towards noise first, from
+        above 0 to 1, all the way.
+
         Raises: SettingsError, a ValueError, that names an argument that does not fit, its value and the nearest valid
         one; NonFiniteError when a computation leaves the finite numbers, with the step and the module.
         """
-        settings = Settings(
-            prompt, negative_prompt, num_frames, height, width, num_inference_steps, guidance_scale, dynamic_guidance,
-            sampler, seed,
-        ).resolve(self.configs, self.numerics)  # fmt: skip
+        settings, inputs = planned(
+            Settings(
+                prompt, negative_prompt, num_frames, height, width, num_inference_steps, guidance_scale,
+                dynamic_guidance, sampler, seed, strength, ofs,
+            ),
+            Inputs.read(image, last_image, video), self.configs, self.numerics,
+        )  # fmt: skip
         given = {"latents": latents, "prompt_embeds": prompt_embeds, "negative_prompt_embeds": negative_prompt_embeds}
         self.check_given(settings, given)
-        return self.generate([settings], given, callback_on_step_end, progress)[0]
+        return self.generate([settings], inputs, given, callback_on_step_end, progress)[0]
 
     def batch(
         self,
@@ -187,28 +201,35 @@ class Pipeline:
         for name, count in (("num_videos_per_prompt", num_videos_per_prompt), ("batch_size", batch_size)):
             if isinstance(count, bool) or not isinstance(count, int) or count < 1:
                 raise SettingsError(f"{name} is {count!r}; it must be a whole number from 1")
-        first = Settings(prompts[0], seed=seed, **settings).resolve(self.configs, self.numerics)
+        inputs = Inputs.read(**{name: settings.pop(name, None) for name in NAMES})
+        settings.setdefault("strength", 0.8)
+        first, inputs = planned(Settings(prompts[0], seed=seed, **settings), inputs, self.configs, self.numerics)
         wanted = [prompt for prompt in prompts for _ in range(num_videos_per_prompt)]
         each = [replace(first, prompt=p, seed=first.seed + i) for i, p in enumerate(wanted)]
         each = [one.resolve(self.configs, self.numerics) for one in each]
         for start in range(0, len(each), batch_size):
-            yield from self.generate(each[start : start + batch_size], {}, None, progress)
+            yield from self.generate(each[start : start + batch_size], inputs, {}, None, progress)
 
     @torch.inference_mode()
     def generate(
-        self, batch: list[Settings], given: dict[str, Tensor | None], callback: OnStepEnd | None, progress: bool
+        self,
+        batch: list[Settings],
+        inputs: Inputs,
+        given: dict[str, Tensor | None],
+        callback: OnStepEnd | None,
+        progress: bool,
     ) -> list[Clip]:
         """The five steps, for resolved settings that differ in prompt and seed alone."""
-        start, settings = time.perf_counter(), batch[0]
+        began, settings, parts = time.perf_counter(), batch[0], (self.vae, self.configs, self.numerics)
         text = self.encode_text(batch, given)
-        noise, generators = self.draw_noise(batch, given.get("latents"))
-        latents = self.sample(settings, noise, text, generators, callback, progress)
-        frames = self.decode(latents)
-        seconds = (time.perf_counter() - start) / len(batch)
+        begin = prepare(batch, inputs, given.get("latents"), self.steps(settings.num_inference_steps), *parts)
+        latents = self.sample(settings, begin, text, callback, progress)
+        frames = self.decode(latents[:, :, settings.surplus_latents(self.configs) :])
+        seconds = (time.perf_counter() - began) / len(batch)
         reasons = [name for name, value in {**given, "callback_on_step_end": callback}.items() if value is not None]
         reasons += [] if self.folder else ["model"]
-        described = [self.describe(s, reasons, len(batch)) for s in batch]
-        return [Clip(f, FPS, about, seconds) for f, about in zip(frames, described, strict=True)]
+        described = [self.describe(s, inputs, reasons, len(batch)) for s in batch]
+        return [Clip(f, about["fps"], about, seconds) for f, about in zip(frames, described, strict=True)]
 
     def encode_text(self, batch: list[Settings], given: dict[str, Tensor | None]) -> Tensor:
         """Embeddings of the prompts, [B, L, D]; with guidance behind those of the negative prompt, [2B, L, D]."""
@@ -231,37 +252,26 @@ class Pipeline:
         check_finite(text, "encoding the prompt", self.text_encoder.model, lambda: self.text_encoder.encode(prompts))
         return text
 
-    def draw_noise(self, batch: list[Settings], latents: Tensor | None) -> tuple[Tensor, list[torch.Generator]]:
-        """The noise to start from, [B, C, T, H, W] in fp32, and each clip's generator for the sampler."""
-        # Always drawn on the CPU, so that a seed means the same on every device, and frames first, as diffusers does.
-        generators = [torch.Generator().manual_seed(s.seed) for s in batch]
-        channels, num_frames, height, width = batch[0].latent_shape(self.configs)
-        if latents is None:
-            shape = (1, num_frames, channels, height, width)
-            latents = torch.cat([torch.randn(shape, generator=g).transpose(1, 2) for g in generators])
-        return latents.to(self.device, torch.float32), generators
-
     def sample(
         self,
         settings: Settings,
-        noise: Tensor,
+        begin: Start,
         text: Tensor,
-        generators: list[torch.Generator],
         callback: OnStepEnd | None,
         progress: bool,
     ) -> Tensor:
-        """From noise to scaled latents, [B, C, T, H, W] in fp32."""
-        guided = len(text) > len(noise)
-        steps = self.steps(settings.num_inference_steps)
+        """From the start to scaled latents, [B, C, T, H, W] in fp32."""
+        guided, steps = len(text) > len(begin.noisy), begin.steps
         kept = torch.float32 if self.numerics.latents_between_steps == "fp32" else self.dtype
-        table = self.transformer.tabulate([step.timestep for step in steps], batch=len(text))
+        table = self.transformer.tabulate([step.timestep for step in steps], batch=len(text), ofs=settings.ofs)
 
         def denoise(frames: Tensor, timestep: int, index: int) -> Tensor:
             x = (torch.cat([frames, frames]) if guided else frames).transpose(1, 2)
+            x = x if begin.image is None else with_image(x, begin.image)
             inputs = x.to(self.dtype), text, torch.full((len(x),), timestep, device=x.device)
             v = self.transformer(*inputs, table.at(timestep)).float().transpose(1, 2)
-            step = f"step {index + 1} of {settings.num_inference_steps}"
-            check_finite(v, step, self.transformer, lambda: self.transformer(*inputs))
+            step = f"step {index + 1} of {len(steps)}"
+            check_finite(v, step, self.transformer, lambda: self.transformer(*inputs, ofs=settings.ofs))
             return guide(*v.chunk(2), settings.scale_at(timestep, index)) if guided else v
 
         def on_step(index: int, timestep: int, frames: Tensor) -> Tensor | None:
@@ -275,9 +285,10 @@ class Pipeline:
                 return None
             return checked("latents of callback_on_step_end", replaced, latents.shape).to(frames).transpose(1, 2)
 
-        with tqdm(total=settings.num_inference_steps, unit="step", disable=not progress) as bar:
+        with tqdm(total=len(steps), unit="step", disable=not progress) as bar:
             # Frames first, [B, T, C, H, W]: so the noise that a sampler adds is that of diffusers too, seed for seed.
-            frames = SAMPLERS[settings.sampler](denoise, noise.transpose(1, 2), steps, generators, on_step, kept)
+            frames = begin.noisy.transpose(1, 2)
+            frames = SAMPLERS[settings.sampler](denoise, frames, steps, begin.generators, on_step, kept)
             return frames.transpose(1, 2)
 
     def decode(self, latents: Tensor) -> list[np.ndarray]:
@@ -299,11 +310,12 @@ class Pipeline:
             if value is not None:
                 checked(name, value, shapes[name])
 
-    def describe(self, settings: Settings, reasons: list[str], batch_size: int) -> dict:
+    def describe(self, settings: Settings, inputs: Inputs, reasons: list[str], batch_size: int) -> dict:
         """What the mp4 carries: how the clip was made, and whether that makes it again."""
         return {
             **settings.as_dict(),
-            "fps": FPS,
+            "inputs_sha256": inputs.hashes,
+            "fps": inputs.fps or self.configs.fps,
             "batch_size": batch_size,
             "model": self.source,
             "model_sha256": self.model_hash,

@@ -96,7 +96,8 @@ def spoil(path, **changes):
 
 
 @pytest.mark.parametrize(("file", "changes", "message"), [
-    ("transformer/config.json", {"in_channels": 8}, "in_channels is 8 in the transformer's config, the VAE's"),
+    ("transformer/config.json", {"in_channels": 12}, "in_channels is 12 in the transformer's config, the VAE's"),
+    ("transformer/config.json", {"out_channels": 8}, "latent_channels is 4; it must be as many"),
     ("transformer/config.json", {"temporal_compression_ratio": 8}, "temporal_compression_ratio is 8 in"),
     ("transformer/config.json", {"num_layers": 0}, "num_layers is 0; it must be between 1 and"),
     ("scheduler/scheduler_config.json", {"beta_start": 1e-30, "beta_end": 1e-30}, "give no falling schedule"),

@@ -1,0 +1,95 @@
+"""Where sampling starts, and what the transformer sees beside the noisy latents: a task's part in latents.
+
+B clips that are made together, C latent channels, T latent frames, H W height and width, of latents unless said.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .data.pixels import to_tensor
+from .diffusion.loss import add_noise
+from .diffusion.schedule import Step
+from .finite import check_finite
+from .inputs import Inputs
+from .models.image_latents import default_scaling, encode_image, in_frames
+from .models.vae import CausalVAE
+from .numerics import Numerics
+from .settings import Configs, Settings
+
+
+@dataclass(frozen=True)
+class Start:
+    """What sampling begins with."""
+
+    noisy: Tensor  # [B, C, T, H, W] in fp32, as noisy as the first step takes it
+    steps: list[Step]
+    generators: list[torch.Generator]  # one a clip, for what the sampler draws
+    image: Tensor | None = None  # [B, C, T, H, W], which the transformer sees in every step
+
+
+def prepare(
+    batch: list[Settings],  # resolved; they differ in prompt and seed alone
+    inputs: Inputs,  # at the size of the settings
+    latents: Tensor | None,  # [1, C, T, H, W], noise in the place of what would be drawn
+    steps: list[Step],
+    vae: CausalVAE,
+    configs: Configs,
+    numerics: Numerics,
+) -> Start:
+    """The start of each clip. What it draws comes from its seed: images' latents, the video's, then the noise."""
+    # Always drawn on the CPU, so that a seed means the same on every device, and frames first, as diffusers does.
+    generators = [torch.Generator().manual_seed(s.seed) for s in batch]
+    shape, device = batch[0].latent_shape(configs), next(vae.parameters()).device
+    image = image_latents(inputs, shape[1], vae, image_scaling(configs, numerics), generators)
+    clip = video_latents(inputs, shape[1], vae, numerics, generators)
+    noise = torch.cat([draw_noise(shape, g) for g in generators]) if latents is None else latents
+    noisy, steps = noise.to(device, torch.float32), steps[-batch[0].num_moves :]
+    if clip is not None:
+        noisy = add_noise(clip, noisy, torch.tensor([steps[0].alpha], dtype=torch.float64))
+    return Start(noisy, steps, generators, image)
+
+
+def draw_noise(shape: tuple[int, int, int, int], generator: torch.Generator) -> Tensor:  # [1, C, T, H, W]
+    channels, num_frames, height, width = shape
+    return torch.randn((1, num_frames, channels, height, width), generator=generator).transpose(1, 2)
+
+
+def image_scaling(configs: Configs, numerics: Numerics) -> str:
+    """How an image's latents are scaled: only for CogVideoX 1.5 is there a choice."""
+    diffusers = default_scaling(configs.vae)
+    return numerics.image_latent_1_5 if diffusers == "divided" else diffusers
+
+
+def image_latents(
+    inputs: Inputs, num_latents: int, vae: CausalVAE, scaling: str, generators: list[torch.Generator]
+) -> Tensor | None:  # [B, C, T, H, W]
+    """The latents of the first image in the first latent frame, of the last image in the last one, zeros elsewhere."""
+    if inputs.image is None:
+        return None
+
+    def encoded(image: Tensor) -> Tensor:
+        latents = encode_image(vae, image.expand(len(generators), -1, -1, -1), scaling, generators)
+        check_finite(latents, "encoding the image", vae, lambda: vae.encode(image[:, :, None]))
+        return latents
+
+    weight = next(vae.parameters())
+    given = {0: inputs.image, -1: inputs.last_image}
+    pictures = {at: to_tensor(p[None])[:, :, 0].to(weight) for at, p in given.items() if p is not None}
+    return in_frames({at: encoded(picture) for at, picture in pictures.items()}, num_latents)
+
+
+def video_latents(
+    inputs: Inputs, num_latents: int, vae: CausalVAE, numerics: Numerics, generators: list[torch.Generator]
+) -> Tensor | None:  # [B, C, T, H, W] in fp32
+    """The scaled latents of the video, the first one repeated in front where `num_latents` is more."""
+    if inputs.video is None:
+        return None
+    pixels = to_tensor(inputs.video).to(next(vae.parameters()))
+    chunks = [len(inputs.video)] if numerics.vae_encode_chunks == "whole" else None
+    posterior = vae.encode(pixels, chunks)
+    check_finite(posterior.mean, "encoding the video", vae, lambda: vae.encode(pixels, chunks))
+    latents = torch.cat([posterior.sample(g) for g in generators]) * vae.config.scaling_factor
+    surplus = num_latents - latents.shape[2]
+    return torch.cat([latents[:, :, :1]] * surplus + [latents], dim=2).float()
