@@ -98,7 +98,7 @@ def check_inputs(file: Path, made: dict, files: dict[str, Path | None]) -> None:
     from ..data.video import VideoError
     from ..inputs import Inputs
 
-    then, now = made.get("inputs_sha256", {}), Inputs.read(**files).hashes()
+    then, now = made.get("inputs_sha256", {}), Inputs.read(**files).hashes
     if not isinstance(then, dict):
         raise VideoError(f"{file} cannot be replayed: in its metadata inputs_sha256 is {str(then)[:60]!r}")
     for name in {**then, **now}:
