@@ -54,8 +54,10 @@ class Numerics:
     )  # fmt: skip
     rope_dtype: str = choice("model", "fp32", "The precision in which q and k are rotated: the model's, or fp32.")
     sincos_table: str = choice(
-        "sliced", "recomputed", "2B's positions at other sizes: a slice of the flat trained table, or computed anew."
-    )
+        "sliced", "recomputed",
+        "The positions that 2B and 5B-I2V add, at other sizes: a slice of the flat trained table, or computed anew, "
+        "the learned ones of 5B-I2V by interpolation.",
+    )  # fmt: skip
     text_tokens_1_5: int = choice(224, 226, "Text tokens of the 1.5 models.")
     image_latent_1_5: str = choice(
         "unscaled", "divided",
@@ -85,10 +87,7 @@ DIFFUSERS = Numerics(**{f.name: f.metadata["diffusers"] for f in fields(Numerics
 PRESETS = {"sat": SAT, "diffusers": DIFFUSERS}
 
 # What the models do not ask for yet: they follow diffusers in these.
-PENDING = (
-    "last_norm_eps", "rope_positions", "rope_dtype", "sincos_table", "text_tokens_1_5",
-    "vae_decode_chunks", "odd_latents",
-)  # fmt: skip
+PENDING = ("rope_dtype", "odd_latents")
 
 
 def read_numerics(value: "str | dict | Numerics") -> Numerics:

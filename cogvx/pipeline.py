@@ -15,14 +15,14 @@ from tqdm import tqdm
 
 from .clip import Clip
 from .data.pixels import to_frames
-from .diffusion.guidance import guide
+from .denoise import denoiser
 from .diffusion.samplers import SAMPLERS
 from .diffusion.schedule import Step, sampling_steps
 from .finite import NonFiniteError, all_finite, check_finite
 from .inputs import NAMES, Inputs, Picture, Video, planned
 from .machine import computable, environment, peak_memory, pick_device
 from .models.checkpoint import CheckpointError, resolve_folder
-from .models.image_latents import with_image
+from .models.choices import decode_chunks, last_norm_eps, num_text_tokens
 from .models.saving import content_hash, new_folder, write_json
 from .models.text import TextEncoder
 from .models.transformer import ExpertTransformer
@@ -60,6 +60,7 @@ class Pipeline:
         self.transformer, self.vae, self.text_encoder = transformer.eval(), vae.eval(), text_encoder
         self.configs, self.source, self.folder = configs, source, folder
         self.numerics = followed(numerics)
+        self.transformer.norm_out.norm.eps = last_norm_eps(configs.transformer, self.numerics)
         if pending := differences(numerics, self.numerics):
             names = ", ".join(pending)
             logger.warning("numerics: these choices are not computed yet and stay diffusers': %s", names)
@@ -83,7 +84,7 @@ class Pipeline:
         check_folder(folder, configs)
         transformer = computable(ExpertTransformer.from_pretrained(folder, dtype=dtype, device=device), dtype)
         vae = computable(CausalVAE.from_pretrained(folder, dtype=dtype, device=device), dtype)
-        length = configs.transformer.max_text_seq_length
+        length = num_text_tokens(configs.transformer, choices)
         text_encoder = TextEncoder.from_pretrained(folder, length, transformer.proj_out.weight.dtype, device)
         return cls(transformer, vae, text_encoder, configs, os.fspath(model), folder, choices)
 
@@ -261,18 +262,8 @@ class Pipeline:
         progress: bool,
     ) -> Tensor:
         """From the start to scaled latents, [B, C, T, H, W] in fp32."""
-        guided, steps = len(text) > len(begin.noisy), begin.steps
+        denoise = denoiser(self.transformer, settings, begin, text, self.numerics)
         kept = torch.float32 if self.numerics.latents_between_steps == "fp32" else self.dtype
-        table = self.transformer.tabulate([step.timestep for step in steps], batch=len(text), ofs=settings.ofs)
-
-        def denoise(frames: Tensor, timestep: int, index: int) -> Tensor:
-            x = (torch.cat([frames, frames]) if guided else frames).transpose(1, 2)
-            x = x if begin.image is None else with_image(x, begin.image)
-            inputs = x.to(self.dtype), text, torch.full((len(x),), timestep, device=x.device)
-            v = self.transformer(*inputs, table.at(timestep)).float().transpose(1, 2)
-            step = f"step {index + 1} of {len(steps)}"
-            check_finite(v, step, self.transformer, lambda: self.transformer(*inputs, ofs=settings.ofs))
-            return guide(*v.chunk(2), settings.scale_at(timestep, index)) if guided else v
 
         def on_step(index: int, timestep: int, frames: Tensor) -> Tensor | None:
             bar.set_postfix_str(f"{peak_memory(frames.device) / 2**30:.2f} GiB peak")
@@ -285,17 +276,17 @@ class Pipeline:
                 return None
             return checked("latents of callback_on_step_end", replaced, latents.shape).to(frames).transpose(1, 2)
 
-        with tqdm(total=len(steps), unit="step", disable=not progress) as bar:
-            # Frames first, [B, T, C, H, W]: so the noise that a sampler adds is that of diffusers too, seed for seed.
+        with tqdm(total=len(begin.steps), unit="step", disable=not progress) as bar:
             frames = begin.noisy.transpose(1, 2)
-            frames = SAMPLERS[settings.sampler](denoise, frames, steps, begin.generators, on_step, kept)
+            frames = SAMPLERS[settings.sampler](denoise, frames, begin.steps, begin.generators, on_step, kept)
             return frames.transpose(1, 2)
 
     def decode(self, latents: Tensor) -> list[np.ndarray]:
         """Frames of each clip, uint8 [T, H, W, 3], from scaled latents [B, C, T, H, W]."""
         z = (latents.to(self.dtype) / self.configs.vae.scaling_factor).to(next(self.vae.parameters()).dtype)
-        video = self.vae.decode(z)
-        check_finite(video, "decoding", self.vae, lambda: self.vae.decode(z))
+        chunks = decode_chunks(z.shape[2], self.numerics)
+        video = self.vae.decode(z, chunks)
+        check_finite(video, "decoding", self.vae, lambda: self.vae.decode(z, chunks))
         return list(to_frames(video))
 
     def check_given(self, settings: Settings, given: dict[str, Tensor | None]) -> None:
@@ -303,7 +294,7 @@ class Pipeline:
         if settings.prompt is None and given["prompt_embeds"] is None:
             raise SettingsError("prompt is None and so is prompt_embeds; give one of them")
         config = self.configs.transformer
-        text = (1, config.max_text_seq_length, config.text_embed_dim)
+        text = (1, self.text_encoder.max_length, config.text_embed_dim)
         shapes = {"prompt_embeds": text, "negative_prompt_embeds": text}
         shapes["latents"] = (1, *settings.latent_shape(self.configs))
         for name, value in given.items():

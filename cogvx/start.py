@@ -13,7 +13,8 @@ from .diffusion.loss import add_noise
 from .diffusion.schedule import Step
 from .finite import check_finite
 from .inputs import Inputs
-from .models.image_latents import default_scaling, encode_image, in_frames
+from .models.choices import encode_chunks, image_scaling
+from .models.image_latents import encode_image, in_frames
 from .models.vae import CausalVAE
 from .numerics import Numerics
 from .settings import Configs, Settings
@@ -42,7 +43,7 @@ def prepare(
     # Always drawn on the CPU, so that a seed means the same on every device, and frames first, as diffusers does.
     generators = [torch.Generator().manual_seed(s.seed) for s in batch]
     shape, device = batch[0].latent_shape(configs), next(vae.parameters()).device
-    image = image_latents(inputs, shape[1], vae, image_scaling(configs, numerics), generators)
+    image = image_latents(inputs, shape[1], vae, numerics, generators)
     clip = video_latents(inputs, shape[1], vae, numerics, generators)
     noise = torch.cat([draw_noise(shape, g) for g in generators]) if latents is None else latents
     noisy, steps = noise.to(device, torch.float32), steps[-batch[0].num_moves :]
@@ -56,20 +57,15 @@ def draw_noise(shape: tuple[int, int, int, int], generator: torch.Generator) -> 
     return torch.randn((1, num_frames, channels, height, width), generator=generator).transpose(1, 2)
 
 
-def image_scaling(configs: Configs, numerics: Numerics) -> str:
-    """How an image's latents are scaled: only for CogVideoX 1.5 is there a choice."""
-    diffusers = default_scaling(configs.vae)
-    return numerics.image_latent_1_5 if diffusers == "divided" else diffusers
-
-
 def image_latents(
-    inputs: Inputs, num_latents: int, vae: CausalVAE, scaling: str, generators: list[torch.Generator]
+    inputs: Inputs, num_latents: int, vae: CausalVAE, numerics: Numerics, generators: list[torch.Generator]
 ) -> Tensor | None:  # [B, C, T, H, W]
     """The latents of the first image in the first latent frame, of the last image in the last one, zeros elsewhere."""
     if inputs.image is None:
         return None
 
     def encoded(image: Tensor) -> Tensor:
+        scaling = image_scaling(vae.config, numerics)
         latents = encode_image(vae, image.expand(len(generators), -1, -1, -1), scaling, generators)
         check_finite(latents, "encoding the image", vae, lambda: vae.encode(image[:, :, None]))
         return latents
@@ -81,15 +77,19 @@ def image_latents(
 
 
 def video_latents(
-    inputs: Inputs, num_latents: int, vae: CausalVAE, numerics: Numerics, generators: list[torch.Generator]
-) -> Tensor | None:  # [B, C, T, H, W] in fp32
-    """The scaled latents of the video, the first one repeated in front where `num_latents` is more."""
+    inputs: Inputs, num_latents: int, vae: CausalVAE, numerics: Numerics, generators: list[torch.Generator] | None
+) -> Tensor | None:  # [B, C, T, H, W] in fp32; without generators B is 1
+    """The scaled latents of the video, the first one repeated in front where `num_latents` is more.
+
+    generators: one a clip, to sample the posterior as all released code does; None takes its mode.
+    """
     if inputs.video is None:
         return None
     pixels = to_tensor(inputs.video).to(next(vae.parameters()))
-    chunks = [len(inputs.video)] if numerics.vae_encode_chunks == "whole" else None
+    chunks = encode_chunks(len(inputs.video), numerics)
     posterior = vae.encode(pixels, chunks)
     check_finite(posterior.mean, "encoding the video", vae, lambda: vae.encode(pixels, chunks))
-    latents = torch.cat([posterior.sample(g) for g in generators]) * vae.config.scaling_factor
+    drawn = [posterior.mode()] if generators is None else [posterior.sample(g) for g in generators]
+    latents = torch.cat(drawn) * vae.config.scaling_factor
     surplus = num_latents - latents.shape[2]
     return torch.cat([latents[:, :, :1]] * surplus + [latents], dim=2).float()

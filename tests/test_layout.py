@@ -24,8 +24,9 @@ LAYERS = (
     ("clip", "settings"),
     ("inputs", "machine"),
     ("start",),
+    ("denoise",),
     ("pipeline",),
-    ("train", "eval"),
+    ("invert", "train", "eval"),
     ("commands",),
     ("__main__",),
 )

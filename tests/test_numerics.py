@@ -10,8 +10,10 @@ import pytest
 import torch
 
 from cogvx import Pipeline
+from cogvx.config import PRESETS
 from cogvx.data.video import read_metadata, write_video
 from cogvx.diffusion.samplers import SAMPLERS
+from cogvx.models.choices import decode_chunks, encode_chunks, image_scaling, num_text_tokens
 from cogvx.numerics import DIFFUSERS, PENDING, SAT, Numerics, NumericsError, differences, followed, read_numerics, table
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "numerics.md"
@@ -125,13 +127,54 @@ def test_unset_settings_are_those_of_the_numerics(made):
 
 
 # 1000 / 6 leaves a remainder, and the fifth of 6 timesteps is rounded to 332 and truncated to 333.
-@pytest.mark.parametrize("change", [
-    "null_text=zeros", "zero_snr=visited", "rounding=truncated", "moves=visited", "sampler=dpmpp_2m_sde",
-    "dynamic_guidance=wave",
+@pytest.mark.parametrize(("change", "kind", "settings"), [
+    ("null_text=zeros", "2b", {}),
+    ("zero_snr=visited", "2b", {}),
+    ("rounding=truncated", "2b", {}),
+    ("moves=visited", "2b", {}),
+    ("sampler=dpmpp_2m_sde", "2b", {}),
+    ("dynamic_guidance=wave", "2b", {}),
+    ("last_norm_eps=1e-6", "2b", {}),
+    ("rope_positions=sliced", "5b", {"width": 96}),
+    ("sincos_table=sliced", "2b", {"width": 48}),
+    ("sincos_table=sliced", "5b-i2v", {"width": 48, "image": np.full((48, 48, 3), 90, np.uint8)}),
 ])  # fmt: skip
-def test_every_switch_changes_what_is_made(change, made):
-    before, after = (made(numerics, num_inference_steps=6).frames for numerics in ("diffusers", f"diffusers,{change}"))
-    assert not np.array_equal(before, after)
+def test_every_switch_changes_what_is_made(change, kind, settings, made):
+    def last_latents(numerics):
+        seen = []
+
+        def watch(pipeline, index, timestep, tensors):
+            seen.append(tensors["latents"].clone())
+
+        made(numerics, kind, num_inference_steps=6, callback_on_step_end=watch, **settings)
+        return seen[-1]
+
+    assert not torch.equal(last_latents("diffusers"), last_latents(f"diffusers,{change}"))
+
+
+def test_positions_of_the_trained_size_are_the_same_in_both(made):
+    for kind, choice in (("5b", "rope_positions=sliced"), ("2b", "sincos_table=sliced")):
+        both = (made(numerics, kind, num_frames=17).frames for numerics in ("diffusers", f"diffusers,{choice}"))
+        assert np.array_equal(*both)
+
+
+def test_a_sliced_table_that_is_too_short_is_named(made):
+    message = "sincos_table of numerics is 'sliced'; the video has 100 patches, and the table that it slices has 60"
+    with pytest.raises(NumericsError, match=message):
+        made("diffusers,sincos_table=sliced", num_frames=17, width=80, height=64)
+
+
+def test_what_the_choices_mean_for_the_released_models():
+    tokens = {name: [num_text_tokens(preset.transformer, n) for n in (SAT, DIFFUSERS)]
+              for name, preset in PRESETS.items() if name != "tiny"}  # fmt: skip
+    assert tokens.pop("1.5-5b") == tokens.pop("1.5-5b-i2v") == [224, 226]
+    assert set(map(tuple, tokens.values())) == {(226, 226)}
+    vae = PRESETS["1.5-5b"].vae, PRESETS["5b-i2v"].vae
+    scalings = [image_scaling(config, numerics) for config in vae for numerics in (SAT, DIFFUSERS)]
+    assert scalings == ["unscaled", "divided", "multiplied", "multiplied"]
+    assert decode_chunks(41, SAT) == [5] + [4] * 9 and encode_chunks(49, SAT) == [49]
+    others = decode_chunks(21, SAT), decode_chunks(41, DIFFUSERS), encode_chunks(49, DIFFUSERS)
+    assert others == (None, None, None)  # the VAE's own plans, which are diffusers'
 
 
 def test_latents_are_rounded_between_steps_where_the_model_computes_in_less(made):

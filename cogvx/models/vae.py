@@ -64,9 +64,12 @@ class CausalVAE(nn.Module):
         moments = in_chunks(self.encoder, video, chunks or encode_chunks(video.shape[2]))
         return Posterior(*moments.contiguous().chunk(2, dim=1))
 
-    def decode(self, latents: Tensor) -> Tensor:
-        """The video [B, 3, T, H, W] behind unscaled latents [B, C, T, H, W]; nominally in [-1, 1], not clamped."""
-        return in_chunks(self.decoder, latents, decode_chunks(latents.shape[2])).contiguous()
+    def decode(self, latents: Tensor, chunks: list[int] | None = None) -> Tensor:
+        """The video [B, 3, T, H, W] behind unscaled latents [B, C, T, H, W]; nominally in [-1, 1], not clamped.
+
+        chunks of None are `decode_chunks`.
+        """
+        return in_chunks(self.decoder, latents, chunks or decode_chunks(latents.shape[2])).contiguous()
 
 
 @dataclass(frozen=True)
