@@ -50,8 +50,14 @@ class Inputs:
         }
         return cls(**read, fps=fps, hashes={name: _hash(x) for name, x in read.items() if x is not None})
 
+    def pasted(self, frames: np.ndarray) -> np.ndarray:  # [T, H, W, 3]
+        """Frames with the video's own pixels outside of the mask."""
+        return frames if self.mask is None else np.where(self.mask[..., None], frames, self.video)
+
     def check(self, configs: Configs) -> None:
         """Raises SettingsError for inputs that this model cannot take, or that miss each other."""
+        if self.mask is not None and self.video is None:
+            raise SettingsError("mask is given without video; give the video that it is a mask of")
         if configs.takes_image:
             if self.image is None and self.video is None:
                 raise SettingsError("image is None; this is an image-to-video model: give the first frame as image")
@@ -77,6 +83,14 @@ class Inputs:
             if len(self.video) < count:
                 raise SettingsError(f"num_frames is {count}, but video has {len(self.video)} frames; ask for fewer")
             changed["video"] = fitted(self.video[:count], *size)
+        if self.mask is not None:
+            if len(self.mask) != 1 and len(self.mask) != len(self.video):
+                what = f"it must have 1, or the {len(self.video)} of video"
+                raise SettingsError(f"mask has {len(self.mask)} frames; {what}")
+            changed["mask"] = fitted(self.mask[:count], *size)
+            if not changed["mask"].any():
+                raise SettingsError("mask is black where the video is made, so nothing would change; it must be white "
+                                    "where the video is to be made anew")  # fmt: skip
         return replace(self, **changed)
 
 

@@ -133,6 +133,7 @@ class Pipeline:
         image: Picture | None = None,
         last_image: Picture | None = None,
         video: Video | None = None,
+        mask: Picture | Video | None = None,
         strength: float | None = 0.8,
         negative_prompt: str = "",
         num_frames: int | None = None,
@@ -155,7 +156,8 @@ class Pipeline:
         image, last_image: the first and the last frame, for a model that takes images; files, arrays or Pillow images,
         which are scaled to cover the video and cut around the centre. video: what to start from, a file, an array or a
         Clip, of which as many frames are taken as are made; strength: how far it goes back towards noise first, from
-        above 0 to 1, all the way.
+        above 0 to 1, all the way. mask: an image for all frames or a video, white where the video is made anew; all
+        other pixels stay as they are.
 
         Raises: SettingsError, a ValueError, that names an argument that does not fit, its value and the nearest valid
         one; NonFiniteError when a computation leaves the finite numbers, with the step and the module.
@@ -165,7 +167,7 @@ class Pipeline:
                 prompt, negative_prompt, num_frames, height, width, num_inference_steps, guidance_scale,
                 dynamic_guidance, sampler, seed, strength, ofs,
             ),
-            Inputs.read(image, last_image, video), self.configs, self.numerics,
+            Inputs.read(image, last_image, video, mask), self.configs, self.numerics,
         )  # fmt: skip
         given = {"latents": latents, "prompt_embeds": prompt_embeds, "negative_prompt_embeds": negative_prompt_embeds}
         self.check_given(settings, given)
@@ -230,6 +232,7 @@ class Pipeline:
         reasons = [name for name, value in {**given, "callback_on_step_end": callback}.items() if value is not None]
         reasons += [] if self.folder else ["model"]
         described = [self.describe(s, inputs, reasons, len(batch)) for s in batch]
+        frames = [inputs.pasted(f) for f in frames]
         return [Clip(f, about["fps"], about, seconds) for f, about in zip(frames, described, strict=True)]
 
     def encode_text(self, batch: list[Settings], given: dict[str, Tensor | None]) -> Tensor:
@@ -268,13 +271,15 @@ class Pipeline:
         def on_step(index: int, timestep: int, frames: Tensor) -> Tensor | None:
             bar.set_postfix_str(f"{peak_memory(frames.device) / 2**30:.2f} GiB peak")
             bar.update()
-            if callback is None:
-                return None
             latents = frames.transpose(1, 2)
-            replaced = (callback(self, index, timestep, {"latents": latents}) or {}).get("latents")
-            if replaced is None:
+            if begin.kept is not None:
+                latents = begin.kept.restore(latents, begin.steps[index].next_alpha)
+            replaced = None if callback is None else callback(self, index, timestep, {"latents": latents})
+            if replaced is not None and replaced.get("latents") is not None:
+                latents = checked("latents of callback_on_step_end", replaced["latents"], latents.shape).to(latents)
+            elif begin.kept is None:
                 return None
-            return checked("latents of callback_on_step_end", replaced, latents.shape).to(frames).transpose(1, 2)
+            return latents.transpose(1, 2)
 
         with tqdm(total=len(begin.steps), unit="step", disable=not progress) as bar:
             frames = begin.noisy.transpose(1, 2)

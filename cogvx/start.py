@@ -5,6 +5,7 @@ B clips that are made together, C latent channels, T latent frames, H W height a
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,6 +22,19 @@ from .settings import Configs, Settings
 
 
 @dataclass(frozen=True)
+class Kept:
+    """What stays of a video while the rest is made anew."""
+
+    clip: Tensor  # [B, C, T, H, W], its latents
+    noise: Tensor  # [B, C, T, H, W]
+    anew: Tensor  # [1, 1, T, H, W], bool
+
+    def restore(self, latents: Tensor, alpha: float) -> Tensor:
+        """The latents, outside of what is made anew those of the video, as noisy as all are at this alpha."""
+        return torch.where(self.anew, latents, add_noise(self.clip, self.noise, _alphas(alpha)))
+
+
+@dataclass(frozen=True)
 class Start:
     """What sampling begins with."""
 
@@ -28,6 +42,7 @@ class Start:
     steps: list[Step]
     generators: list[torch.Generator]  # one a clip, for what the sampler draws
     image: Tensor | None = None  # [B, C, T, H, W], which the transformer sees in every step
+    kept: Kept | None = None
 
 
 def prepare(
@@ -46,10 +61,12 @@ def prepare(
     image = image_latents(inputs, shape[1], vae, numerics, generators)
     clip = video_latents(inputs, shape[1], vae, numerics, generators)
     noise = torch.cat([draw_noise(shape, g) for g in generators]) if latents is None else latents
-    noisy, steps = noise.to(device, torch.float32), steps[-batch[0].num_moves :]
-    if clip is not None:
-        noisy = add_noise(clip, noisy, torch.tensor([steps[0].alpha], dtype=torch.float64))
-    return Start(noisy, steps, generators, image)
+    noise, steps = noise.to(device, torch.float32), steps[-batch[0].num_moves :]
+    if clip is None:
+        return Start(noise, steps, generators, image)
+    anew = None if inputs.mask is None else latent_mask(inputs.mask, *shape[1:]).to(device)
+    kept = None if anew is None else Kept(clip, noise, anew)
+    return Start(add_noise(clip, noise, _alphas(steps[0].alpha)), steps, generators, image, kept)
 
 
 def draw_noise(shape: tuple[int, int, int, int], generator: torch.Generator) -> Tensor:  # [1, C, T, H, W]
@@ -93,3 +110,18 @@ def video_latents(
     latents = torch.cat(drawn) * vae.config.scaling_factor
     surplus = num_latents - latents.shape[2]
     return torch.cat([latents[:, :, :1]] * surplus + [latents], dim=2).float()
+
+
+def latent_mask(mask: np.ndarray, num_latents: int, height: int, width: int) -> Tensor:  # [1, 1, T, H, W], bool
+    """Latents any of whose pixels are in a mask [1 or 4k + 1, 8 H, 8 W]; the first frame is a latent frame alone."""
+    whole = torch.from_numpy(np.ascontiguousarray(mask)).unflatten(1, (height, -1)).unflatten(3, (width, -1))
+    space = whole.any(4).any(2)  # [frames, H, W]
+    if len(space) > 1:
+        first, others = space[:1], space[1:]
+        space = torch.cat([first, others.unflatten(0, (-1, 4)).any(1)])
+    # A single mask is that of every frame; in front, latents that only fill up a patch go with the first.
+    return torch.cat([space[:1].expand(num_latents - len(space), -1, -1), space])[None, None]
+
+
+def _alphas(alpha: float) -> Tensor:
+    return torch.tensor([alpha], dtype=torch.float64)

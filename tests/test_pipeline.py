@@ -89,7 +89,7 @@ def test_the_public_face():
 
     assert face(Pipeline.from_pretrained) == {"model": "tiny", "dtype": None, "device": None, "numerics": "diffusers"}
     assert face(Pipeline.__call__) == {
-        "prompt": None, "image": None, "last_image": None, "video": None, "strength": 0.8,
+        "prompt": None, "image": None, "last_image": None, "video": None, "mask": None, "strength": 0.8,
         "negative_prompt": "", "num_frames": None, "height": None, "width": None,
         "num_inference_steps": 50, "guidance_scale": 6.0, "dynamic_guidance": None, "sampler": None, "seed": None,
         "ofs": None, "latents": None, "prompt_embeds": None, "negative_prompt_embeds": None,

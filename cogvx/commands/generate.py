@@ -15,6 +15,7 @@ def main(
     image: Path | None = None,
     last_image: Path | None = None,
     video: Path | None = None,
+    mask: Path | None = None,
     strength: float = 0.8,
     negative_prompt: str = "",
     num_frames: int | None = None,
@@ -40,6 +41,7 @@ def main(
         image: the first frame, for a model that takes images; scaled to cover the video and cut around the centre.
         last_image: the last frame, likewise.
         video: what to start from, instead of noise alone; as many of its frames are taken as are made.
+        mask: an image for all frames or a video, white where the video is made anew; other pixels stay as they are.
         strength: how far the video goes back towards noise first, from above 0 to 1, all the way.
         negative_prompt: what it should not show.
         num_frames: 8N+1; unset, what the checkpoint was trained on, as for height and width.
@@ -68,7 +70,7 @@ def main(
         prompt, negative_prompt, num_frames, height, width, num_inference_steps, read_scales(guidance_scale),
         dynamic_guidance, sampler, seed, strength, ofs,
     )  # fmt: skip
-    files = {"image": image, "last_image": last_image, "video": video}
+    files = {"image": image, "last_image": last_image, "video": video, "mask": mask}
     settings, _ = planned(settings, Inputs.read(**files), read_configs(model), choices)
     check_writable(output, ".mp4")
 

@@ -22,6 +22,7 @@ def main(
     image: Path | None = None,
     last_image: Path | None = None,
     video: Path | None = None,
+    mask: Path | None = None,
     device: str | None = None,
     progress: bool = True,
 ) -> None:
@@ -34,6 +35,7 @@ def main(
         image: the first image that it was made from, where there was one.
         last_image: the last one, likewise.
         video: the video that it was made from, likewise.
+        mask: the mask of that, likewise.
         device: unset, a GPU where there is one.
         progress: show a progress bar.
     """
@@ -45,7 +47,7 @@ def main(
     check_is_another_file(output, file)
     check_writable(output, ".mp4")
     settings = recorded_settings(file, made, model)
-    files = {"image": image, "last_image": last_image, "video": video}
+    files = {"image": image, "last_image": last_image, "video": video, "mask": mask}
     check_inputs(file, made, files)
 
     from ..pipeline import Pipeline
