@@ -62,14 +62,17 @@ class CausalVAE(nn.Module):
         """Write the VAE's own published folder; diffusers loads it too."""
         save_model(self, folder, shard_bytes)
 
-    def encode(self, video: Tensor) -> "Posterior":
-        """The distribution of latents behind a video [B, 3, T, H, W] in [-1, 1]."""
-        moments = in_chunks(self.encoder, video, encode_chunks(video.shape[2]))
+    def encode(self, video: Tensor, chunks: list[int] | None = None) -> "Posterior":
+        """The distribution of latents behind a video [B, 3, T, H, W] in [-1, 1]; chunks of None are `encode_chunks`."""
+        moments = in_chunks(self.encoder, video, chunks or encode_chunks(video.shape[2]))
         return Posterior(*moments.contiguous().chunk(2, dim=1))
 
-    def decode(self, latents: Tensor) -> Tensor:
-        """The video [B, 3, T, H, W] behind unscaled latents [B, C, T, H, W]; nominally in [-1, 1], not clamped."""
-        return in_chunks(self.decoder, latents, decode_chunks(latents.shape[2])).contiguous()
+    def decode(self, latents: Tensor, chunks: list[int] | None = None) -> Tensor:
+        """The video [B, 3, T, H, W] behind unscaled latents [B, C, T, H, W]; nominally in [-1, 1], not clamped.
+
+        chunks of None are `decode_chunks`.
+        """
+        return in_chunks(self.decoder, latents, chunks or decode_chunks(latents.shape[2])).contiguous()
 
 
 @dataclass(frozen=True)
