@@ -18,6 +18,7 @@ namespace cogvx {
 void register_expert_layernorm(py::module_& m);
 void register_gated_expert_layernorm(py::module_& m);
 void register_group_norm_silu(py::module_& m);
+void register_int8_joint_attention(py::module_& m);
 void register_joint_attention(py::module_& m);
 void register_linear(py::module_& m);
 void register_qk_norm_rope(py::module_& m);
@@ -80,6 +81,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   cogvx::register_expert_layernorm(m);
   cogvx::register_gated_expert_layernorm(m);
   cogvx::register_group_norm_silu(m);
+  cogvx::register_int8_joint_attention(m);
   cogvx::register_joint_attention(m);
   cogvx::register_linear(m);
   cogvx::register_qk_norm_rope(m);

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .. import _extension
-from .._extension import DTYPES, with_contiguous_rows
+from .._extension import DTYPES, by_head, heads, with_contiguous_rows
 
 
 def why_not(q: Tensor, k: Tensor, v: Tensor, lengths: list[int] | None) -> str | None:
@@ -28,7 +28,7 @@ def forward(
         q, k, v = map(with_contiguous_rows, (q, k, v))
         _extension._C.joint_attention_forward(
             torch.get_num_threads(), DTYPES[q.dtype], (b, a, n, e), lengths or [n],
-            _heads(q), _heads(k), _heads(v), _heads(_by_head(y, a)),
+            heads(q), heads(k), heads(v), heads(by_head(y, a)),
         )  # fmt: skip
     return y
 
@@ -47,15 +47,6 @@ def backward(
         grad, q, k, v = map(with_contiguous_rows, (grad, q, k, v))
         _extension._C.joint_attention_backward(
             torch.get_num_threads(), DTYPES[q.dtype], (b, a, n, e), lengths or [n],
-            _heads(q), _heads(k), _heads(v), _heads(_by_head(grad, a)), *map(_heads, grads),
+            heads(q), heads(k), heads(v), heads(by_head(grad, a)), *map(heads, grads),
         )  # fmt: skip
     return grads
-
-
-def _by_head(y: Tensor, num_heads: int) -> Tensor:  # [B, N, A E] as [B, A, N, E]
-    return y.unflatten(2, (num_heads, -1)).transpose(1, 2)
-
-
-def _heads(x: Tensor) -> tuple[int, int, int, int]:  # x [B, A, N, E] with contiguous rows
-    """Address and strides."""
-    return x.data_ptr(), *x.stride()[:3]

@@ -4,7 +4,6 @@
 #include <array>
 #include <vector>
 
-#include "common/place.h"
 #include "joint_attention/joint_attention.h"
 
 namespace py = pybind11;
@@ -12,13 +11,8 @@ namespace py = pybind11;
 namespace cogvx::joint_attention {
 namespace {
 
-using Sizes = std::array<int64_t, 4>;                                 // B, A, N, E
-using PyHeads = std::tuple<uintptr_t, int64_t, int64_t, int64_t>;     // address, strides
-using Lengths = std::vector<int64_t>;                                 // of the samples; they sum to N
-
-Heads heads(const PyHeads& from) {
-  return {pointer(std::get<0>(from)), std::get<1>(from), std::get<2>(from), std::get<3>(from)};
-}
+using Sizes = std::array<int64_t, 4>;  // B, A, N, E
+using Lengths = std::vector<int64_t>;  // of the samples; they sum to N
 
 std::vector<Sample> samples_of(const Lengths& lengths) {
   std::vector<Sample> samples;
@@ -70,8 +64,8 @@ void backward(int threads, const std::string& dtype, const Sizes& sizes, const L
 
 using Tiles = std::pair<uintptr_t, int64_t>;  // address, or 0, and number
 
-Args inputs_on_cuda(const std::string& dtype, const Sizes& sizes, const Tiles& tiles, const PyHeads& q, const PyHeads& k,
-                    const PyHeads& v) {
+Args inputs_on_cuda(const std::string& dtype, const Sizes& sizes, const Tiles& tiles, const PyHeads& q,
+                    const PyHeads& k, const PyHeads& v) {
   Args args = inputs(dtype, sizes, {}, q, k, v);
   args.tiles = reinterpret_cast<const int*>(tiles.first);
   args.num_tiles = tiles.second;
