@@ -1,7 +1,12 @@
 """Rows of text and vision in Triton: how programs share them out, and how one is normalized."""
 
+import torch
 import triton
 import triton.language as tl
+
+# Rows up to this width are worked on in float64: of so few values, what is left after the mean and the slope are taken
+# out can be as small as the rounding of float32.
+NARROW = tl.constexpr(8)
 
 
 @triton.jit
@@ -16,6 +21,17 @@ def chunk_of_program(num_rows, num_text, ROWS: tl.constexpr):
 
 
 @triton.jit
+def load_row(row, inside, A: tl.constexpr):
+    """A row in the arithmetic type, with zeros where it ends; by way of float32, as interpreted bfloat16 must go."""
+    return tl.load(row, mask=inside, other=0.0).to(tl.float32).to(A)
+
+
+@triton.jit
+def store_row(row, values, inside):
+    tl.store(row, values.to(tl.float32).to(row.dtype.element_ty), mask=inside)
+
+
+@triton.jit
 def normalize(x, inside, width, eps):
     """xhat = (x - mean) / sqrt(variance + eps) and the factor; two passes, so that a large mean costs no accuracy."""
     mean = tl.sum(x, 0) / width
@@ -26,6 +42,11 @@ def normalize(x, inside, width, eps):
 
 def num_chunks(num_rows: int, size: int) -> int:
     return -(-num_rows // size)
+
+
+def sums_dtype(width: int) -> torch.dtype:
+    """The arithmetic type of a kernel, and so of the sums that it hands on."""
+    return torch.float64 if width <= NARROW.value else torch.float32
 
 
 def options(width: int, rows: int) -> dict:

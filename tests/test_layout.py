@@ -132,7 +132,10 @@ def test_files_are_short_and_named_for_what_they_hold(folder):
         assert len(path.read_text().splitlines()) <= 400, path
         parts = {part.removesuffix(path.suffix) for part in path.relative_to(ROOT).parts}
         bad = parts & {"utils", "util", "helpers", "core", "base", "common", "misc"}
-        common = [ROOT / "csrc" / "common", ROOT / "tests" / "host_cuda" / "include" / "common"]  # one stands in for one
+        common = [
+            ROOT / "csrc" / "common",
+            ROOT / "tests" / "host_cuda" / "include" / "common",
+        ]  # one stands in for one
         assert not bad or (bad == {"common"} and path.parent in common), path
 
 

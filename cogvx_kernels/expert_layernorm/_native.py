@@ -53,7 +53,8 @@ def backward(
     b, n, d = x.shape
     chunk = _extension._C.EXPERT_LAYERNORM_CHUNK
     num_chunks = -(-num_text // chunk) + -(-(n - num_text) // chunk)
-    sums_in = torch.float64 if x.dtype == torch.float64 else torch.float32
+    in_double = x.dtype == torch.float64 or d <= _extension._C.EXPERT_LAYERNORM_NARROW
+    sums_in = torch.float64 if in_double else torch.float32
     partials = torch.empty(b, num_chunks, 2, d, dtype=sums_in, device=x.device)
     grad_x, grad_weight, grad_bias, grad_shift, grad_scale = grads
     _extension._C.expert_layernorm_backward(

@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .._extension import with_contiguous_rows
-from .._triton_rows import chunk_of_program, normalize, num_chunks, options
+from .._triton_rows import NARROW, chunk_of_program, load_row, normalize, num_chunks, options, store_row, sums_dtype
 
 # Rows of a program: enough to share the modulation, few enough to fill a GPU. Gradients are summed in these chunks.
 FORWARD_ROWS, BACKWARD_ROWS = 8, 32
@@ -20,19 +20,20 @@ def forward_kernel(
     x_b, x_n, shift_b, shift_m, scale_b, scale_m,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    A: tl.constexpr = tl.float64 if BLOCK <= NARROW else tl.float32
     first, last, m = chunk_of_program(num_rows, num_text, ROWS)
     b = tl.program_id(1).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     inside = columns < width
-    modulation = 1.0 + tl.load(scale + b * scale_b + m * scale_m + columns, mask=inside, other=0.0).to(tl.float32)
-    factor = tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32) * modulation
-    offset = tl.load(bias + columns, mask=inside, other=0.0).to(tl.float32) * modulation
-    offset += tl.load(shift + b * shift_b + m * shift_m + columns, mask=inside, other=0.0).to(tl.float32)
+    modulation = 1.0 + load_row(scale + b * scale_b + m * scale_m + columns, inside, A)
+    factor = load_row(weight + columns, inside, A) * modulation
+    offset = load_row(bias + columns, inside, A) * modulation
+    offset += load_row(shift + b * shift_b + m * shift_m + columns, inside, A)
     x += b * x_b + first.to(tl.int64) * x_n + columns
     y += (b * num_rows + first) * width + columns
     for _ in range(first, last):
-        xhat, _ = normalize(tl.load(x, mask=inside, other=0.0).to(tl.float32), inside, width, eps)
-        tl.store(y, (xhat * factor + offset).to(y.dtype.element_ty), mask=inside)
+        xhat, _ = normalize(load_row(x, inside, A), inside, width, eps)
+        store_row(y, xhat * factor + offset, inside)
         x += x_n
         y += width
 
@@ -44,23 +45,24 @@ def backward_kernel(
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """With d = grad * weight * (1 + scale): grad_x = rstd * (d - mean(d) - xhat * mean(d * xhat)); the chunk's sums."""
+    A: tl.constexpr = partials.dtype.element_ty
     first, last, m = chunk_of_program(num_rows, num_text, ROWS)
     b = tl.program_id(1).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     inside = columns < width
-    factor = 1.0 + tl.load(scale + b * scale_b + m * scale_m + columns, mask=inside, other=0.0).to(tl.float32)
-    factor *= tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
-    sum_grad = tl.zeros([BLOCK], tl.float32)
-    sum_grad_xhat = tl.zeros([BLOCK], tl.float32)
+    factor = 1.0 + load_row(scale + b * scale_b + m * scale_m + columns, inside, A)
+    factor *= load_row(weight + columns, inside, A)
+    sum_grad = tl.zeros([BLOCK], A)
+    sum_grad_xhat = tl.zeros([BLOCK], A)
     x += b * x_b + first.to(tl.int64) * x_n + columns
     grad += b * grad_b + first.to(tl.int64) * grad_n + columns
     grad_x += (b * num_rows + first) * width + columns
     for _ in range(first, last):
-        xhat, rstd = normalize(tl.load(x, mask=inside, other=0.0).to(tl.float32), inside, width, eps)
-        g = tl.load(grad, mask=inside, other=0.0).to(tl.float32)
+        xhat, rstd = normalize(load_row(x, inside, A), inside, width, eps)
+        g = load_row(grad, inside, A)
         d = g * factor
         mean_d, mean_d_xhat = tl.sum(d, 0) / width, tl.sum(d * xhat, 0) / width
-        tl.store(grad_x, (rstd * (d - mean_d - xhat * mean_d_xhat)).to(grad_x.dtype.element_ty), mask=inside)
+        store_row(grad_x, rstd * (d - mean_d - xhat * mean_d_xhat), inside)
         sum_grad += g
         sum_grad_xhat += g * xhat
         x += x_n
@@ -119,7 +121,7 @@ def backward(
     num_text_chunks = num_chunks(num_text, BACKWARD_ROWS)
     grid = (num_text_chunks + num_chunks(n - num_text, BACKWARD_ROWS), b)
     grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    partials = torch.empty(b, grid[0], 2, d, dtype=torch.float32, device=x.device)  # sums of grad and of grad * xhat
+    partials = torch.empty(b, grid[0], 2, d, dtype=sums_dtype(d), device=x.device)  # sums of grad and of grad * xhat
     if x.numel():
         with torch.cuda.device_of(x):
             backward_kernel[grid](
@@ -128,7 +130,7 @@ def backward(
             )  # fmt: skip
     sums = torch.stack([partials[:, :num_text_chunks].sum(1), partials[:, num_text_chunks:].sum(1)], dim=1)
     sum_grad, sum_grad_xhat = sums.unbind(2)  # [B, 2, D]
-    modulation = 1 + scale.float()
+    modulation = 1 + scale.to(sums.dtype)
     grad_weight, grad_bias = (modulation * sum_grad_xhat).sum((0, 1)), (modulation * sum_grad).sum((0, 1))
     grad_scale = sum_grad_xhat * weight + sum_grad * bias
     return grad_x, *(g.to(x.dtype) for g in (grad_weight, grad_bias, sum_grad, grad_scale))

@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .._extension import with_contiguous_rows
-from .._triton_rows import chunk_of_program, normalize, num_chunks, options
+from .._triton_rows import NARROW, chunk_of_program, load_row, normalize, num_chunks, options, store_row, sums_dtype
 
 # Rows of a program: enough to share the modulation, few enough to fill a GPU. Gradients are summed in these chunks.
 FORWARD_ROWS, BACKWARD_ROWS = 8, 32
@@ -15,37 +15,31 @@ _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 @triton.jit
-def _add_gated(x, y, gate, dtype: tl.constexpr):
-    """x + gate y as it is stored, and so as the norm reads it."""
-    return (x + gate * y).to(dtype)
-
-
-@triton.jit
 def forward_kernel(
     x, y, gate, weight, bias, shift, scale, x_new, normed, num_rows, num_text, width, eps,
     x_b, x_n, y_b, y_n, gate_b, gate_m, shift_b, shift_m, scale_b, scale_m,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    A: tl.constexpr = tl.float64 if BLOCK <= NARROW else tl.float32
     first, last, m = chunk_of_program(num_rows, num_text, ROWS)
     b = tl.program_id(1).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     inside = columns < width
-    modulation = 1.0 + tl.load(scale + b * scale_b + m * scale_m + columns, mask=inside, other=0.0).to(tl.float32)
-    factor = tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32) * modulation
-    offset = tl.load(bias + columns, mask=inside, other=0.0).to(tl.float32) * modulation
-    offset += tl.load(shift + b * shift_b + m * shift_m + columns, mask=inside, other=0.0).to(tl.float32)
-    g = tl.load(gate + b * gate_b + m * gate_m + columns, mask=inside, other=0.0).to(tl.float32)
+    modulation = 1.0 + load_row(scale + b * scale_b + m * scale_m + columns, inside, A)
+    factor = load_row(weight + columns, inside, A) * modulation
+    offset = load_row(bias + columns, inside, A) * modulation
+    offset += load_row(shift + b * shift_b + m * shift_m + columns, inside, A)
+    g = load_row(gate + b * gate_b + m * gate_m + columns, inside, A)
     x += b * x_b + first.to(tl.int64) * x_n + columns
     y += b * y_b + first.to(tl.int64) * y_n + columns
     x_new += (b * num_rows + first) * width + columns
     normed += (b * num_rows + first) * width + columns
     for _ in range(first, last):
-        before = tl.load(x, mask=inside, other=0.0).to(tl.float32)
-        added = tl.load(y, mask=inside, other=0.0).to(tl.float32)
-        total = _add_gated(before, added, g, x_new.dtype.element_ty)
+        total = (load_row(x, inside, A) + g * load_row(y, inside, A)).to(tl.float32).to(x_new.dtype.element_ty)
         tl.store(x_new, total, mask=inside)
-        xhat, _ = normalize(total.to(tl.float32), inside, width, eps)
-        tl.store(normed, (xhat * factor + offset).to(normed.dtype.element_ty), mask=inside)
+        # The norm is that of the sum as it is stored.
+        xhat, _ = normalize(total.to(tl.float32).to(A), inside, width, eps)
+        store_row(normed, xhat * factor + offset, inside)
         x += x_n
         y += y_n
         x_new += width
@@ -59,16 +53,17 @@ def backward_kernel(
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """grad_x is grad_x_new and what comes through the norm, grad_y = gate grad_x; the chunk's sums."""
+    A: tl.constexpr = partials.dtype.element_ty
     first, last, m = chunk_of_program(num_rows, num_text, ROWS)
     b = tl.program_id(1).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     inside = columns < width
-    factor = 1.0 + tl.load(scale + b * scale_b + m * scale_m + columns, mask=inside, other=0.0).to(tl.float32)
-    factor *= tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
-    g = tl.load(gate + b * gate_b + m * gate_m + columns, mask=inside, other=0.0).to(tl.float32)
-    sum_grad = tl.zeros([BLOCK], tl.float32)
-    sum_grad_xhat = tl.zeros([BLOCK], tl.float32)
-    sum_gate = tl.zeros([BLOCK], tl.float32)
+    factor = 1.0 + load_row(scale + b * scale_b + m * scale_m + columns, inside, A)
+    factor *= load_row(weight + columns, inside, A)
+    g = load_row(gate + b * gate_b + m * gate_m + columns, inside, A)
+    sum_grad = tl.zeros([BLOCK], A)
+    sum_grad_xhat = tl.zeros([BLOCK], A)
+    sum_gate = tl.zeros([BLOCK], A)
     x += b * x_b + first.to(tl.int64) * x_n + columns
     y += b * y_b + first.to(tl.int64) * y_n + columns
     grad_x_new += b * grad_x_new_b + first.to(tl.int64) * grad_x_new_n + columns
@@ -76,20 +71,18 @@ def backward_kernel(
     grad_x += (b * num_rows + first) * width + columns
     grad_y += (b * num_rows + first) * width + columns
     for _ in range(first, last):
-        added = tl.load(y, mask=inside, other=0.0).to(tl.float32)
-        before = tl.load(x, mask=inside, other=0.0).to(tl.float32)
-        total = _add_gated(before, added, g, grad_x.dtype.element_ty).to(tl.float32)
-        xhat, rstd = normalize(total, inside, width, eps)
-        grad = tl.load(grad_normed, mask=inside, other=0.0).to(tl.float32)
+        added = load_row(y, inside, A)
+        xhat, rstd = normalize(load_row(x, inside, A) + g * added, inside, width, eps)
+        grad = load_row(grad_normed, inside, A)
         sum_grad += grad
         sum_grad_xhat += grad * xhat
         d = grad * factor
         mean_d, mean_d_xhat = tl.sum(d, 0) / width, tl.sum(d * xhat, 0) / width
-        grad = tl.load(grad_x_new, mask=inside, other=0.0).to(tl.float32)
+        grad = load_row(grad_x_new, inside, A)
         grad += rstd * (d - mean_d - xhat * mean_d_xhat)
         sum_gate += grad * added
-        tl.store(grad_x, grad.to(grad_x.dtype.element_ty), mask=inside)
-        tl.store(grad_y, (grad * g).to(grad_y.dtype.element_ty), mask=inside)
+        store_row(grad_x, grad, inside)
+        store_row(grad_y, grad * g, inside)
         x += x_n
         y += y_n
         grad_x_new += grad_x_new_n
@@ -166,7 +159,7 @@ def backward(
     grid = (num_text_chunks + num_chunks(n - num_text, BACKWARD_ROWS), b)
     grad_x, grad_y = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in range(2))
     # Sums of grad_normed, of grad_normed * xhat and of grad_x * y.
-    partials = torch.empty(b, grid[0], 3, d, dtype=torch.float32, device=x.device)
+    partials = torch.empty(b, grid[0], 3, d, dtype=sums_dtype(d), device=x.device)
     if x.numel():
         strides = [stride for t in (grad_x_new, grad_normed, x, y, gate, scale) for stride in t.stride()[:2]]
         with torch.cuda.device_of(x):
@@ -176,7 +169,7 @@ def backward(
             )  # fmt: skip
     sums = torch.stack([partials[:, :num_text_chunks].sum(1), partials[:, num_text_chunks:].sum(1)], dim=1)
     sum_grad, sum_grad_xhat, grad_gate = sums.unbind(2)  # [B, 2, D]
-    modulation = 1 + scale.float()
+    modulation = 1 + scale.to(sums.dtype)
     grad_weight, grad_bias = (modulation * sum_grad_xhat).sum((0, 1)), (modulation * sum_grad).sum((0, 1))
     grad_scale = sum_grad_xhat * weight + sum_grad * bias
     small = (grad_gate, grad_weight, grad_bias, sum_grad, grad_scale)

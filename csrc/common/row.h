@@ -51,15 +51,15 @@ template <class T> void prefetch_row(const T* row, int64_t width) {
 #endif
 }
 
-template <class T> void load_row(accumulator_t<T>* to, const T* from, int64_t width) {
+template <class T, class A> void load_row(A* to, const T* from, int64_t width) {
 #pragma omp simd
   for (int64_t i = 0; i < width; ++i) to[i] = widen(from[i]);
 }
 
 // Rounds to the nearest, ties to even.
-template <class T> void round_row(T* to, const accumulator_t<T>* from, int64_t width) {
+template <class T, class A> void round_row(T* to, const A* from, int64_t width) {
 #pragma omp simd
-  for (int64_t i = 0; i < width; ++i) store(to + i, from[i]);
+  for (int64_t i = 0; i < width; ++i) store(to + i, static_cast<accumulator_t<T>>(from[i]));
 }
 
 // Results above this size leave the caches before anyone reads them. Written past these, memory is not first read, and
@@ -97,8 +97,7 @@ template <class T> void copy_row(T* to, const T* from, int64_t width, bool strea
 }
 
 // Rounds a row on its way to memory; `rounded` has room for it.
-template <class T>
-void write_row(T* to, const accumulator_t<T>* from, int64_t width, bool streamed, accumulator_t<T>* rounded) {
+template <class T, class A> void write_row(T* to, const A* from, int64_t width, bool streamed, A* rounded) {
   if (!streamed) return round_row(to, from, width);
   round_row(reinterpret_cast<T*>(rounded), from, width);
   copy_row(to, reinterpret_cast<const T*>(rounded), width, true);

@@ -68,6 +68,7 @@ namespace cogvx {
 
 void register_expert_layernorm(py::module_& m) {
   m.attr("EXPERT_LAYERNORM_CHUNK") = expert_layernorm::kChunk;
+  m.attr("EXPERT_LAYERNORM_NARROW") = expert_layernorm::kNarrow;
   m.def("expert_layernorm_forward", &expert_layernorm::forward);
   m.def("expert_layernorm_backward", &expert_layernorm::backward);
 }

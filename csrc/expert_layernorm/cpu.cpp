@@ -5,9 +5,8 @@
 namespace cogvx::expert_layernorm::COGVX_ISA {
 namespace {
 
-template <class T>
-void forward_chunk(const Args& args, const Chunk& chunk, const Scratch<accumulator_t<T>>& scratch, bool streamed) {
-  using A = accumulator_t<T>;
+template <class T, class A>
+void forward_chunk(const Args& args, const Chunk& chunk, const Scratch<A>& scratch, bool streamed) {
   A *factor = scratch.row(0), *offset = scratch.row(1), *x = scratch.row(2), *y = scratch.row(3);
   load_modulation<T>(args, chunk, factor, offset);
   for (int64_t n = chunk.first; n < chunk.last; ++n) {
@@ -17,10 +16,9 @@ void forward_chunk(const Args& args, const Chunk& chunk, const Scratch<accumulat
   }
 }
 
-template <class T>
-void backward_chunk(const Args& args, const Chunk& chunk, int64_t index, const Scratch<accumulator_t<T>>& scratch,
+template <class T, class A>
+void backward_chunk(const Args& args, const Chunk& chunk, int64_t index, const Scratch<A>& scratch,
                     bool streamed) {
-  using A = accumulator_t<T>;
   A *factor = scratch.row(0), *x = scratch.row(1), *grad = scratch.row(2);
   load_factor<T>(args, chunk, factor);
   const Sums<A> sums(args, index);
@@ -34,13 +32,13 @@ void backward_chunk(const Args& args, const Chunk& chunk, int64_t index, const S
   }
 }
 
-template <class T> void forward_as(const Args& args, int num_threads) {
+template <class T, class A> void forward_as(const Args& args, int num_threads) {
   const int64_t total = args.batch * num_chunks(args, kChunk);
   const bool streamed = is_streamed<T>(args.y, args.batch, args.num_rows, args.width);
   (void)num_threads;  // unused without OpenMP
 #pragma omp parallel num_threads(num_threads) if (total > 1)
   {
-    const Scratch<accumulator_t<T>> scratch(4, args.width);
+    const Scratch<A> scratch(4, args.width);
 #pragma omp for schedule(static)
     for (int64_t index = 0; index < total; ++index)
       forward_chunk<T>(args, chunk_at(args, index, kChunk), scratch, streamed);
@@ -48,14 +46,14 @@ template <class T> void forward_as(const Args& args, int num_threads) {
   }
 }
 
-template <class T> void backward_as(const Args& args, int num_threads) {
+template <class T, class A> void backward_as(const Args& args, int num_threads) {
   const int64_t total = args.batch * num_chunks(args, kChunk);
   const int64_t num_column_blocks = (args.width + kColumns - 1) / kColumns;
   const bool streamed = is_streamed<T>(args.grad_x, args.batch, args.num_rows, args.width);
   (void)num_threads;
 #pragma omp parallel num_threads(num_threads) if (total > 1)
   {
-    const Scratch<accumulator_t<T>> scratch(3, args.width);
+    const Scratch<A> scratch(3, args.width);
 #pragma omp for schedule(static)
     for (int64_t index = 0; index < total; ++index)
       backward_chunk<T>(args, chunk_at(args, index, kChunk), index, scratch, streamed);
@@ -63,7 +61,7 @@ template <class T> void backward_as(const Args& args, int num_threads) {
 #pragma omp for schedule(static)
     for (int64_t block = 0; block < num_column_blocks; ++block) {
       const int64_t last = (block + 1) * kColumns;
-      backward_columns<T>(args, block * kColumns, last < args.width ? last : args.width);
+      backward_columns<T, A>(args, block * kColumns, last < args.width ? last : args.width);
     }
     finish_streaming();
   }
@@ -72,21 +70,15 @@ template <class T> void backward_as(const Args& args, int num_threads) {
 }  // namespace
 
 void forward(const Args& args, int num_threads) {
-  switch (args.dtype) {
-    case DType::float32: return forward_as<float>(args, num_threads);
-    case DType::float16: return forward_as<Half>(args, num_threads);
-    case DType::bfloat16: return forward_as<BFloat16>(args, num_threads);
-    case DType::float64: return forward_as<double>(args, num_threads);
-  }
+  with_types(args, [&](auto types) {
+    forward_as<typename decltype(types)::Element, typename decltype(types)::Arithmetic>(args, num_threads);
+  });
 }
 
 void backward(const Args& args, int num_threads) {
-  switch (args.dtype) {
-    case DType::float32: return backward_as<float>(args, num_threads);
-    case DType::float16: return backward_as<Half>(args, num_threads);
-    case DType::bfloat16: return backward_as<BFloat16>(args, num_threads);
-    case DType::float64: return backward_as<double>(args, num_threads);
-  }
+  with_types(args, [&](auto types) {
+    backward_as<typename decltype(types)::Element, typename decltype(types)::Arithmetic>(args, num_threads);
+  });
 }
 
 }  // namespace cogvx::expert_layernorm::COGVX_ISA

@@ -19,6 +19,9 @@ namespace cogvx::expert_layernorm {
 // and so neither do the gradients.
 constexpr int kChunk = 32;
 constexpr int64_t kColumns = 64;  // that one task adds up: a cache line or more of every chunk's sums
+// Rows up to this width are worked on in double on CPUs: of so few values, what is left after the mean and the slope
+// are taken out can be as small as the rounding of float.
+constexpr int64_t kNarrow = 8;
 
 struct Args {
   DType dtype;  // of every tensor but `partials`

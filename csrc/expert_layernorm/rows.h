@@ -7,24 +7,37 @@
 namespace cogvx::expert_layernorm {
 namespace {
 
+template <class T, class A> struct Types {
+  using Element = T;
+  using Arithmetic = A;
+};
+
+// f(Types of the tensors and of the arithmetic).
+template <class F> void with_types(const Args& args, F f) {
+  const bool narrow = args.width <= kNarrow;
+  switch (args.dtype) {
+    case DType::float32: return narrow ? f(Types<float, double>{}) : f(Types<float, float>{});
+    case DType::float16: return narrow ? f(Types<Half, double>{}) : f(Types<Half, float>{});
+    case DType::bfloat16: return narrow ? f(Types<BFloat16, double>{}) : f(Types<BFloat16, float>{});
+    case DType::float64: return f(Types<double, double>{});
+  }
+}
+
 // The norm's affine and its modulation in one: y = xhat * factor + offset.
-template <class T>
-void load_modulation(const Args& args, const Chunk& chunk, accumulator_t<T>* factor, accumulator_t<T>* offset) {
-  using A = accumulator_t<T>;
+template <class T, class A> void load_modulation(const Args& args, const Chunk& chunk, A* factor, A* offset) {
   const T *weight = reinterpret_cast<const T*>(args.weight), *bias = reinterpret_cast<const T*>(args.bias);
   const T *shift = row_of<T>(args.shift, chunk.b, chunk.m), *scale = row_of<T>(args.scale, chunk.b, chunk.m);
 #pragma omp simd
   for (int64_t i = 0; i < args.width; ++i) {
-    const A modulation = 1 + widen(scale[i]);
+    const A modulation = 1 + static_cast<A>(widen(scale[i]));
     factor[i] = widen(weight[i]) * modulation;
     offset[i] = widen(bias[i]) * modulation + widen(shift[i]);
   }
 }
 
 // Writes the norm of a row; `buffer` has room for it.
-template <class T>
-void normalize_row(const accumulator_t<T>* x, const accumulator_t<T>* factor, const accumulator_t<T>* offset,
-                   const Args& args, T* y, bool streamed, accumulator_t<T>* buffer) {
+template <class T, class A>
+void normalize_row(const A* x, const A* factor, const A* offset, const Args& args, T* y, bool streamed, A* buffer) {
   const auto [mean, rstd] = moments(x, args.width, args.eps);
 #pragma omp simd
   for (int64_t i = 0; i < args.width; ++i) buffer[i] = (x[i] - mean) * rstd * factor[i] + offset[i];
@@ -45,10 +58,10 @@ inline void normalize_row(const float* x, const float* factor, const float* offs
 #endif
 
 // The factor of the gradient: d = grad * weight * (1 + scale).
-template <class T> void load_factor(const Args& args, const Chunk& chunk, accumulator_t<T>* factor) {
+template <class T, class A> void load_factor(const Args& args, const Chunk& chunk, A* factor) {
   const T *weight = reinterpret_cast<const T*>(args.weight), *scale = row_of<T>(args.scale, chunk.b, chunk.m);
 #pragma omp simd
-  for (int64_t i = 0; i < args.width; ++i) factor[i] = widen(weight[i]) * (1 + widen(scale[i]));
+  for (int64_t i = 0; i < args.width; ++i) factor[i] = widen(weight[i]) * (1 + static_cast<A>(widen(scale[i])));
 }
 
 // Where the sums of grad and of grad * xhat over the rows of a chunk go; set to 0.
@@ -93,8 +106,7 @@ template <class A> double sum_of_chunks(const Args& args, int64_t b, int m, cons
 }
 
 // Adds the chunks up, column by column, for columns first <= i < last.
-template <class T> void backward_columns(const Args& args, int64_t first, int64_t last) {
-  using A = accumulator_t<T>;
+template <class T, class A> void backward_columns(const Args& args, int64_t first, int64_t last) {
   const T *weight = reinterpret_cast<const T*>(args.weight), *bias = reinterpret_cast<const T*>(args.bias);
   const A* partials = reinterpret_cast<const A*>(args.partials);
   for (int64_t i = first; i < last; ++i) {
@@ -107,12 +119,12 @@ template <class T> void backward_columns(const Args& args, int64_t first, int64_
         grad_weight += sum_grad_xhat * modulation;
         grad_bias += sum_grad * modulation;
         const double grad_scale = sum_grad_xhat * widen(weight[i]) + sum_grad * widen(bias[i]);
-        store(mutable_row_of<T>(args.grad_shift, b, m) + i, static_cast<A>(sum_grad));
-        store(mutable_row_of<T>(args.grad_scale, b, m) + i, static_cast<A>(grad_scale));
+        store(mutable_row_of<T>(args.grad_shift, b, m) + i, static_cast<accumulator_t<T>>(sum_grad));
+        store(mutable_row_of<T>(args.grad_scale, b, m) + i, static_cast<accumulator_t<T>>(grad_scale));
       }
     }
-    store(reinterpret_cast<T*>(args.grad_weight) + i, static_cast<A>(grad_weight));
-    store(reinterpret_cast<T*>(args.grad_bias) + i, static_cast<A>(grad_bias));
+    store(reinterpret_cast<T*>(args.grad_weight) + i, static_cast<accumulator_t<T>>(grad_weight));
+    store(reinterpret_cast<T*>(args.grad_bias) + i, static_cast<accumulator_t<T>>(grad_bias));
   }
 }
 

@@ -16,21 +16,19 @@ template <class T> bool is_streamed(const Rows& first, const Rows& second, const
          cogvx::is_streamed<T>(second, norm.batch, norm.num_rows, norm.width);
 }
 
-// x + gate y as it is stored: what it was rounded to, widened again. `stored` has room for the row.
-template <class T>
-void add_gated(const T* x, const T* y, const accumulator_t<T>* gate, int64_t width, accumulator_t<T>* sum, T* stored) {
+template <class T, class A> void add_gated(const T* x, const T* y, const A* gate, int64_t width, A* sum) {
 #pragma omp simd
   for (int64_t i = 0; i < width; ++i) sum[i] = widen(x[i]) + gate[i] * widen(y[i]);
-  round_row(stored, sum, width);
-  load_row(sum, stored, width);
 }
 
-// The same, which also writes it to x_new.
-template <class T>
-void write_gated(const T* x, const T* y, const accumulator_t<T>* gate, int64_t width, accumulator_t<T>* sum, T* x_new,
-                 bool streamed, accumulator_t<T>* buffer) {
+// The same as it is stored in x_new: what it was rounded to, widened again.
+template <class T, class A>
+void write_gated(const T* x, const T* y, const A* gate, int64_t width, A* sum, T* x_new,
+                 bool streamed, A* buffer) {
   T* stored = streamed ? reinterpret_cast<T*>(buffer) : x_new;
-  add_gated(x, y, gate, width, sum, stored);
+  add_gated(x, y, gate, width, sum);
+  round_row(stored, sum, width);
+  load_row(sum, stored, width);
   if (streamed) copy_row(x_new, stored, width, true);
 }
 
@@ -46,9 +44,8 @@ inline void write_gated(const BFloat16* x, const BFloat16* y, const float* gate,
 }
 #endif
 
-template <class T>
-void forward_chunk(const Args& args, const Chunk& chunk, const Scratch<accumulator_t<T>>& scratch, bool streamed) {
-  using A = accumulator_t<T>;
+template <class T, class A>
+void forward_chunk(const Args& args, const Chunk& chunk, const Scratch<A>& scratch, bool streamed) {
   const Norm& norm = args.norm;
   const int64_t width = norm.width, b = chunk.b;
   A *factor = scratch.row(0), *offset = scratch.row(1), *gate = scratch.row(2), *sum = scratch.row(3);
@@ -65,10 +62,9 @@ void forward_chunk(const Args& args, const Chunk& chunk, const Scratch<accumulat
 }
 
 // With g the gradient of x_new, through the norm too: grad_x = g, grad_y = gate g, and the chunk's sum of g y.
-template <class T>
-void backward_chunk(const Args& args, const Chunk& chunk, int64_t index, const Scratch<accumulator_t<T>>& scratch,
+template <class T, class A>
+void backward_chunk(const Args& args, const Chunk& chunk, int64_t index, const Scratch<A>& scratch,
                     bool streamed) {
-  using A = accumulator_t<T>;
   const Norm& norm = args.norm;
   const int64_t width = norm.width, b = chunk.b;
   A *factor = scratch.row(0), *gate = scratch.row(1), *sum = scratch.row(2), *grad = scratch.row(3);
@@ -81,7 +77,7 @@ void backward_chunk(const Args& args, const Chunk& chunk, int64_t index, const S
   for (int64_t n = chunk.first; n < chunk.last; ++n) {
     const T *x = row_of<T>(args.x, b, n), *y = row_of<T>(args.y, b, n), *grad_x_new = row_of<T>(args.grad_x_new, b, n);
     load_row(grad, row_of<T>(norm.grad, b, n), width);
-    add_gated(x, y, gate, width, sum, reinterpret_cast<T*>(buffer));
+    add_gated(x, y, gate, width, sum);
     for (const Rows* next : {&args.x, &args.y, &args.grad_x_new, &norm.grad})
       prefetch_row(row_of<T>(*next, b, n + 1), width);
     backward_row(sum, factor, norm, sums, grad);
@@ -97,23 +93,22 @@ void backward_chunk(const Args& args, const Chunk& chunk, int64_t index, const S
   }
 }
 
-template <class T> void gate_columns(const Args& args, int64_t first, int64_t last) {
-  using A = accumulator_t<T>;
+template <class T, class A> void gate_columns(const Args& args, int64_t first, int64_t last) {
   const A* partials = reinterpret_cast<const A*>(args.gate_partials);
   for (int64_t b = 0; b < args.norm.batch; ++b)
     for (int m = 0; m < 2; ++m)
       for (int64_t i = first; i < last; ++i)
         store(mutable_row_of<T>(args.grad_gate, b, m) + i,
-              static_cast<A>(sum_of_chunks(args.norm, b, m, partials + i, args.norm.width)));
+              static_cast<accumulator_t<T>>(sum_of_chunks(args.norm, b, m, partials + i, args.norm.width)));
 }
 
-template <class T> void forward_as(const Args& args, int num_threads) {
+template <class T, class A> void forward_as(const Args& args, int num_threads) {
   const int64_t total = args.norm.batch * num_chunks(args.norm, kChunk);
   const bool streamed = is_streamed<T>(args.x_new, args.norm.y, args.norm);
   (void)num_threads;  // unused without OpenMP
 #pragma omp parallel num_threads(num_threads) if (total > 1)
   {
-    const Scratch<accumulator_t<T>> scratch(5, args.norm.width);
+    const Scratch<A> scratch(5, args.norm.width);
 #pragma omp for schedule(static)
     for (int64_t index = 0; index < total; ++index)
       forward_chunk<T>(args, chunk_at(args.norm, index, kChunk), scratch, streamed);
@@ -121,14 +116,14 @@ template <class T> void forward_as(const Args& args, int num_threads) {
   }
 }
 
-template <class T> void backward_as(const Args& args, int num_threads) {
+template <class T, class A> void backward_as(const Args& args, int num_threads) {
   const int64_t width = args.norm.width, total = args.norm.batch * num_chunks(args.norm, kChunk);
   const int64_t num_column_blocks = (width + kColumns - 1) / kColumns;
   const bool streamed = is_streamed<T>(args.norm.grad_x, args.grad_y, args.norm);
   (void)num_threads;
 #pragma omp parallel num_threads(num_threads) if (total > 1)
   {
-    const Scratch<accumulator_t<T>> scratch(5, width);
+    const Scratch<A> scratch(5, width);
 #pragma omp for schedule(static)
     for (int64_t index = 0; index < total; ++index)
       backward_chunk<T>(args, chunk_at(args.norm, index, kChunk), index, scratch, streamed);
@@ -136,8 +131,8 @@ template <class T> void backward_as(const Args& args, int num_threads) {
 #pragma omp for schedule(static)
     for (int64_t block = 0; block < num_column_blocks; ++block) {
       const int64_t first = block * kColumns, last = first + kColumns < width ? first + kColumns : width;
-      backward_columns<T>(args.norm, first, last);
-      gate_columns<T>(args, first, last);
+      backward_columns<T, A>(args.norm, first, last);
+      gate_columns<T, A>(args, first, last);
     }
     finish_streaming();
   }
@@ -146,21 +141,15 @@ template <class T> void backward_as(const Args& args, int num_threads) {
 }  // namespace
 
 void forward(const Args& args, int num_threads) {
-  switch (args.norm.dtype) {
-    case DType::float32: return forward_as<float>(args, num_threads);
-    case DType::float16: return forward_as<Half>(args, num_threads);
-    case DType::bfloat16: return forward_as<BFloat16>(args, num_threads);
-    case DType::float64: return forward_as<double>(args, num_threads);
-  }
+  with_types(args.norm, [&](auto types) {
+    forward_as<typename decltype(types)::Element, typename decltype(types)::Arithmetic>(args, num_threads);
+  });
 }
 
 void backward(const Args& args, int num_threads) {
-  switch (args.norm.dtype) {
-    case DType::float32: return backward_as<float>(args, num_threads);
-    case DType::float16: return backward_as<Half>(args, num_threads);
-    case DType::bfloat16: return backward_as<BFloat16>(args, num_threads);
-    case DType::float64: return backward_as<double>(args, num_threads);
-  }
+  with_types(args.norm, [&](auto types) {
+    backward_as<typename decltype(types)::Element, typename decltype(types)::Arithmetic>(args, num_threads);
+  });
 }
 
 }  // namespace cogvx::gated_expert_layernorm::COGVX_ISA
