@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from .. import _extension
-from .._extension import DTYPES, by_head, cuda_place, heads, with_aligned_rows
+from .._extension import cuda_place, with_aligned_rows
+from . import compiled
 
 FOR_DTYPES = (torch.bfloat16, torch.float16)
 FOR_SHAPES = "head widths that are multiples of 8, up to 128"
@@ -27,16 +28,9 @@ def forward(
     v: Tensor,  # [B, A, N, E]
     lengths: list[int] | None,
 ) -> Tensor:  # [B, N, A E]
-    b, a, n, e = q.shape
-    y = torch.empty(b, n, a * e, dtype=q.dtype, device=q.device)
-    if y.numel():
-        q, k, v = map(with_aligned_rows, (q, k, v))
-        tiles = _tiles(q, lengths)
-        _extension.cuda().joint_attention_forward_cuda(
-            cuda_place(q), DTYPES[q.dtype], (b, a, n, e), _table(tiles, n),
-            heads(q), heads(k), heads(v), heads(by_head(y, a)),
-        )  # fmt: skip
-    return y
+    q, k, v = map(with_aligned_rows, (q, k, v))
+    tiles = _tiles(q, lengths)
+    return compiled.forward(_extension.cuda(), cuda_place(q), _table(tiles, q), q, k, v)
 
 
 def backward(
@@ -47,31 +41,24 @@ def backward(
     lengths: list[int] | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # of q, k, v
     """The gradients; a block sums all of a row, so that they repeat bit for bit."""
-    grads = tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-    b, a, n, e = q.shape
-    if q.numel():
-        grad, q, k, v = map(with_aligned_rows, (grad, q, k, v))
-        tiles = _tiles(q, lengths)
-        statistics = torch.empty(b, a, n, 4, dtype=torch.float32, device=q.device)
-        _extension.cuda().joint_attention_backward_cuda(
-            cuda_place(q), DTYPES[q.dtype], (b, a, n, e), _table(tiles, n),
-            heads(q), heads(k), heads(v), heads(by_head(grad, a)), *map(heads, grads), statistics.data_ptr(),
-        )  # fmt: skip
-    return grads
+    grad, q, k, v = map(with_aligned_rows, (grad, q, k, v))
+    tiles = _tiles(q, lengths)
+    statistics = torch.empty(*q.shape[:3], 4, dtype=torch.float32, device=q.device)
+    return compiled.backward(_extension.cuda(), cuda_place(q), _table(tiles, q), grad, q, k, v, statistics)
 
 
 def _tiles(q: Tensor, lengths: list[int] | None) -> Tensor | None:  # [tiles, 3]
-    if lengths is None:
+    if not lengths:
         return None
     table = _tiles_on_host(tuple(lengths), _extension.cuda().JOINT_ATTENTION_TILE, q.is_cuda)
     return table.to(q.device, non_blocking=True)
 
 
-def _table(tiles: Tensor | None, num_tokens: int) -> tuple[int, int]:
-    """Address and number of tiles; without a table they follow one another."""
+def _table(tiles: Tensor | None, q: Tensor) -> compiled.Tokens:
+    """The table, which must outlive the call; without one tiles follow one another."""
     if tiles is None:
-        return 0, -(-num_tokens // _extension.cuda().JOINT_ATTENTION_TILE)
-    return tiles.data_ptr(), len(tiles)
+        return [], 0, -(-q.shape[2] // _extension.cuda().JOINT_ATTENTION_TILE)
+    return [], tiles.data_ptr(), len(tiles)
 
 
 @lru_cache(maxsize=256)
