@@ -19,6 +19,7 @@ void register_causal_conv3d(py::module_& m);
 void register_expert_layernorm(py::module_& m);
 void register_gated_expert_layernorm(py::module_& m);
 void register_group_norm_silu(py::module_& m);
+void register_int8_joint_attention(py::module_& m);
 void register_joint_attention(py::module_& m);
 void register_linear(py::module_& m);
 void register_qk_norm_rope(py::module_& m);
@@ -83,6 +84,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   cogvx::register_expert_layernorm(m);
   cogvx::register_gated_expert_layernorm(m);
   cogvx::register_group_norm_silu(m);
+  cogvx::register_int8_joint_attention(m);
   cogvx::register_joint_attention(m);
   cogvx::register_linear(m);
   cogvx::register_qk_norm_rope(m);
