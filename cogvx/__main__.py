@@ -16,6 +16,7 @@ COMMANDS = {
     "replay": "make a video again and compare",
     "encode": "turn a video into latents",
     "decode": "turn latents into a video",
+    "invert": "find the noise that a video is made from, and make it again",
     "verify": "check a checkpoint folder: names, shapes, hashes, a forward pass, parity with diffusers",
     "doctor": "print versions, devices, and which kernels run",
     "convert": "write a transformer, VAE or LoRA in another format: diffusers, one file, SAT",

@@ -1,5 +1,6 @@
-"""Text in, video out, in five visible steps: settings, text, noise, sampling, frames."""
+"""Text, images and video in, video out, in five visible steps: settings, text, start, sampling, frames."""
 
+import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -14,21 +15,25 @@ from tqdm import tqdm
 
 from .clip import Clip
 from .data.pixels import to_frames
-from .diffusion.guidance import guide
+from .denoise import denoiser
 from .diffusion.samplers import SAMPLERS
-from .diffusion.schedule import sampling_steps
+from .diffusion.schedule import Step, sampling_steps
 from .finite import NonFiniteError, all_finite, check_finite
+from .inputs import NAMES, Inputs, Picture, Video, planned
 from .machine import computable, environment, peak_memory, pick_device
-from .models.checkpoint import CheckpointError, check_numerics, resolve_folder
+from .models.checkpoint import CheckpointError, resolve_folder
+from .models.choices import decode_chunks, last_norm_eps, num_text_tokens
 from .models.saving import content_hash, new_folder, write_json
 from .models.text import TextEncoder
 from .models.transformer import ExpertTransformer
 from .models.vae import CausalVAE
+from .numerics import DIFFUSERS, Numerics, differences, followed, read_numerics
 from .settings import Configs, Settings, SettingsError, read_configs
+from .start import Start, prepare
 
-FPS = 8
+logger = logging.getLogger(__name__)
+
 MODEL_INDEX = {
-    "_class_name": "CogVideoXPipeline",
     "text_encoder": ["transformers", "T5EncoderModel"],
     "tokenizer": ["transformers", "T5Tokenizer"],
     "transformer": ["diffusers", "CogVideoXTransformer3DModel"],
@@ -50,9 +55,15 @@ class Pipeline:
         configs: Configs,
         source: str = "",
         folder: Path | None = None,
+        numerics: Numerics = DIFFUSERS,
     ):
         self.transformer, self.vae, self.text_encoder = transformer.eval(), vae.eval(), text_encoder
         self.configs, self.source, self.folder = configs, source, folder
+        self.numerics = followed(numerics)
+        self.transformer.norm_out.norm.eps = last_norm_eps(configs.transformer, self.numerics)
+        if pending := differences(numerics, self.numerics):
+            names = ", ".join(pending)
+            logger.warning("numerics: these choices are not computed yet and stay diffusers': %s", names)
 
     @classmethod
     def from_pretrained(
@@ -60,21 +71,22 @@ class Pipeline:
         model: str | os.PathLike = "tiny",
         dtype: torch.dtype | None = None,
         device: str | torch.device | None = None,
-        numerics: str = "diffusers",
+        numerics: str | dict | Numerics = "diffusers",
     ) -> "Pipeline":
         """Load a published folder, a hub name, or "tiny", the checkpoint inside this package.
 
         dtype: None keeps the stored one, except that fp16 is computed in fp32 on a CPU. device: None takes a GPU where
-        there is one. Raises ValueError for what is no checkpoint, with the reason.
+        there is one. numerics: "sat", what the weights were trained with, "diffusers", or the choices one by one, a
+        `cogvx.numerics.Numerics`. Raises ValueError for what is no checkpoint, with the reason.
         """
-        check_numerics(numerics)
+        choices = read_numerics(numerics)
         configs, folder, device = read_configs(model), resolve_folder(model), pick_device(device)
-        check_folder(folder, configs, numerics)
-        transformer = computable(ExpertTransformer.from_pretrained(folder, numerics, dtype, device), dtype)
-        vae = computable(CausalVAE.from_pretrained(folder, numerics, dtype, device), dtype)
-        length = configs.transformer.max_text_seq_length
+        check_folder(folder, configs)
+        transformer = computable(ExpertTransformer.from_pretrained(folder, dtype=dtype, device=device), dtype)
+        vae = computable(CausalVAE.from_pretrained(folder, dtype=dtype, device=device), dtype)
+        length = num_text_tokens(configs.transformer, choices)
         text_encoder = TextEncoder.from_pretrained(folder, length, transformer.proj_out.weight.dtype, device)
-        return cls(transformer, vae, text_encoder, configs, os.fspath(model), folder)
+        return cls(transformer, vae, text_encoder, configs, os.fspath(model), folder, choices)
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
         """Write the published folder layout, which diffusers loads too."""
@@ -85,9 +97,9 @@ class Pipeline:
             (partial / "scheduler").mkdir()
             scheduler = self.configs.schedule.to_dict()
             write_json(partial / "scheduler" / "scheduler_config.json", scheduler)
-            write_json(
-                partial / "model_index.json", MODEL_INDEX | {"scheduler": ["diffusers", scheduler["_class_name"]]}
-            )
+            name = "CogVideoXImageToVideoPipeline" if self.configs.takes_image else "CogVideoXPipeline"
+            index = {"_class_name": name, **MODEL_INDEX, "scheduler": ["diffusers", scheduler["_class_name"]]}
+            write_json(partial / "model_index.json", index)
 
     def release_modulation(self, num_inference_steps: int = 50) -> None:
         """Free the weights that modulate the transformer, a fifth of 2B's, a seventh of 5B's.
@@ -95,8 +107,12 @@ class Pipeline:
         What they compute for this number of steps is kept; calls with another number then raise ValueError, and so do
         saving and training.
         """
-        steps = sampling_steps(self.configs.schedule, num_inference_steps)
-        self.transformer.release_modulation([step.timestep for step in steps])
+        self.transformer.release_modulation([step.timestep for step in self.steps(num_inference_steps)])
+
+    def steps(self, num_inference_steps: int) -> list[Step]:
+        """The moves of a sampler under this pipeline's numerics."""
+        how = self.numerics
+        return sampling_steps(self.configs.schedule, num_inference_steps, how.rounding, how.moves, how.zero_snr)
 
     @property
     def device(self) -> torch.device:
@@ -114,15 +130,21 @@ class Pipeline:
     def __call__(
         self,
         prompt: str | None = None,
+        image: Picture | None = None,
+        last_image: Picture | None = None,
+        video: Video | None = None,
+        mask: Picture | Video | None = None,
+        strength: float | None = 0.8,
         negative_prompt: str = "",
         num_frames: int | None = None,
         height: int | None = None,
         width: int | None = None,
         num_inference_steps: int = 50,
-        guidance_scale: float = 6.0,
+        guidance_scale: float | Sequence[float] = 6.0,
         dynamic_guidance: str | None = None,
         sampler: str | None = None,
         seed: int | None = None,
+        ofs: float | None = None,
         latents: Tensor | None = None,  # [1, C, T, H, W], the noise to start from
         prompt_embeds: Tensor | None = None,  # [1, L, D]
         negative_prompt_embeds: Tensor | None = None,  # [1, L, D]
@@ -131,16 +153,25 @@ class Pipeline:
     ) -> Clip:
         """Make a video of the prompt; None stands for what the checkpoint's folder says, for the seed a fresh one.
 
+        image, last_image: the first and the last frame, for a model that takes images; files, arrays or Pillow images,
+        which are scaled to cover the video and cut around the centre. video: what to start from, a file, an array or a
+        Clip, of which as many frames are taken as are made; strength: how far it goes back towards noise first, from
+        above 0 to 1, all the way. mask: an image for all frames or a video, white where the video is made anew; all
+        other pixels stay as they are.
+
         Raises: SettingsError, a ValueError, that names an argument that does not fit, its value and the nearest valid
         one; NonFiniteError when a computation leaves the finite numbers, with the step and the module.
         """
-        settings = Settings(
-            prompt, negative_prompt, num_frames, height, width, num_inference_steps, guidance_scale, dynamic_guidance,
-            sampler, seed,
-        ).resolve(self.configs)  # fmt: skip
+        settings, inputs = planned(
+            Settings(
+                prompt, negative_prompt, num_frames, height, width, num_inference_steps, guidance_scale,
+                dynamic_guidance, sampler, seed, strength, ofs,
+            ),
+            Inputs.read(image, last_image, video, mask), self.configs, self.numerics,
+        )  # fmt: skip
         given = {"latents": latents, "prompt_embeds": prompt_embeds, "negative_prompt_embeds": negative_prompt_embeds}
         self.check_given(settings, given)
-        return self.generate([settings], given, callback_on_step_end, progress)[0]
+        return self.generate([settings], inputs, given, callback_on_step_end, progress)[0]
 
     def batch(
         self,
@@ -173,27 +204,36 @@ class Pipeline:
         for name, count in (("num_videos_per_prompt", num_videos_per_prompt), ("batch_size", batch_size)):
             if isinstance(count, bool) or not isinstance(count, int) or count < 1:
                 raise SettingsError(f"{name} is {count!r}; it must be a whole number from 1")
-        first = Settings(prompts[0], seed=seed, **settings).resolve(self.configs)
+        inputs = Inputs.read(**{name: settings.pop(name, None) for name in NAMES})
+        settings.setdefault("strength", 0.8)
+        first, inputs = planned(Settings(prompts[0], seed=seed, **settings), inputs, self.configs, self.numerics)
         wanted = [prompt for prompt in prompts for _ in range(num_videos_per_prompt)]
-        each = [replace(first, prompt=p, seed=first.seed + i).resolve(self.configs) for i, p in enumerate(wanted)]
+        each = [replace(first, prompt=p, seed=first.seed + i) for i, p in enumerate(wanted)]
+        each = [one.resolve(self.configs, self.numerics) for one in each]
         for start in range(0, len(each), batch_size):
-            yield from self.generate(each[start : start + batch_size], {}, None, progress)
+            yield from self.generate(each[start : start + batch_size], inputs, {}, None, progress)
 
     @torch.inference_mode()
     def generate(
-        self, batch: list[Settings], given: dict[str, Tensor | None], callback: OnStepEnd | None, progress: bool
+        self,
+        batch: list[Settings],
+        inputs: Inputs,
+        given: dict[str, Tensor | None],
+        callback: OnStepEnd | None,
+        progress: bool,
     ) -> list[Clip]:
         """The five steps, for resolved settings that differ in prompt and seed alone."""
-        start, settings = time.perf_counter(), batch[0]
+        began, settings, parts = time.perf_counter(), batch[0], (self.vae, self.configs, self.numerics)
         text = self.encode_text(batch, given)
-        noise, generators = self.draw_noise(batch, given.get("latents"))
-        latents = self.sample(settings, noise, text, generators, callback, progress)
-        frames = self.decode(latents)
-        seconds = (time.perf_counter() - start) / len(batch)
+        begin = prepare(batch, inputs, given.get("latents"), self.steps(settings.num_inference_steps), *parts)
+        latents = self.sample(settings, begin, text, callback, progress)
+        frames = self.decode(latents[:, :, settings.surplus_latents(self.configs) :])
+        seconds = (time.perf_counter() - began) / len(batch)
         reasons = [name for name, value in {**given, "callback_on_step_end": callback}.items() if value is not None]
         reasons += [] if self.folder else ["model"]
-        described = [self.describe(s, reasons, len(batch)) for s in batch]
-        return [Clip(f, FPS, about, seconds) for f, about in zip(frames, described, strict=True)]
+        described = [self.describe(s, inputs, reasons, len(batch)) for s in batch]
+        frames = [inputs.pasted(f) for f in frames]
+        return [Clip(f, about["fps"], about, seconds) for f, about in zip(frames, described, strict=True)]
 
     def encode_text(self, batch: list[Settings], given: dict[str, Tensor | None]) -> Tensor:
         """Embeddings of the prompts, [B, L, D]; with guidance behind those of the negative prompt, [2B, L, D]."""
@@ -202,10 +242,12 @@ class Pipeline:
         if prompted is None:
             prompted = self.encode_prompts([s.prompt for s in batch])
         prompted = prompted.to(self.device, self.dtype)
-        if settings.guidance_scale <= 1.0:
+        if not settings.is_guided:
             return prompted
         null = given.get("negative_prompt_embeds")
-        if null is None:
+        if null is None and settings.negative_prompt == "" and self.numerics.null_text == "zeros":
+            null = torch.zeros_like(prompted[:1])
+        elif null is None:
             null = self.encode_prompts([settings.negative_prompt])
         return torch.cat([null.to(prompted).expand_as(prompted), prompted])
 
@@ -214,59 +256,42 @@ class Pipeline:
         check_finite(text, "encoding the prompt", self.text_encoder.model, lambda: self.text_encoder.encode(prompts))
         return text
 
-    def draw_noise(self, batch: list[Settings], latents: Tensor | None) -> tuple[Tensor, list[torch.Generator]]:
-        """The noise to start from, [B, C, T, H, W] in fp32, and each clip's generator for the sampler."""
-        # Always drawn on the CPU, so that a seed means the same on every device, and frames first, as diffusers does.
-        generators = [torch.Generator().manual_seed(s.seed) for s in batch]
-        channels, num_frames, height, width = batch[0].latent_shape(self.configs)
-        if latents is None:
-            shape = (1, num_frames, channels, height, width)
-            latents = torch.cat([torch.randn(shape, generator=g).transpose(1, 2) for g in generators])
-        return latents.to(self.device, torch.float32), generators
-
     def sample(
         self,
         settings: Settings,
-        noise: Tensor,
+        begin: Start,
         text: Tensor,
-        generators: list[torch.Generator],
         callback: OnStepEnd | None,
         progress: bool,
     ) -> Tensor:
-        """From noise to scaled latents, [B, C, T, H, W] in fp32."""
-        guided = len(text) > len(noise)
-        steps = sampling_steps(self.configs.schedule, settings.num_inference_steps)
-        table = self.transformer.tabulate([step.timestep for step in steps], batch=len(text))
-
-        def denoise(frames: Tensor, timestep: int, index: int) -> Tensor:
-            x = (torch.cat([frames, frames]) if guided else frames).transpose(1, 2)
-            inputs = x.to(self.dtype), text, torch.full((len(x),), timestep, device=x.device)
-            v = self.transformer(*inputs, table.at(timestep)).float().transpose(1, 2)
-            step = f"step {index + 1} of {settings.num_inference_steps}"
-            check_finite(v, step, self.transformer, lambda: self.transformer(*inputs))
-            return guide(*v.chunk(2), settings.scale_at(timestep, index)) if guided else v
+        """From the start to scaled latents, [B, C, T, H, W] in fp32."""
+        denoise = denoiser(self.transformer, settings, begin, text, self.numerics)
+        kept = torch.float32 if self.numerics.latents_between_steps == "fp32" else self.dtype
 
         def on_step(index: int, timestep: int, frames: Tensor) -> Tensor | None:
             bar.set_postfix_str(f"{peak_memory(frames.device) / 2**30:.2f} GiB peak")
             bar.update()
-            if callback is None:
-                return None
             latents = frames.transpose(1, 2)
-            replaced = (callback(self, index, timestep, {"latents": latents}) or {}).get("latents")
-            if replaced is None:
+            if begin.kept is not None:
+                latents = begin.kept.restore(latents, begin.steps[index].next_alpha)
+            replaced = None if callback is None else callback(self, index, timestep, {"latents": latents})
+            if replaced is not None and replaced.get("latents") is not None:
+                latents = checked("latents of callback_on_step_end", replaced["latents"], latents.shape).to(latents)
+            elif begin.kept is None:
                 return None
-            return checked("latents of callback_on_step_end", replaced, latents.shape).to(frames).transpose(1, 2)
+            return latents.transpose(1, 2)
 
-        with tqdm(total=settings.num_inference_steps, unit="step", disable=not progress) as bar:
-            # Frames first, [B, T, C, H, W]: so the noise that a sampler adds is that of diffusers too, seed for seed.
-            frames = SAMPLERS[settings.sampler](denoise, noise.transpose(1, 2), steps, generators, on_step)
+        with tqdm(total=len(begin.steps), unit="step", disable=not progress) as bar:
+            frames = begin.noisy.transpose(1, 2)
+            frames = SAMPLERS[settings.sampler](denoise, frames, begin.steps, begin.generators, on_step, kept)
             return frames.transpose(1, 2)
 
     def decode(self, latents: Tensor) -> list[np.ndarray]:
         """Frames of each clip, uint8 [T, H, W, 3], from scaled latents [B, C, T, H, W]."""
         z = (latents.to(self.dtype) / self.configs.vae.scaling_factor).to(next(self.vae.parameters()).dtype)
-        video = self.vae.decode(z)
-        check_finite(video, "decoding", self.vae, lambda: self.vae.decode(z))
+        chunks = decode_chunks(z.shape[2], self.numerics)
+        video = self.vae.decode(z, chunks)
+        check_finite(video, "decoding", self.vae, lambda: self.vae.decode(z, chunks))
         return list(to_frames(video))
 
     def check_given(self, settings: Settings, given: dict[str, Tensor | None]) -> None:
@@ -274,32 +299,33 @@ class Pipeline:
         if settings.prompt is None and given["prompt_embeds"] is None:
             raise SettingsError("prompt is None and so is prompt_embeds; give one of them")
         config = self.configs.transformer
-        text = (1, config.max_text_seq_length, config.text_embed_dim)
+        text = (1, self.text_encoder.max_length, config.text_embed_dim)
         shapes = {"prompt_embeds": text, "negative_prompt_embeds": text}
         shapes["latents"] = (1, *settings.latent_shape(self.configs))
         for name, value in given.items():
             if value is not None:
                 checked(name, value, shapes[name])
 
-    def describe(self, settings: Settings, reasons: list[str], batch_size: int) -> dict:
+    def describe(self, settings: Settings, inputs: Inputs, reasons: list[str], batch_size: int) -> dict:
         """What the mp4 carries: how the clip was made, and whether that makes it again."""
         return {
             **settings.as_dict(),
-            "fps": FPS,
+            "inputs_sha256": inputs.hashes,
+            "fps": inputs.fps or self.configs.fps,
             "batch_size": batch_size,
             "model": self.source,
             "model_sha256": self.model_hash,
-            "numerics": "diffusers",
+            "numerics": self.numerics.as_dict(),
             "dtype": str(self.dtype).removeprefix("torch."),
             "not_replayable_because_of": reasons,
             "environment": environment(self.device),
         }
 
 
-def check_folder(folder: Path, configs: Configs, numerics: str) -> None:
+def check_folder(folder: Path, configs: Configs) -> None:
     """Raises CheckpointError if any part of a checkpoint lacks a tensor or has a wrong one; reads no weights."""
-    ExpertTransformer.from_pretrained(folder, numerics, device="meta")
-    CausalVAE.from_pretrained(folder, numerics, device="meta")
+    ExpertTransformer.from_pretrained(folder, device="meta")
+    CausalVAE.from_pretrained(folder, device="meta")
     text_encoder = TextEncoder.from_pretrained(folder, configs.transformer.max_text_seq_length, device="meta")
     width = text_encoder.model.config.d_model
     if width != configs.transformer.text_embed_dim:

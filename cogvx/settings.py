@@ -3,6 +3,7 @@
 import math
 import os
 import secrets
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -11,6 +12,8 @@ from .diffusion.guidance import SCALES
 from .diffusion.samplers import SAMPLERS
 from .diffusion.schedule import cumulative_alphas, timesteps
 from .models.checkpoint import CheckpointError, component_folder, read_config, resolve_folder
+from .models.transformer import OFS
+from .numerics import DIFFUSERS, Numerics
 
 MAX_SEED = 2**63 - 1
 
@@ -35,6 +38,22 @@ class Configs:
     def time_factor(self) -> int:
         return self.vae.temporal_compression_ratio
 
+    @property
+    def takes_image(self) -> bool:
+        """Whether the transformer has channels for an image's latents beside the noisy ones."""
+        return self.transformer.in_channels == 2 * self.vae.latent_channels
+
+    @property
+    def fps(self) -> int:
+        """Frames a second of the videos that the model was trained on."""
+        return 8 if self.transformer.patch_size_t is None else 16
+
+    @property
+    def frame_counts(self) -> range:
+        """How many frames the model makes; CogVideoX 1.5 was trained at its config's and at twice as many."""
+        trained, patch = self.transformer.sample_frames, self.transformer.patch_size_t
+        return range(1, (trained if patch is None else 2 * trained - 1) + 1, 2 * self.time_factor * (patch or 1))
+
 
 def read_configs(model: str | os.PathLike) -> Configs:
     """The configs of a published folder, a hub name or "tiny". Raises CheckpointError for what is no checkpoint."""
@@ -54,11 +73,12 @@ def read_configs(model: str | os.PathLike) -> Configs:
 def check_configs(configs: Configs, root: Path) -> None:
     """Raises CheckpointError for parts that do not work together."""
     channels = configs.vae.latent_channels
-    for name in ("in_channels", "out_channels"):
+    for name, valid in (("in_channels", (channels, 2 * channels)), ("out_channels", (channels,))):
         count = getattr(configs.transformer, name)
-        if count != channels:
+        if count not in valid:
             what = f"{name} is {count} in the transformer's config, the VAE's latent_channels is {channels}"
-            raise CheckpointError(f"{root}: {what}; text-to-video needs equal ones")
+            wanted = "as many, or for image to video twice as many" if len(valid) > 1 else "as many"
+            raise CheckpointError(f"{root}: {what}; it must be {wanted}")
     times = configs.transformer.temporal_compression_ratio, configs.time_factor
     if times[0] != times[1]:
         what = f"temporal_compression_ratio is {times[0]} in the transformer, {times[1]} in the VAE"
@@ -79,38 +99,47 @@ class Settings:
     height: int | None = None  # pixels
     width: int | None = None  # pixels
     num_inference_steps: int = 50
-    guidance_scale: float = 6.0  # up to 1.0 is no guidance
-    dynamic_guidance: str | None = None  # None, "wave" (as released) or "cosine" (as meant)
-    sampler: str | None = None  # "ddim" or "dpmpp_2m_sde"
+    guidance_scale: float | Sequence[float] = 6.0  # up to 1.0 is no guidance; or one for each step
+    dynamic_guidance: str | None = None  # "constant", "wave" (as released) or "cosine" (as meant)
+    sampler: str | None = None  # one of SAMPLERS
     seed: int | None = None  # None draws one
+    strength: float | None = None  # of a video to start from: how far towards noise it goes, up to 1; None without one
+    ofs: float | None = None  # of 1.5-5B-I2V; None for all others
 
-    def resolve(self, configs: Configs) -> "Settings":
+    def resolve(self, configs: Configs, numerics: Numerics = DIFFUSERS) -> "Settings":
         """The same settings, complete. Raises SettingsError for one that does not fit."""
         if self.prompt is not None and (not isinstance(self.prompt, str) or not self.prompt.strip()):
             raise SettingsError(f"prompt is {self.prompt!r}; say in words what the video shows")
         if not isinstance(self.negative_prompt, str):
             raise SettingsError(f"negative_prompt is {self.negative_prompt!r}; it must be a text, '' for none")
-        transformer, factor = configs.transformer, configs.space_factor
+        transformer, factor, counts = configs.transformer, configs.space_factor, configs.frame_counts
+        frames = counts[(transformer.sample_frames - 1) // counts.step]
+        listed = isinstance(self.guidance_scale, list | tuple)
+        form = "constant" if listed else numerics.dynamic_guidance
+        sampler = configs.schedule.sampler if numerics.sampler == "folder" else numerics.sampler
         height, width = (size * factor for size in transformer.latent_size)
         known = replace(
             self,
-            num_frames=transformer.sample_frames if self.num_frames is None else self.num_frames,
+            num_frames=frames if self.num_frames is None else self.num_frames,
             height=height if self.height is None else self.height,
             width=width if self.width is None else self.width,
-            sampler=configs.schedule.sampler if self.sampler is None else self.sampler,
+            guidance_scale=list(self.guidance_scale) if listed else self.guidance_scale,
+            dynamic_guidance=form if self.dynamic_guidance is None else self.dynamic_guidance,
+            sampler=sampler if self.sampler is None else self.sampler,
             seed=secrets.randbelow(2**32) if self.seed is None else self.seed,
+            ofs=OFS if self.ofs is None and transformer.ofs_embed_dim is not None else self.ofs,
         )
         known.check_size(configs)
         known.check_sampling(configs)
         return known
 
     def check_size(self, configs: Configs) -> None:
-        most, chunk = configs.transformer.sample_frames, 2 * configs.time_factor
+        counts = configs.frame_counts
         check_int("num_frames", self.num_frames)
-        if self.num_frames % chunk != 1 or not 1 <= self.num_frames <= most:
-            nearest = min(range(1, most + 1, chunk), key=lambda n: abs(n - self.num_frames))
+        if self.num_frames not in counts:
+            nearest = min(counts, key=lambda n: abs(n - self.num_frames))
             raise SettingsError(
-                f"num_frames is {self.num_frames}; this model makes {chunk}N+1 frames from 1 to {most}, "
+                f"num_frames is {self.num_frames}; this model makes {counts.step}N+1 frames from 1 to {counts[-1]}, "
                 f"the nearest is {nearest}"
             )
         unit = configs.space_factor * configs.transformer.patch_size
@@ -126,28 +155,75 @@ class Settings:
             timesteps(configs.schedule, self.num_inference_steps)
         except ValueError as error:
             raise SettingsError(str(error)) from error
-        scale = self.guidance_scale
-        if isinstance(scale, bool) or not isinstance(scale, int | float) or not math.isfinite(scale) or scale < 0:
-            what = "a finite number from 0 (up to 1 is no guidance)"
-            raise SettingsError(f"guidance_scale is {scale!r}; it must be {what}")
-        if self.dynamic_guidance not in (None, "wave", "cosine"):
-            raise SettingsError(f"dynamic_guidance is {self.dynamic_guidance!r}; valid: None, 'wave', 'cosine'")
+        self.check_strength()
+        self.check_guidance()
         if self.sampler not in SAMPLERS:
             raise SettingsError(f"sampler is {self.sampler!r}; valid: {', '.join(map(repr, SAMPLERS))}")
+        self.check_ofs(configs)
         check_int("seed", self.seed)
         if not 0 <= self.seed <= MAX_SEED:
             raise SettingsError(f"seed is {self.seed}; it must be from 0 to {MAX_SEED}")
 
+    def check_strength(self) -> None:
+        strength, count = self.strength, self.num_inference_steps
+        if strength is None:
+            return
+        if isinstance(strength, bool) or not isinstance(strength, int | float) or not 0 < strength <= 1:
+            raise SettingsError(f"strength is {strength!r}; it must be a number above 0, up to 1")
+        if self.num_moves < 1:
+            what = f"of {count} steps that leaves none, the least is {1 / count:.3g}"
+            raise SettingsError(f"strength is {strength}; {what}")
+
+    def check_ofs(self, configs: Configs) -> None:
+        takes, ofs = configs.transformer.ofs_embed_dim is not None, self.ofs
+        if not takes and ofs is not None:
+            raise SettingsError(f"ofs is {ofs!r}; this model takes none, leave it out")
+        if takes and (isinstance(ofs, bool) or not isinstance(ofs, int | float) or not math.isfinite(ofs)):
+            raise SettingsError(f"ofs is {ofs!r}; it must be a finite number, {OFS} as in training")
+
+    def check_guidance(self) -> None:
+        scale, form, count = self.guidance_scale, self.dynamic_guidance, self.num_inference_steps
+        if form not in SCALES:
+            raise SettingsError(f"dynamic_guidance is {form!r}; valid: None, {', '.join(map(repr, SCALES))}")
+        if not isinstance(scale, list):
+            check_scale("guidance_scale", scale)
+            return
+        for i, one in enumerate(scale):
+            check_scale(f"guidance_scale of step {i + 1}", one)
+        if len(scale) != count:
+            what = f"it must hold one for each of the {count} steps of num_inference_steps"
+            raise SettingsError(f"guidance_scale holds {len(scale)} scales; {what}")
+        if form != "constant":
+            raise SettingsError(f"dynamic_guidance is {form!r}; with a guidance_scale for each step it must be None")
+
     def latent_shape(self, configs: Configs) -> tuple[int, int, int, int]:
-        """C, T, H, W of the latents that the transformer makes."""
-        frames = (self.num_frames - 1) // configs.time_factor + 1
+        """C, T, H, W of the latents that the transformer makes; T in whole patches."""
+        frames = (self.num_frames - 1) // configs.time_factor + 1 + self.surplus_latents(configs)
         factor = configs.space_factor
         return configs.vae.latent_channels, frames, self.height // factor, self.width // factor
 
+    def surplus_latents(self, configs: Configs) -> int:
+        """How many latent frames, the first ones, only fill up a patch in time and are no part of the video."""
+        frames = (self.num_frames - 1) // configs.time_factor + 1
+        return -frames % (configs.transformer.patch_size_t or 1)
+
+    @property
+    def num_moves(self) -> int:
+        """How many of the steps run: with a video to start from only the last ones."""
+        count = self.num_inference_steps
+        return count if self.strength is None else min(int(count * self.strength), count)
+
+    @property
+    def is_guided(self) -> bool:
+        """Whether any step looks at the negative prompt."""
+        scale = self.guidance_scale
+        return max(scale) > 1.0 if isinstance(scale, list) else scale > 1.0
+
     def scale_at(self, timestep: int, step_index: int) -> float:
-        """The guidance scale of one step."""
-        form = SCALES[self.dynamic_guidance or "constant"]
-        return form(self.guidance_scale, timestep, step_index, self.num_inference_steps)
+        """The guidance scale of one of the steps that run."""
+        if isinstance(self.guidance_scale, list):
+            return max(self.guidance_scale[step_index - self.num_moves], 1.0)
+        return SCALES[self.dynamic_guidance](self.guidance_scale, timestep, step_index, self.num_moves)
 
     def as_dict(self) -> dict:
         return asdict(self)
@@ -156,3 +232,9 @@ class Settings:
 def check_int(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
         raise SettingsError(f"{name} is {value!r}; it must be a whole number")
+
+
+def check_scale(name: str, scale: object) -> None:
+    if isinstance(scale, bool) or not isinstance(scale, int | float) or not math.isfinite(scale) or scale < 0:
+        what = "a finite number from 0 (up to 1 is no guidance)"
+        raise SettingsError(f"{name} is {scale!r}; it must be {what}, or a list of one for each step")

@@ -76,7 +76,7 @@ def run_on(request: pytest.FixtureRequest):
 
 @pytest.fixture(scope="session")
 def small_checkpoint(tmp_path_factory: pytest.TempPathFactory):
-    """`small_checkpoint("2b")` or `("5b")`: a pipeline's folder that diffusers saved, small, every parameter random."""
+    """`small_checkpoint("2b")`, or another preset: a pipeline's folder that diffusers saved, every parameter random."""
     from functools import cache
 
     @cache
@@ -98,23 +98,28 @@ def _random_pipeline(kind: str, vocabulary: Path):
     size = build_tokenizer(vocabulary, ["a", "red", "circle", "moves", "left"], max_length=16)
     text = T5Config(vocab_size=size, d_model=24, d_kv=8, d_ff=32, num_layers=1, num_heads=2,
                     feed_forward_proj="gated-gelu")  # fmt: skip
+    preset = PRESETS[kind]
+    published, takes_image = preset.transformer, preset.transformer.in_channels == 32
     transformer = TransformerConfig(
-        num_attention_heads=2, attention_head_dim=32, in_channels=4, out_channels=4, num_layers=2, time_embed_dim=32,
+        num_attention_heads=2, attention_head_dim=32, in_channels=8 if takes_image else 4, out_channels=4,
+        num_layers=2, time_embed_dim=32, patch_size_t=published.patch_size_t, patch_bias=published.patch_bias,
         text_embed_dim=24, max_text_seq_length=16, sample_width=8, sample_height=6, sample_frames=17,
-        use_rotary_positional_embeddings=kind == "5b",
+        use_rotary_positional_embeddings=published.use_rotary_positional_embeddings,
+        use_learned_positional_embeddings=published.use_learned_positional_embeddings,
+        ofs_embed_dim=None if published.ofs_embed_dim is None else 32,
     )  # fmt: skip
     vae = VAEConfig(
         block_out_channels=(8, 8, 16, 16), layers_per_block=1, norm_num_groups=4, latent_channels=4, sample_height=48,
-        sample_width=64, scaling_factor=PRESETS[kind].vae.scaling_factor,
+        sample_width=64, scaling_factor=preset.vae.scaling_factor, invert_scale_latents=preset.vae.invert_scale_latents,
     )  # fmt: skip
-    schedule = PRESETS[kind].schedule
     scheduler = diffusers.CogVideoXDDIMScheduler if kind == "2b" else diffusers.CogVideoXDPMScheduler
-    return diffusers.CogVideoXPipeline(
+    pipeline = diffusers.CogVideoXImageToVideoPipeline if takes_image else diffusers.CogVideoXPipeline
+    return pipeline(
         T5Tokenizer.from_pretrained(vocabulary),
         _randomized(T5EncoderModel(text), 0),
         _randomized(diffusers.AutoencoderKLCogVideoX.from_config(vae.to_dict()), 1),
         _randomized(diffusers.CogVideoXTransformer3DModel.from_config(transformer.to_dict()), 2),
-        scheduler.from_config(schedule.to_dict()),
+        scheduler.from_config(preset.schedule.to_dict()),
     )
 
 
@@ -128,6 +133,9 @@ def _randomized(model: torch.nn.Module, seed: int) -> torch.nn.Module:
             parameter.copy_(drawn / parameter[0].numel() ** 0.5)
         else:
             parameter.copy_(0.2 * drawn + (1 if "norm" in name and name.endswith("weight") else 0))
+    for name, buffer in model.named_buffers():
+        if name == "patch_embed.pos_embedding" and model.config.use_learned_positional_embeddings:
+            buffer.normal_(0.0, 0.3, generator=generator)
     return model.eval()
 
 

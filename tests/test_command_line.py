@@ -90,7 +90,8 @@ def test_every_command_of_the_list_has_a_help(run_command):
     (["generate", "x", "-o", "a.mp4", "--num-frames", "many"], "--num-frames: no type matching {None}|INT"),
     (["generate", "x", "-o", "a.mp4", "--num-frames", "8.5"], "['8.5']"),
     (["generate", "x", "-o", "a.mp4", "--sampler", "euler"], "invalid choice 'euler' for argument '--sampler'"),
-    (["generate", "x", "-o", "a.mp4", "--numerics", "sat"], "invalid choice 'sat' for argument '--numerics'"),
+    (["generate", "x", "-o", "a.mp4", "--numerics", "best"], "numerics is 'best'; valid: sat, diffusers, or either"),
+    (["generate", "x", "-o", "a.mp4", "--guidance-scale", "6,x"], "guidance_scale is '6,x'; it must be a number"),
     (["generate", "x", "-o", "a.mp4", "--dtype", "int8"], "invalid choice 'int8' for argument '--dtype'"),
     (["show"], "Missing from cogvx show: FILE"),
 ])  # fmt: skip

@@ -17,14 +17,16 @@ SOURCES = ("cogvx", "cogvx_kernels", "csrc", "tests", "benchmarks")
 
 # A module imports from earlier lines or from its own package; cogvx/__init__.py is the face and may reach for any.
 LAYERS = (
-    ("allocator", "config", "finite", "version"),
+    ("allocator", "config", "finite", "numerics", "version"),
     ("diffusion",),
     ("models",),
     ("data",),
     ("clip", "settings"),
-    ("machine",),
+    ("inputs", "machine"),
+    ("start",),
+    ("denoise",),
     ("pipeline",),
-    ("train", "eval"),
+    ("invert", "train", "eval"),
     ("commands",),
     ("__main__",),
 )

@@ -89,10 +89,11 @@ def test_the_public_face():
 
     assert face(Pipeline.from_pretrained) == {"model": "tiny", "dtype": None, "device": None, "numerics": "diffusers"}
     assert face(Pipeline.__call__) == {
-        "prompt": None, "negative_prompt": "", "num_frames": None, "height": None, "width": None,
+        "prompt": None, "image": None, "last_image": None, "video": None, "mask": None, "strength": 0.8,
+        "negative_prompt": "", "num_frames": None, "height": None, "width": None,
         "num_inference_steps": 50, "guidance_scale": 6.0, "dynamic_guidance": None, "sampler": None, "seed": None,
-        "latents": None, "prompt_embeds": None, "negative_prompt_embeds": None, "callback_on_step_end": None,
-        "progress": True,
+        "ofs": None, "latents": None, "prompt_embeds": None, "negative_prompt_embeds": None,
+        "callback_on_step_end": None, "progress": True,
     }  # fmt: skip
     assert list(face(Pipeline.batch))[:3] == ["prompts", "num_videos_per_prompt", "seed"]
 

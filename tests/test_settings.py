@@ -7,6 +7,7 @@ import pytest
 
 from cogvx.config import PRESETS
 from cogvx.models import CheckpointError
+from cogvx.numerics import SAT
 from cogvx.settings import Configs, Settings, SettingsError, read_configs
 
 PRESET = PRESETS["2b"]
@@ -52,8 +53,13 @@ def test_as_many_frames_as_asked(num_frames):
     ({"guidance_scale": float("inf")}, "guidance_scale is inf; it must be a finite number from 0"),
     ({"guidance_scale": -1.0}, "guidance_scale is -1.0; it must be a finite number from 0"),
     ({"guidance_scale": "6"}, "guidance_scale is '6'; it must be a finite number from 0"),
-    ({"dynamic_guidance": "on"}, "dynamic_guidance is 'on'; valid: None, 'wave', 'cosine'"),
-    ({"sampler": "euler"}, "sampler is 'euler'; valid: 'ddim', 'dpmpp_2m_sde'"),
+    ({"dynamic_guidance": "on"}, "dynamic_guidance is 'on'; valid: None, 'constant', 'wave', 'cosine'"),
+    ({"guidance_scale": []}, "guidance_scale holds 0 scales; it must hold one for each of the 50 steps of num_inf"),
+    ({"guidance_scale": [6.0] * 49}, "guidance_scale holds 49 scales; it must hold one for each of the 50 steps"),
+    ({"guidance_scale": [6.0, float("nan")]}, "guidance_scale of step 2 is nan; it must be a finite number from 0"),
+    ({"guidance_scale": (6, "x")}, "guidance_scale of step 2 is 'x'; it must be a finite number from 0"),
+    ({"guidance_scale": [6.0] * 50, "dynamic_guidance": "wave"}, "dynamic_guidance is 'wave'; with a guidance_scale"),
+    ({"sampler": "euler"}, "sampler is 'euler'; valid: 'ddim', 'dpmpp_2m_sde', 'dpmpp_2m', 'unipc'"),
     ({"seed": -1}, f"seed is -1; it must be from 0 to {2**63 - 1}"),
     ({"seed": 1.5}, "seed is 1.5; it must be a whole number"),
     ({"prompt": ""}, "prompt is ''; say in words what the video shows"),
@@ -77,12 +83,21 @@ def test_the_scale_of_each_step(form, at, scales):
     assert [known.scale_at(*step) for step in at] == pytest.approx(scales, abs=1e-4)
 
 
+def test_a_list_holds_the_scale_of_each_step():
+    known = Settings("a cat", num_inference_steps=3, guidance_scale=(7, 2.5, 0.0)).resolve(CONFIGS)
+    assert [known.scale_at(t, i) for i, t in enumerate((999, 666, 332))] == [7, 2.5, 1.0]  # up to 1 is no guidance
+    assert known.is_guided and known.resolve(CONFIGS) == known
+    assert known.dynamic_guidance == "constant" == known.resolve(CONFIGS, SAT).dynamic_guidance
+    assert not Settings("a cat", num_inference_steps=2, guidance_scale=[1, 0.5]).resolve(CONFIGS).is_guided
+
+
 def spoil(path, **changes):
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 @pytest.mark.parametrize(("file", "changes", "message"), [
-    ("transformer/config.json", {"in_channels": 8}, "in_channels is 8 in the transformer's config, the VAE's"),
+    ("transformer/config.json", {"in_channels": 12}, "in_channels is 12 in the transformer's config, the VAE's"),
+    ("transformer/config.json", {"out_channels": 8}, "latent_channels is 4; it must be as many"),
     ("transformer/config.json", {"temporal_compression_ratio": 8}, "temporal_compression_ratio is 8 in"),
     ("transformer/config.json", {"num_layers": 0}, "num_layers is 0; it must be between 1 and"),
     ("scheduler/scheduler_config.json", {"beta_start": 1e-30, "beta_end": 1e-30}, "give no falling schedule"),

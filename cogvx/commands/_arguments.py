@@ -19,6 +19,18 @@ def torch_dtype(name: str | None) -> "torch.dtype | None":
     return None if name is None else getattr(torch, name)
 
 
+def read_scales(text: str) -> float | list[float]:
+    """A guidance scale, or one for each step, separated by commas."""
+    from ..settings import SettingsError
+
+    try:
+        scales = [float(word) for word in text.split(",")]
+    except ValueError:
+        what = "a number, or one for each step with commas between them"
+        raise SettingsError(f"guidance_scale is {text[:60]!r}; it must be {what}") from None
+    return scales if len(scales) > 1 else scales[0]
+
+
 def load_vae(model: str, numerics: str, device: str | None) -> "CausalVAE":
     """The VAE of a checkpoint, ready to compute on the device."""
     from ..machine import computable, pick_device

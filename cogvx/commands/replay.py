@@ -7,16 +7,22 @@ from typing import TYPE_CHECKING, Annotated, get_args
 
 from tyro.conf import Positional, arg
 
-from ._arguments import DType, Numerics
+from ._arguments import DType
 
 if TYPE_CHECKING:
     from ..settings import Settings
+
+SINCE = ("strength", "ofs")  # settings that older videos do not carry; those were made without
 
 
 def main(
     file: Annotated[Positional[Path], arg(metavar="FILE")],
     output: Annotated[Path | None, arg(aliases=["-o"])] = None,
     model: str | None = None,
+    image: Path | None = None,
+    last_image: Path | None = None,
+    video: Path | None = None,
+    mask: Path | None = None,
     device: str | None = None,
     progress: bool = True,
 ) -> None:
@@ -26,6 +32,10 @@ def main(
         file: an mp4 that cogvx wrote.
         output: where to write the new video; unset, "-replay" is added to the file's name.
         model: where the checkpoint is now; unset, where it was.
+        image: the first image that it was made from, where there was one.
+        last_image: the last one, likewise.
+        video: the video that it was made from, likewise.
+        mask: the mask of that, likewise.
         device: unset, a GPU where there is one.
         progress: show a progress bar.
     """
@@ -37,11 +47,13 @@ def main(
     check_is_another_file(output, file)
     check_writable(output, ".mp4")
     settings = recorded_settings(file, made, model)
+    files = {"image": image, "last_image": last_image, "video": video, "mask": mask}
+    check_inputs(file, made, files)
 
     from ..pipeline import Pipeline
 
     pipeline = Pipeline.from_pretrained(model or made["model"], torch_dtype(made["dtype"]), device, made["numerics"])
-    clip = pipeline(**settings.as_dict(), progress=progress)
+    clip = pipeline(**settings.as_dict(), **files, progress=progress)
     warn_of_differences(made, clip.metadata)
     clip.metadata["model"] = made["model"]  # the same weights may have moved
     clip.save(output)
@@ -57,24 +69,48 @@ def main(
 def recorded_settings(file: Path, made: dict, model: str | None) -> "Settings":
     """The settings that a video carries, complete. Raises VideoError for a video that cannot be made again."""
     from ..data.video import VideoError
+    from ..numerics import NumericsError, read_numerics
     from ..settings import Settings, SettingsError, read_configs
 
     if made.get("not_replayable_because_of"):
         reasons = ", ".join(map(str, made["not_replayable_because_of"]))
         raise VideoError(f"{file} cannot be replayed: it was made with given {reasons}, which it does not carry")
-    names = [f.name for f in fields(Settings)]
+    names = [f.name for f in fields(Settings) if f.name not in SINCE]
     missing = [n for n in (*names, "model", "dtype", "numerics", "model_sha256", "environment") if n not in made]
     if missing:
         raise VideoError(f"{file} cannot be replayed: its metadata does not say {', '.join(missing)}")
     kinds = {"model": str, "model_sha256": str, "environment": dict, "seed": int}
     wrong = [name for name, kind in kinds.items() if not isinstance(made[name], kind)]
-    wrong += [name for name, valid in (("dtype", DType), ("numerics", Numerics)) if made[name] not in get_args(valid)]
+    wrong += [] if made["dtype"] in get_args(DType) else ["dtype"]
     if wrong:
         raise VideoError(f"{file} cannot be replayed: in its metadata {wrong[0]} is {str(made[wrong[0]])[:60]!r}")
     try:
-        return Settings(**{name: made[name] for name in names}).resolve(read_configs(model or made["model"]))
+        numerics = read_numerics(made["numerics"])
+    except NumericsError as error:
+        raise VideoError(f"{file} cannot be replayed: in its metadata {error}") from error
+    try:
+        settings = Settings(**{name: made[name] for name in (*names, *SINCE) if name in made})
+        return settings.resolve(read_configs(model or made["model"]), numerics)
     except SettingsError as error:
         raise VideoError(f"{file} cannot be replayed with this model: {error}") from error
+
+
+def check_inputs(file: Path, made: dict, files: dict[str, Path | None]) -> None:
+    """Raises VideoError unless exactly the inputs are given, by their pixels, that a video was made from."""
+    from ..data.video import VideoError
+    from ..inputs import Inputs
+
+    then, now = made.get("inputs_sha256", {}), Inputs.read(**files).hashes
+    if not isinstance(then, dict):
+        raise VideoError(f"{file} cannot be replayed: in its metadata inputs_sha256 is {str(then)[:60]!r}")
+    for name in {**then, **now}:
+        option = "--" + name.replace("_", "-")
+        if name not in now:
+            raise VideoError(f"{file} was made from {name}; give it with {option}")
+        if name not in then:
+            raise VideoError(f"{file} was made without {name}; leave {option} out")
+        if then[name] != now[name]:
+            raise VideoError(f"{name} is {files[name]}, whose pixels are not those that {file} was made from")
 
 
 def warn_of_differences(made: dict, now: dict) -> None:

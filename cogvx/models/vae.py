@@ -62,14 +62,17 @@ class CausalVAE(nn.Module):
         """Write the VAE's own published folder; diffusers loads it too."""
         save_model(self, folder, shard_bytes)
 
-    def encode(self, video: Tensor) -> "Posterior":
-        """The distribution of latents behind a video [B, 3, T, H, W] in [-1, 1]."""
-        moments = in_chunks(self.encoder, video, encode_chunks(video.shape[2]))
+    def encode(self, video: Tensor, chunks: list[int] | None = None) -> "Posterior":
+        """The distribution of latents behind a video [B, 3, T, H, W] in [-1, 1]; chunks of None are `encode_chunks`."""
+        moments = in_chunks(self.encoder, video, chunks or encode_chunks(video.shape[2]))
         return Posterior(*moments.contiguous().chunk(2, dim=1))
 
-    def decode(self, latents: Tensor) -> Tensor:
-        """The video [B, 3, T, H, W] behind unscaled latents [B, C, T, H, W]; nominally in [-1, 1], not clamped."""
-        return in_chunks(self.decoder, latents, decode_chunks(latents.shape[2])).contiguous()
+    def decode(self, latents: Tensor, chunks: list[int] | None = None) -> Tensor:
+        """The video [B, 3, T, H, W] behind unscaled latents [B, C, T, H, W]; nominally in [-1, 1], not clamped.
+
+        chunks of None are `decode_chunks`.
+        """
+        return in_chunks(self.decoder, latents, chunks or decode_chunks(latents.shape[2])).contiguous()
 
 
 @dataclass(frozen=True)
@@ -197,8 +200,7 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor, z: Tensor | None, halos: Halos) -> Tensor:
         y = self.conv1(self.norm1(x, z, halos.pop(self.conv1, None)), halos)
-        y = self.conv2(self.norm2(y, z, halos.pop(self.conv2, None)), halos)
-        return y.add_(self.conv_shortcut(x))  # in place: no convolution's gradient needs its result
+        return self.conv2(self.norm2(y, z, halos.pop(self.conv2, None)), halos, self.conv_shortcut(x))
 
 
 class PointwiseConv(nn.Conv3d):
@@ -221,10 +223,10 @@ class CausalConv3d(nn.Module):
         super().__init__()
         self.conv = nn.Conv3d(width_in, width, 3, padding=(0, 1, 1))
 
-    def forward(self, x: Tensor, halos: Halos) -> Tensor:
+    def forward(self, x: Tensor, halos: Halos, residual: Tensor | None = None) -> Tensor:
         if not halos.last:
             halos[self] = x[:, :, -2:].clone()  # a copy, so that the buffer can be freed
-        return causal_conv3d(x, self.conv.weight, self.conv.bias)
+        return causal_conv3d(x, self.conv.weight, self.conv.bias, residual)
 
 
 class GroupNormSiLU(nn.GroupNorm):

@@ -1,0 +1,50 @@
+"""What the choices of `Numerics` mean for the models' parts."""
+
+import math
+
+from ..config import TransformerConfig, VAEConfig
+from ..numerics import DIFFUSERS, Numerics, NumericsError
+from .embeddings import Placement, default_placement
+from .image_latents import default_scaling
+
+
+def num_text_tokens(config: TransformerConfig, numerics: Numerics) -> int:
+    """How many tokens a prompt becomes; there is a choice for the 226 of CogVideoX 1.5 alone."""
+    length = config.max_text_seq_length
+    chosen = config.patch_size_t is not None and length == DIFFUSERS.text_tokens_1_5
+    return numerics.text_tokens_1_5 if chosen else length
+
+
+def last_norm_eps(config: TransformerConfig, numerics: Numerics) -> float:
+    """eps of the last modulated LayerNorm; diffusers takes the config's."""
+    chosen = numerics.last_norm_eps
+    return config.norm_eps if chosen == DIFFUSERS.last_norm_eps else chosen
+
+
+def placement(config: TransformerConfig, numerics: Numerics, latents: tuple[int, int, int]) -> Placement:
+    """Where patches of latents T, H, W lie. Raises NumericsError where a sliced table is too short for them."""
+    usual = default_placement(config)
+    rope = "sliced" if numerics.rope_positions == "sliced" else usual.rope
+    table = "sliced" if numerics.sincos_table == "sliced" else usual.table
+    count, trained = math.prod(n // p for n, p in zip(latents, config.patch, strict=True)), config.trained_grid
+    has_table = config.use_learned_positional_embeddings or not config.use_rotary_positional_embeddings
+    if table == "sliced" and has_table and count > math.prod(trained):
+        what = f"{count} patches, and the table that it slices has {math.prod(trained)}"
+        raise NumericsError(f"sincos_table of numerics is 'sliced'; the video has {what}: choose 'recomputed'")
+    return Placement(rope, table)
+
+
+def image_scaling(config: VAEConfig, numerics: Numerics) -> str:
+    """How an image's latent is scaled; there is a choice for CogVideoX 1.5 alone."""
+    usual = default_scaling(config)
+    return numerics.image_latent_1_5 if usual == "divided" else usual
+
+
+def encode_chunks(num_frames: int, numerics: Numerics) -> list[int] | None:
+    """Frames of each chunk that a video is encoded in; None is diffusers' eights."""
+    return [num_frames] if numerics.vae_encode_chunks == "whole" else None
+
+
+def decode_chunks(num_latents: int, numerics: Numerics) -> list[int] | None:
+    """Latent frames of each chunk that they are decoded in; None is diffusers' twos."""
+    return [5] + [4] * 9 if numerics.vae_decode_chunks == "by_length" and num_latents == 41 else None

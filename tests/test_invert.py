@@ -1,0 +1,121 @@
+"""From a video to noise and back: the error falls with the steps, and the noise is what the pipeline takes."""
+
+import re
+from dataclasses import replace
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from cogvx import Pipeline
+from cogvx.data.shapes import parse, render
+from cogvx.data.video import read_video, write_video
+from cogvx.invert import invert, psnr, reconstruct
+from cogvx.models.checkpoint import TINY
+from cogvx.numerics import DIFFUSERS
+from cogvx.settings import SettingsError
+from cogvx.start import video_latents
+
+PROMPT = "a large red circle moves left on a black background"
+
+
+@pytest.fixture(scope="module")
+def video():
+    return render(parse(PROMPT), np.random.default_rng(3))
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    if not (TINY / "transformer").is_dir():
+        pytest.skip(f"{TINY} holds no checkpoint; `make tiny` trains it")
+    return Pipeline.from_pretrained("tiny", device="cpu", numerics="diffusers")
+
+
+def errors(pipeline, video, counts, **settings):
+    """How far the reconstructed latents are from the video's, for each number of steps."""
+    found = []
+    for count in counts:
+        inversion = invert(pipeline, video, num_inference_steps=count, progress=False, **settings)
+        clip = reconstruct_latents(pipeline, inversion)
+        wanted = video_latents(inversion.inputs, clip.shape[2], pipeline.vae, pipeline.numerics, None)
+        found.append(((clip - wanted).norm() / wanted.norm()).item())
+    return found
+
+
+def reconstruct_latents(pipeline, inversion):
+    kept = []
+    settings = replace(inversion.settings, strength=None)
+    given = {"latents": inversion.latents, "prompt_embeds": inversion.text}
+    inputs = replace(inversion.inputs, video=None)
+    pipeline.generate([settings], inputs, given, lambda p, i, t, tensors: kept.append(tensors["latents"]), False)
+    return kept[-1]
+
+
+@pytest.mark.slow
+def test_the_reconstruction_error_falls_with_the_steps(tiny, video):
+    for prompt in ("", PROMPT):
+        found = errors(tiny, video, (5, 10, 25, 50), prompt=prompt)
+        assert all(after < before for before, after in pairwise(found)), found
+        assert found[-1] < found[0] / 2, found
+    refined = errors(tiny, video, (10,), prompt=PROMPT, refinements=3)[0]
+    assert refined < 0.8 * errors(tiny, video, (10,), prompt=PROMPT)[0]
+
+
+@pytest.mark.slow
+def test_the_reconstruction_is_nearly_what_the_vae_gives_back(tiny, video):
+    inversion = invert(tiny, video, PROMPT, num_inference_steps=50, progress=False)
+    # Less than the noise of training: the posterior's mode of so plain a video is smoother than any sample of it.
+    assert 0.4 < inversion.latents.std() < 1.2
+    with torch.inference_mode():
+        z = video_latents(inversion.inputs, 5, tiny.vae, DIFFUSERS, None)
+        through = psnr(replace(reconstruct(tiny, inversion, False), frames=tiny.decode(z)[0]), inversion)
+    again = psnr(reconstruct(tiny, inversion, False), inversion)
+    assert through - 6 < again < through + 3 and again > 24, (again, through)
+
+
+@pytest.mark.parametrize("kind", ["2b", "5b-i2v", "1.5-5b", "1.5-5b-i2v"])
+def test_the_pipeline_makes_the_same_of_the_noise(kind, small_checkpoint):
+    pipeline = Pipeline.from_pretrained(small_checkpoint(kind))
+    video = np.random.default_rng(0).integers(0, 256, (17, 48, 64, 3), np.uint8)
+    inversion = invert(pipeline, video, "a red circle", num_inference_steps=4, seed=6, progress=False)
+    image = {"image": video[0]} if kind.endswith("i2v") else {}
+    again = pipeline("a red circle", **image, latents=inversion.latents, num_inference_steps=4, guidance_scale=1.0,
+                     num_frames=17, sampler="ddim", seed=6, progress=False)  # fmt: skip
+    made = reconstruct(pipeline, inversion, progress=False)
+    assert np.array_equal(again.frames, made.frames) and made.frames.shape == (17, 48, 64, 3)
+    assert made.metadata["not_replayable_because_of"] == ["latents", "prompt_embeds"]
+
+
+@pytest.mark.parametrize(("wrong", "message"), [
+    ({"num_inference_steps": 30}, "num_inference_steps is 30; to invert, it must divide 1000, the nearest is 25"),
+    ({"refinements": -1}, "refinements is -1; it must be a whole number from 0"),
+    ({"guidance_scale": "x"}, "guidance_scale is 'x'"),
+    ({"num_frames": 17}, "num_frames is 17, but video has 9 frames"),
+])  # fmt: skip
+def test_what_does_not_fit_is_named(wrong, message, small_checkpoint):
+    pipeline = Pipeline.from_pretrained(small_checkpoint("2b"))
+    with pytest.raises(SettingsError, match=re.escape(message)):
+        invert(pipeline, np.zeros((9, 48, 64, 3), np.uint8), progress=False, **wrong)
+
+
+def test_any_number_of_steps_where_each_ends_at_the_next(small_checkpoint):
+    pipeline = Pipeline.from_pretrained(small_checkpoint("2b"), numerics="diffusers,moves=visited")
+    video = np.zeros((9, 48, 64, 3), np.uint8)
+    assert invert(pipeline, video, num_inference_steps=3, progress=False).latents.shape == (1, 4, 3, 6, 8)
+
+
+def test_the_command_writes_noise_and_the_video_again(small_checkpoint, run_command, tmp_path):
+    write_video(tmp_path / "v.mp4", np.random.default_rng(0).integers(0, 256, (9, 48, 64, 3), np.uint8), 8)
+    words = ("invert", tmp_path / "v.mp4", "-o", tmp_path / "n.safetensors", "--model", small_checkpoint("2b"))
+    more = ("--num-inference-steps", 4, "--no-progress", "--reconstruct", tmp_path / "r.mp4")
+    status, out, err = run_command(*words, *more)
+    assert status == 0, err
+    first, second = out.splitlines()
+    assert first == f"{tmp_path / 'n.safetensors'}  latents [1, 4, 3, 6, 8]"
+    assert re.fullmatch(re.escape(f"{tmp_path / 'r.mp4'}  PSNR ") + r"[\d.]+ dB", second)
+    assert load_file(tmp_path / "n.safetensors")["latents"].shape == (1, 4, 3, 6, 8)
+    assert read_video(tmp_path / "r.mp4")[0].shape == (9, 48, 64, 3)
+    status, _, err = run_command(*words, "--reconstruct", tmp_path / "v.mp4")
+    assert status == 2 and "it is the file that is read" in err
