@@ -25,8 +25,11 @@ TINY = Path(__file__).parent.parent / "assets" / "tiny"
 NUMERICS = ("diffusers",)
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt"]
-PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+COMPONENTS = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+CODE = (".py", ".pyc", ".so", ".dll", ".dylib")
 STEMS = ("diffusion_pytorch_model", "model")  # of weight files: diffusers' and ours, transformers'
+VARIANT = re.compile(rf"(?:{'|'.join(STEMS)})\.(?:(\w+)\.safetensors|safetensors\.index\.(\w+)\.json)")
 MAX_JSON_BYTES = 2**24  # the largest published one, a tokenizer's, has 2.4 MB
 
 
@@ -42,7 +45,7 @@ def resolve_folder(folder: str | Path) -> Path:
         return TINY
     path = Path(folder)
     if str(folder) and os.path.isdir(path):
-        return path
+        return check_contents(path)
     if path.suffix in PICKLES:
         raise CheckpointError(_pickle_message(path))
     if os.path.isfile(path):
@@ -53,10 +56,28 @@ def resolve_folder(folder: str | Path) -> Path:
     from huggingface_hub import snapshot_download  # here, because it takes 0.4 s and few calls need it
 
     try:
-        return Path(snapshot_download(str(folder), allow_patterns=HUB_FILES))
+        snapshot = Path(snapshot_download(str(folder), allow_patterns=HUB_FILES))
     except Exception as error:  # network, login, name: the library has some ten unrelated classes
         reason = one_line(error)
         raise CheckpointError(f"{folder} is no folder here and could not be had from the hub: {reason}") from error
+    return check_contents(snapshot)
+
+
+def check_contents(root: Path) -> Path:
+    """`root`, once it and its components' folders are known to hold neither code nor pickles."""
+    for folder in (root, *(root / component for component in COMPONENTS)):
+        try:
+            names = sorted(os.listdir(folder)) if folder.is_dir() else []
+        except OSError as error:
+            raise CheckpointError(f"{folder} cannot be read: {error.strerror}") from error
+        for name in names:
+            suffix = Path(name).suffix.lower()
+            if suffix in CODE:
+                what = "is code; a model here is data alone, and a folder that brings code is not loaded"
+                raise CheckpointError(f"{folder / name} {what}. Look at what it does, then take it out of the folder")
+            if suffix in PICKLES:
+                raise CheckpointError(_pickle_message(folder / name))
+    return root
 
 
 def component_folder(root: Path, component: str) -> Path:
@@ -111,16 +132,26 @@ def read_config(config_class: type, folder: Path, root: Path, name: str = "confi
 
 
 def weight_files(folder: Path, root: Path) -> list[Path]:
-    """The safetensors files of a component, those of its index where there is one."""
+    """The safetensors files of a component, those of its index where there is one.
+
+    Where there is a variant alone, such as `diffusion_pytorch_model.fp16.safetensors`, its files.
+    """
     for stem in STEMS:
         index = folder / f"{stem}.safetensors.index.json"
         if index.is_file():
             return _indexed_files(index, root)
         if (folder / f"{stem}.safetensors").is_file():
             return [safe_path(folder / f"{stem}.safetensors", root)]
-    pickles = sorted(path for path in folder.iterdir() if path.suffix in PICKLES)
-    if pickles:
-        raise CheckpointError(_pickle_message(pickles[0]))
+    variants = {}
+    for path in sorted(folder.iterdir()):
+        match = VARIANT.fullmatch(path.name)
+        if match and path.is_file():
+            variants.setdefault(match[1] or match[2], path)
+    if len(variants) > 1:
+        found = ", ".join(variants)
+        raise CheckpointError(f"{folder} holds the variants {found} and no plain weights; leave one of them there")
+    for path in variants.values():
+        return _indexed_files(path, root) if path.suffix == ".json" else [safe_path(path, root)]
     raise CheckpointError(f"{folder} holds no weights: {STEMS[0]}.safetensors is missing")
 
 

@@ -70,7 +70,7 @@ def pair(
         )
     rank, alpha = down.shape[0], given
     if alpha is None and "alpha" in parts:
-        if parts["alpha"].numel() != 1:
+        if parts["alpha"].numel() != 1 or parts["alpha"].is_complex():
             raise CheckpointError(f"{source}: {name} has an alpha of shape {list(parts['alpha'].shape)}")
         alpha = parts["alpha"].item()
     for other in (stated.alpha(name), default, rank):

@@ -1,5 +1,7 @@
 """Small random checkpoints that the diffusers library wrote, every parameter drawn, norms and modulation included."""
 
+import json
+import random
 from dataclasses import replace
 from pathlib import Path
 
@@ -118,3 +120,74 @@ def _sat_vae(w: dict[str, Tensor]) -> dict[str, Tensor]:
             parts[1:5] = [parts[1].split("_")[0], str(level), *inner[parts[3]]]
         sat[".".join(parts)] = tensor
     return sat
+
+
+# What a file may hold instead of one of its values.
+ODDITIES = [
+    None,
+    True,
+    -1,
+    0,
+    1,
+    3,
+    2**31,
+    2**63,
+    10**30,
+    0.5,
+    1e308,
+    float("nan"),
+    "",
+    "x" * 5000,
+    "\0",
+    [],
+    {},
+    [[]],
+    "../x",
+]
+
+
+def _spoiled(content: bytes, suffix: str, rng: random.Random) -> bytes:
+    """The content with one to three accidents: of its JSON's values, or of its bytes."""
+    for _ in range(rng.choice((1, 1, 2, 3))):
+        if suffix == ".json" and rng.random() < 0.7:
+            try:
+                content = json.dumps(_spoiled_value(json.loads(content), rng)).encode()
+                continue
+            except ValueError:
+                pass
+        at, size = rng.randrange(len(content) + 1), rng.choice((1, 4, 60, 5000))
+        if rng.random() < 0.5:
+            at = min(at, rng.randrange(64))  # headers stand in front
+        kind = rng.randrange(5)
+        if kind == 0:
+            content = content[:at]
+        elif kind == 1:
+            content = content[:at] + rng.randbytes(size) + content[at:]
+        elif kind == 2:
+            content = content[:at] + content[at + size :]
+        elif kind == 3:
+            content = content[:at] + rng.randbytes(size) + content[at + size :]
+        elif at < len(content):
+            content = content[:at] + bytes([content[at] ^ 1 << rng.randrange(8)]) + content[at + 1 :]
+    return content
+
+
+def _spoiled_value(value, rng: random.Random):
+    if isinstance(value, dict) and value and rng.random() < 0.95:
+        key = rng.choice(list(value))
+        change = rng.randrange(8)
+        if change == 0:
+            return {k: v for k, v in value.items() if k != key}
+        if change == 1:
+            return value | {key + rng.choice("x_/"): value[key]}
+        return value | {key: _spoiled_value(value[key], rng)}
+    if isinstance(value, list) and value and rng.random() < 0.7:
+        at = rng.randrange(len(value))
+        return [*value[:at], _spoiled_value(value[at], rng), *value[at + 1 :]]
+    return rng.choice(ODDITIES)
+
+
+@pytest.fixture(scope="session")
+def spoiled():
+    """`spoiled(content, suffix, rng)`: what a file held, with one to three accidents."""
+    return _spoiled
