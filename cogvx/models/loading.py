@@ -1,10 +1,12 @@
 """A transformer or VAE from a published folder, or from one file."""
 
+import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -54,9 +56,11 @@ def load_model(
     path = Path(source)
     if path.suffix in FILES and os.path.isfile(path):
         return load_file(model_class, component, path, dtype, device, config).model
-    if config is not None:
-        raise ValueError(f"config is {config!r}, but {source} is no single file; a folder has its own")
+    if path.suffix in FILES:
+        raise CheckpointError(f"{path} does not exist; give a safetensors or GGUF file")
     root = resolve_folder(source)
+    if config is not None:
+        raise CheckpointError(f"config is given, but {source} is no single file; a folder has its own")
     part = component_folder(root, component)
     model = hollow(model_class, read_config(CONFIGS[component], part, root))
     load_weights(model, part, root, dtype, device)
@@ -67,6 +71,18 @@ def hollow(model_class: type[Model], config: Published) -> Model:
     """A model without weights: no memory and no time for those that are about to be replaced."""
     with torch.device("meta"):
         return model_class(config)
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """The single file that a model came from."""
+
+    path: Path
+
+    @cached_property
+    def sha256(self) -> str:
+        with open(self.path, "rb") as content:
+            return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 class Loaded(NamedTuple):
@@ -118,6 +134,7 @@ def take(
     model = hollow(model_class, config)
     ours, left_out = by_our_names(stored, found, model.state_dict())
     fill(model, ours, file, dtype, device, {})
+    model.file = SourceFile(file)
     return Loaded(model.eval(), left_out)
 
 

@@ -3,7 +3,6 @@
 Files in the naming of PEFT and diffusers, SAT, Kohya and CogVideoX-Fun are read (`lora_names`); diffusers' is written.
 """
 
-import hashlib
 import math
 import re
 from dataclasses import dataclass, replace
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 
 from .checkpoint import load_tensors, save_tensors
 from .linear import Linear
+from .loading import SourceFile
 from .lora_names import Pair, pairs
 from .stored import CheckpointError, some
 from .transformer import ExpertTransformer
@@ -44,15 +44,13 @@ def load_lora(
     """
     _refuse_fused(transformer, "load another")
     path = Path(file)
-    name = re.sub(r"\W", "_", path.stem) if name is None else name
+    name = _free_name(transformer, path) if name is None else name
     if not re.fullmatch(r"\w{1,100}", name) or name in transformer.loras:
         raise ValueError(f"name is {name!r}; it must be letters, digits and _ alone, and not in use")
     tensors, metadata = load_tensors(path)
     layers = pairs(tensors, metadata, _checked("alpha", alpha), path)
     _check_fits(transformer, layers, path)
-    with open(path, "rb") as content:
-        digest = hashlib.file_digest(content, "sha256").hexdigest()
-    transformer.loras[name] = LoRA(str(path), digest, _checked("weight", weight), layers)
+    transformer.loras[name] = LoRA(str(path), SourceFile(path).sha256, _checked("weight", weight), layers)
     for layer, pair in layers.items():
         _adapted(transformer, layer).add(name, pair, weight)
     return name
@@ -171,6 +169,14 @@ class AdaptedLinear(Linear):
         if self.original is not None:
             self.weight.copy_(self.original)
             self.original = None
+
+
+def _free_name(transformer: ExpertTransformer, file: Path) -> str:
+    stem, count = re.sub(r"\W", "_", file.stem)[:90], 2
+    name = stem
+    while name in transformer.loras:
+        name, count = f"{stem}_{count}", count + 1
+    return name
 
 
 def _adapted(transformer: ExpertTransformer, name: str) -> AdaptedLinear:

@@ -97,8 +97,10 @@ def test_a_file_that_says_too_little_is_refused(published, tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             ExpertTransformer.from_pretrained(file, config=config)
-    with pytest.raises(ValueError, match="is no single file; a folder has its own"):
+    with pytest.raises(CheckpointError, match="is no single file; a folder has its own"):
         ExpertTransformer.from_pretrained(published / "5b", config="5b")
+    with pytest.raises(CheckpointError, match=r"gone\.gguf does not exist; give a safetensors or GGUF file"):
+        ExpertTransformer.from_pretrained(tmp_path / "gone.gguf")
 
 
 def test_two_of_one_kind_in_a_file_are_refused(published, tmp_path):
