@@ -9,6 +9,8 @@ SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(wildcard cmake/*) $(s
 BUILD := build/check
 BENCH := $(PY) -m pytest benchmarks --benchmark-group-by=group --benchmark-columns=median,iqr,rounds
 
+TEST := OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(PY) -m pytest tests --require native,cuda,triton -n auto --dist worksteal
+
 .PHONY: demo test soak bench check tiny install
 .DELETE_ON_ERROR:
 
@@ -16,10 +18,10 @@ demo: $(STAMP)  ## a video from a prompt, with the checkpoint inside the package
 	$(PY) -m cogvx demo
 
 test: $(STAMP)  ## every test; CUDA kernels are compiled for the host too, Triton kernels run in its interpreter
-	TRITON_INTERPRET=1 $(PY) -m pytest tests --require native,cuda,triton
+	$(TEST)
 
 soak: $(STAMP)  ## the long counts; hours
-	TRITON_INTERPRET=1 $(PY) -m pytest tests --require native,cuda,triton -m soak
+	$(TEST) -m soak
 
 bench: $(STAMP)  ## every kernel beside plain PyTorch, with the C library's allocator as it is and with memory kept
 	COGVX_BENCH_ALLOCATOR=default $(BENCH)

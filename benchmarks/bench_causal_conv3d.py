@@ -1,5 +1,6 @@
-"""`causal_conv3d` at the sizes of the published VAE, channels last; FLOPs: all taps, those of a repeated frame too."""
+"""`causal_conv3d` at the sizes of the published VAE, channels last."""
 
+import cost
 import pytest
 import torch
 from conftest import DEVICE, skip_unless_live
@@ -33,11 +34,10 @@ def gradients(args: tuple, grad: torch.Tensor) -> tuple[torch.Tensor, ...]:
 def test_forward(measure, backend, case, dtype):
     args = arguments(case, dtype)
     skip_unless_live("causal_conv3d", backend, *args)
-    flops = 2 * args[1].numel() * (args[0].numel() // args[0].shape[1]) * (args[0].shape[2] - 2) // args[0].shape[2]
     plain = tuple(x.contiguous() for x in args)
     y = measure(
         f"forward {case} {list(args[0].shape)} {dtype}", backend, lambda: causal_conv3d(*args),
-        flops=flops, reference=lambda: reference.forward(*plain),
+        cost.of("causal_conv3d", args), reference=lambda: reference.forward(*plain),
     )  # fmt: skip
     few = (args[0][..., :9, :9], *args[1:])
     exact = reference.forward(*(x.double() for x in few))[..., :8, :8]
@@ -51,9 +51,8 @@ def test_forward_and_backward(measure, backend, case):
     skip_unless_live("causal_conv3d", backend, *args)
     with use_backend(backend):
         grad = torch.randn_like(causal_conv3d(*args))
-    flops = 6 * args[1].numel() * (grad.numel() // grad.shape[1])
     group = f"forward and backward {case} {list(args[0].shape)}"
-    found = measure(group, backend, lambda: gradients(args, grad), flops=flops)
+    found = measure(group, backend, lambda: gradients(args, grad), cost.with_gradients("causal_conv3d", args))
     with use_backend("reference"):
         eager = gradients(args, grad)
     for one, other in zip(found, eager, strict=True):

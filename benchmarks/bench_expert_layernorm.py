@@ -1,5 +1,6 @@
-"""`expert_layernorm` at the sizes of the released models; ideal bytes: every tensor read or written once."""
+"""`expert_layernorm` at the sizes of the released models."""
 
+import cost
 import pytest
 import torch
 from conftest import DEVICE, TOKENS_ON_CPU, skip_unless_live
@@ -30,9 +31,8 @@ def gradients(args: tuple, grad: torch.Tensor) -> tuple[torch.Tensor, ...]:
 def test_forward(measure, backend, case, dtype):
     args = arguments(case, dtype)
     skip_unless_live("expert_layernorm", backend, *args)
-    y = measure(
-        f"forward {case} {list(args[0].shape)} {dtype}", backend, lambda: expert_layernorm(*args), 2 * args[0].nbytes
-    )
+    group = f"forward {case} {list(args[0].shape)} {dtype}"
+    y = measure(group, backend, lambda: expert_layernorm(*args), cost.of("expert_layernorm", args))
     few = (args[0][:, :300], *args[1:])
     with use_backend("reference"):
         exact = expert_layernorm(*(x.double() if torch.is_tensor(x) else x for x in few))
@@ -45,9 +45,8 @@ def test_forward_and_backward(measure, backend, case):
     args = arguments(case, torch.bfloat16)
     skip_unless_live("expert_layernorm", backend, *args)
     grad = torch.randn_like(args[0])
-    found = measure(
-        f"forward and backward {case} {list(args[0].shape)}", backend, lambda: gradients(args, grad), 5 * args[0].nbytes
-    )
+    group, least = f"forward and backward {case} {list(args[0].shape)}", cost.with_gradients("expert_layernorm", args)
+    found = measure(group, backend, lambda: gradients(args, grad), least)
     with use_backend("reference"):
         exact = gradients(tuple(x.double() if torch.is_tensor(x) else x for x in args), grad.double())
         eager = gradients(args, grad)

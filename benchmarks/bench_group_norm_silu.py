@@ -1,8 +1,6 @@
-"""`group_norm_silu` at the sizes of the published encoder, channels last; ideal bytes: x twice, the result once.
+"""`group_norm_silu` at the sizes of the published encoder, channels last."""
 
-The statistics need all of a chunk before its first value can be written, and a chunk fits into no cache.
-"""
-
+import cost
 import pytest
 import torch
 from conftest import DEVICE, skip_unless_live
@@ -36,7 +34,7 @@ def test_forward(measure, backend, case, dtype):
     args = arguments(case, dtype)
     skip_unless_live("group_norm_silu", backend, *args)
     group = f"forward {case} {list(args[0].shape)} {dtype}"
-    y = measure(group, backend, lambda: group_norm_silu(*args), 3 * args[0].nbytes + args[3].nbytes)
+    y = measure(group, backend, lambda: group_norm_silu(*args), cost.of("group_norm_silu", args))
     with use_backend("reference"):
         assert_as_accurate(y, group_norm_silu(*args), group_norm_silu(*in_float64(args)))
 
@@ -48,7 +46,7 @@ def test_forward_and_backward(measure, backend, case):
     skip_unless_live("group_norm_silu", backend, *args)
     grad = torch.randn_like(group_norm_silu(*args))
     group = f"forward and backward {case} {list(args[0].shape)}"
-    found = measure(group, backend, lambda: gradients(args, grad), 8 * args[0].nbytes)
+    found = measure(group, backend, lambda: gradients(args, grad), cost.with_gradients("group_norm_silu", args))
     with use_backend("reference"):
         exact, eager = gradients(in_float64(args), grad.double()), gradients(args, grad)
     for name, *values in zip(("x", "weight", "bias"), found, eager, exact, strict=True):

@@ -1,5 +1,6 @@
-"""`int8_joint_attention` beside `joint_attention` in the same dtype; its work is 4 B A N^2 E operations."""
+"""`int8_joint_attention` beside `joint_attention` in the same dtype."""
 
+import cost
 import pytest
 import torch
 from conftest import DEVICE, TOKENS_ON_CPU, skip_unless_live
@@ -17,14 +18,13 @@ BACKENDS = [
 
 @pytest.mark.parametrize("case", REAL)
 @pytest.mark.parametrize(("op", "name", "backend"), BACKENDS, ids=lambda x: x if isinstance(x, str) else "")
-def test_forward(measure, benchmark, op, name, backend, case):
+def test_forward(measure, op, name, backend, case):
     batch, heads, tokens, width = REAL[case].args
     tokens, heads = (tokens, heads) if DEVICE == "cuda" else (min(tokens, TOKENS_ON_CPU), 4)
     args = REAL[case].func(batch, heads, tokens, width, dtype=torch.bfloat16, device=DEVICE)
     others = (None,) if name == "joint_attention" else ()
     skip_unless_live(name, backend, *args, *others)
-    y = measure(f"int8 forward {case} {list(args[0].shape)}", backend, lambda: op(*args), 4 * args[0].nbytes)
-    benchmark.extra_info["TFLOP/s"] = 4 * batch * heads * tokens**2 * width / benchmark.stats.stats.median / 1e12
+    y = measure(f"int8 forward {case} {list(args[0].shape)}", backend, lambda: op(*args), cost.of(name, args))
     with use_backend("reference"):
         exact = joint_attention(*(x[:1, :1].float() for x in args))
     distance = (y[:1, :, :width].float() - exact).norm() / exact.norm()

@@ -1,5 +1,6 @@
 """`joint_attention` at the lengths of the released models; the reference is torch's scaled_dot_product_attention."""
 
+import cost
 import pytest
 import torch
 from conftest import DEVICE, skip_unless_live
@@ -23,12 +24,6 @@ def arguments(tokens: int, dtype: torch.dtype) -> tuple:
     return real.func(batch, heads, tokens, width, dtype=dtype, device=DEVICE)
 
 
-def flops(args: tuple, products: int) -> int:
-    """Of that many matrix products over all pairs of tokens: 2 forward, 7 with the backward pass."""
-    batch, heads, tokens, width = args[0].shape
-    return products * 2 * batch * heads * tokens**2 * width
-
-
 def gradients(args: tuple, grad: torch.Tensor) -> tuple[torch.Tensor, ...]:
     leaves = [x.detach().requires_grad_() for x in args[:3]]
     return torch.autograd.grad(joint_attention(*leaves), leaves, grad)
@@ -40,7 +35,7 @@ def test_forward(measure, backend, tokens, dtype):
     args = arguments(tokens, dtype)
     skip_unless_live("joint_attention", backend, *args)
     group = f"forward {list(args[0].shape)} {dtype}"
-    y = measure(group, backend, lambda: joint_attention(*args), flops=flops(args, 2))
+    y = measure(group, backend, lambda: joint_attention(*args), cost.of("joint_attention", args))
     width, few = args[0].shape[-1], [x[:1, :1] for x in args[:3]]
     with use_backend("reference"):
         eager, exact = joint_attention(*few), joint_attention(*(x.double() for x in few))
@@ -54,7 +49,7 @@ def test_forward_and_backward(measure, backend, dtype):
     skip_unless_live("joint_attention", backend, *args)
     grad = torch.randn_like(joint_attention(*args))
     group = f"forward and backward {list(args[0].shape)} {dtype}"
-    found = measure(group, backend, lambda: gradients(args, grad), flops=flops(args, 7))
+    found = measure(group, backend, lambda: gradients(args, grad), cost.with_gradients("joint_attention", args))
     width, few = args[0].shape[-1], [x[:1, :1] for x in args[:3]]
     of_few = grad[:1, :, :width]
     with use_backend("reference"):

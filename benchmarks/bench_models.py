@@ -4,6 +4,7 @@ The two see the work of a step in the middle of the model: ours takes the last s
 own so, and has its modulation from a table; diffusers' takes the sum.
 """
 
+import cost
 import pytest
 import torch
 from conftest import DEVICE
@@ -38,7 +39,7 @@ def test_block(measure, dtype, tokens):
         f"2B block, {tokens} tokens, {dtype}",
         "ours against diffusers",
         lambda: ours(stream, norms, None, NUM_TEXT),
-        flops=24 * tokens * CONFIG.width**2 + 4 * tokens**2 * CONFIG.width,
+        cost.of_model(lambda: ours(stream, norms, None, NUM_TEXT)),
         reference=lambda: theirs(vision, text, condition),
     )
     for one, other in zip(sum_of(result), reversed(theirs(vision, text, condition)), strict=True):

@@ -1,5 +1,6 @@
-"""`qk_norm_rope` at the sizes of the released models; ideal bytes: every tensor read or written once."""
+"""`qk_norm_rope` at the sizes of the released models."""
 
+import cost
 import pytest
 import torch
 from conftest import DEVICE, TOKENS_ON_CPU, skip_unless_live
@@ -28,11 +29,6 @@ def in_float64(args: tuple) -> tuple:
     return tuple(x.double() if torch.is_tensor(x) else x for x in args)
 
 
-def num_bytes(args: tuple) -> int:
-    """Of qkv twice, as it is and as q, k and v, and of cos and sin."""
-    return 2 * args[0].nbytes + sum(x.nbytes for x in args[5:7] if x is not None)
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("case", REAL)
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -40,7 +36,7 @@ def test_forward(measure, backend, case, dtype):
     args = arguments(case, dtype)
     skip_unless_live("qk_norm_rope", backend, *args)
     group = f"forward {case} {list(args[0].shape)} {dtype}"
-    found = measure(group, backend, lambda: qk_norm_rope(*args), num_bytes(args))
+    found = measure(group, backend, lambda: qk_norm_rope(*args), cost.of("qk_norm_rope", args))
     with use_backend("reference"):
         every = zip("qkv", found, qk_norm_rope(*args), qk_norm_rope(*in_float64(args)), strict=True)
     for name, one, eager, exact in every:
@@ -54,7 +50,7 @@ def test_forward_and_backward(measure, backend, case):
     skip_unless_live("qk_norm_rope", backend, *args)
     grads = [torch.randn_like(part) for part in qk_norm_rope(*args)]
     group = f"forward and backward {case} {list(args[0].shape)}"
-    found = measure(group, backend, lambda: gradients(args, grads), num_bytes(args) + 3 * args[0].nbytes)
+    found = measure(group, backend, lambda: gradients(args, grads), cost.with_gradients("qk_norm_rope", args))
     with use_backend("reference"):
         exact, eager = gradients(in_float64(args), [g.double() for g in grads]), gradients(args, grads)
     for i, one in enumerate(found):

@@ -1,5 +1,6 @@
-"""`upsample_conv` at the sizes of the published VAE, channels last; FLOPs: those of the nine taps, merged or not."""
+"""`upsample_conv` at the sizes of the published VAE, channels last."""
 
+import cost
 import pytest
 import torch
 from conftest import DEVICE, skip_unless_live
@@ -33,11 +34,10 @@ def gradients(args: tuple, grad: torch.Tensor) -> tuple[torch.Tensor, ...]:
 def test_forward(measure, backend, case, dtype):
     args = arguments(case, dtype)
     skip_unless_live("upsample_conv", backend, *args)
-    flops = 2 * args[1].numel() * 4 * (args[0].numel() // args[0].shape[1])
     plain = (args[0].contiguous(), *args[1:])
     y = measure(
         f"forward {case} {list(args[0].shape)} {dtype}", backend, lambda: upsample_conv(*args),
-        flops=flops, reference=lambda: reference.forward(*plain),
+        cost.of("upsample_conv", args), reference=lambda: reference.forward(*plain),
     )  # fmt: skip
     few = (args[0][..., :9, :9], *args[1:])
     exact = reference.forward(*(x.double() if torch.is_tensor(x) else x for x in few))[..., :16, :16]
@@ -51,9 +51,8 @@ def test_forward_and_backward(measure, backend, case):
     skip_unless_live("upsample_conv", backend, *args)
     with use_backend(backend):
         grad = torch.randn_like(upsample_conv(*args))
-    flops = 6 * args[1].numel() * 4 * (args[0].numel() // args[0].shape[1])
     group = f"forward and backward {case} {list(args[0].shape)}"
-    found = measure(group, backend, lambda: gradients(args, grad), flops=flops)
+    found = measure(group, backend, lambda: gradients(args, grad), cost.with_gradients("upsample_conv", args))
     with use_backend("reference"):
         eager = gradients(args, grad)
     for one, other in zip(found, eager, strict=True):

@@ -1,29 +1,28 @@
-"""What every benchmark measures against: the copy bandwidth and the matrix products of this machine, and plain PyTorch.
+"""What every benchmark measures against: the peaks of this machine (`timing`), the cost of a call, and plain PyTorch.
 
 The process keeps what it frees, as the command line does (`cogvx.allocator`), because else most of what is measured
 on a CPU are page faults of fresh tensors. COGVX_BENCH_ALLOCATOR=default leaves the allocator alone and remembers the
 times; the next run without it prints them beside its own. `make bench` runs both. The table at the end holds what
-pytest-benchmark's own cannot: rates, their shares of what the machine can do, and "x reference", how often a call fits
-into one of plain PyTorch. For that the two run in turns and the median of the pairs is taken, so that a machine that
-slows down slows both.
+pytest-benchmark's own cannot: rates, their shares of what the machine can do, the share of the floor below which no
+implementation can come (`cost`), and "x reference", how often a call fits into one of plain PyTorch. For that the two
+run in turns and the median of the pairs is taken, so that a machine that slows down slows both.
 """
 
 import os
 from collections.abc import Callable
 from contextlib import nullcontext
 from statistics import median
-from time import perf_counter
 
 import pytest
 import torch
-import torch.nn.functional as F
+from cost import Cost
+from timing import DEVICE, DEVICE_NAME, flush_cache, shares, synchronize, times
+from timing import seconds as seconds_of
 
 from cogvx.allocator import keep_freed_memory
 from cogvx_kernels import use_backend
 from cogvx_kernels._op import OPS, declared_backends
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-DEVICE_NAME = torch.cuda.get_device_name() if DEVICE == "cuda" else f"CPU, {torch.get_num_threads()} threads"
 # A CPU takes seconds for what a GPU does in a millisecond, so it gets a part of each real case.
 TOKENS_ON_CPU = int(os.environ.get("COGVX_BENCH_TOKENS", "2048"))
 ROUNDS = 20 if DEVICE == "cuda" else 5
@@ -33,42 +32,6 @@ ALLOCATOR = "default allocator" if DEFAULT_ALLOCATOR else (keep_freed_memory() o
 _REMEMBERED = "cogvx/default allocator"  # in pytest's cache: "group | backend" to milliseconds
 
 _table: dict[str, dict[str, dict[str, str]]] = {}  # group, backend, column
-
-
-def synchronize() -> None:
-    if DEVICE == "cuda":
-        torch.cuda.synchronize()
-
-
-@pytest.fixture(scope="session")
-def copy_bandwidth() -> float:
-    """Bytes read plus written a second by a copy too large for any cache: the most that a kernel can stream."""
-    source = torch.randn(2**28 if DEVICE == "cuda" else 2**24, device=DEVICE)
-    target = torch.empty_like(source).copy_(source)
-    times = [_seconds(lambda: target.copy_(source)) for _ in range(10)]
-    return 2 * source.nbytes / min(times)
-
-
-@pytest.fixture(scope="session")
-def matmul_peak() -> Callable[[torch.dtype], float]:
-    """`matmul_peak(dtype)`: operations a second of the best large product, by a matrix or by a 1 × 1 convolution.
-
-    On CPUs the two reach different libraries, of which either can be twice as fast as the other.
-    """
-    found: dict[torch.dtype, float] = {}
-    size = 8192 if DEVICE == "cuda" else 2048
-
-    def peak(dtype: torch.dtype) -> float:
-        if dtype not in found:
-            a, b = (torch.randn(size, size, device=DEVICE, dtype=dtype) for _ in range(2))
-            x = a.reshape(1, 32, size // 32, size).permute(0, 3, 1, 2)  # channels last
-            weight = b.reshape(size, size, 1, 1).contiguous(memory_format=torch.channels_last)
-            calls = (lambda: a @ b), (lambda: F.conv2d(x, weight))
-            times = [_seconds(call) for call in calls for _ in range(ROUNDS + 1)]
-            found[dtype] = 2 * size**3 / min(times)
-        return found[dtype]
-
-    return peak
 
 
 @pytest.fixture
@@ -82,34 +45,30 @@ def row() -> Callable[..., None]:
 
 
 @pytest.fixture
-def measure(benchmark, row, copy_bandwidth, matmul_peak, request) -> Callable[..., object]:
-    """`measure(group, backend, call, ideal_bytes=None, flops=None, reference=None)`: time a call, return its result.
+def measure(benchmark, row, request) -> Callable[..., object]:
+    """`measure(group, backend, call, cost=None, reference=None)`: time a call, return its result.
 
     `backend` is a backend of the operators, which then run on it, or any other name, and they run as they would.
     `reference` is what the call is compared with in turns: without one it is the same call on the backend reference.
-    The share of the peak of `flops` is that of products in the dtype of the result.
+    Products are compared with the peak of those in the dtype of the result. Backends may save products that the cost
+    counts, as minimal filtering does, and then exceed a floor that is made of products.
     """
 
     def run(
         group: str,
         backend: str,
         call: Callable[[], object],
-        ideal_bytes: int | None = None,
-        flops: float | None = None,
+        cost: Cost | None = None,
         reference: Callable[[], object] | None = None,
     ) -> object:
         benchmark.group = f"{group} ({DEVICE_NAME}, {ALLOCATOR})"
         of_operators = backend in declared_backends()
         with use_backend(backend) if of_operators else nullcontext():
-            result = benchmark.pedantic(_synchronized(call), rounds=ROUNDS, warmup_rounds=2)
-        seconds = benchmark.stats.stats.median
+            result = benchmark.pedantic(_synchronized(call), setup=flush_cache, rounds=ROUNDS, warmup_rounds=2)
+            seconds = times(call, ROUNDS).median if DEVICE == "cuda" else benchmark.stats.stats.median
         info = {"device": DEVICE_NAME, "allocator": ALLOCATOR, "torch": torch.__version__}
-        if ideal_bytes is not None:
-            info["GB/s"] = round(ideal_bytes / seconds / 1e9, 2)
-            info["share of copy bandwidth"] = round(ideal_bytes / seconds / copy_bandwidth, 3)
-        if flops is not None:
-            info["TFLOP/s"] = round(flops / seconds / 1e12, 3)
-            info["share of matmul peak"] = round(flops / seconds / matmul_peak(_dtype(result)), 3)
+        if cost is not None:
+            info |= shares(cost, seconds, _dtype(result))
         if reference is not None or (of_operators and backend != "reference"):
             info["x reference"] = round(_ratio(reference or call, call, backend if of_operators else None), 2)
         benchmark.extra_info |= info
@@ -158,9 +117,9 @@ def _ratio(reference: Callable[[], object], call: Callable[[], object], backend:
     ratios = []
     for _ in range(ROUNDS + 1):
         with use_backend("reference"):
-            slow = _seconds(reference)
+            slow = seconds_of(reference)
         with use_backend(backend) if backend else nullcontext():
-            ratios.append(slow / _seconds(call))
+            ratios.append(slow / seconds_of(call))
     return median(ratios[1:])
 
 
@@ -175,16 +134,3 @@ def _synchronized(call: Callable[[], object]) -> Callable[[], object]:
         return result
 
     return run
-
-
-def _seconds(call: Callable[[], object]) -> float:
-    if DEVICE == "cuda":
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        call()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) / 1e3
-    before = perf_counter()
-    call()
-    return perf_counter() - before

@@ -25,6 +25,7 @@ OPS: dict[str, "Op"] = {}
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 _library = torch.library.Library("cogvx", "FRAGMENT")
+_PLAIN = (Tensor, torch.nn.Parameter)
 _forced: str | None = None  # process-wide, because gradients run in other threads
 _loaded: dict[str, ModuleType | str] = {}  # module name to the module, or the reason why it cannot be imported
 
@@ -75,9 +76,29 @@ class Op:
                 raise ValueError(f"{self.name}: {argument} must be {expected}, got {type(value).__name__}")
         device = args[0].device.type
         if self.backends and (self.devices is None or device in self.devices):
-            return self._overload(*args)
-        self._check(args, torch.is_autocast_enabled(device))
+            return self._run(*args) if self._is_eager(args, device) else self._overload(*args)
+        self._check(args, device != "meta" and torch.is_autocast_enabled(device))
         return self.reference.forward(*args)
+
+    def _is_eager(self, args: Sequence[Any], device: str) -> bool:
+        """Whether nobody records, traces, casts, batches, profiles or intercepts this call.
+
+        It then means the same without PyTorch's dispatcher, which costs about as much as a small kernel.
+        """
+        if torch.compiler.is_compiling():  # first, because what follows cannot be traced
+            return False
+        if device == "meta":  # for which nothing below has an answer
+            return False
+        if torch._C._len_torch_dispatch_stack() or torch._C._is_tracing() or torch.is_autocast_enabled(device):
+            return False
+        if torch.autograd.profiler._is_profiler_enabled or torch._C._functorch.peek_interpreter_stack() is not None:
+            return False
+        records = torch.is_grad_enabled()
+        for i in self._tensors:
+            x = args[i]
+            if x is not None and (type(x) not in _PLAIN or (records and x.requires_grad)):
+                return False
+        return True
 
     def why_not(self, backend: str, *args: Any) -> str | None:
         """The reason why a backend cannot run on these arguments, or None."""

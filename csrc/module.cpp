@@ -15,6 +15,7 @@ namespace py = pybind11;
 
 namespace cogvx {
 
+void register_causal_conv3d(py::module_& m);
 void register_expert_layernorm(py::module_& m);
 void register_gated_expert_layernorm(py::module_& m);
 void register_group_norm_silu(py::module_& m);
@@ -22,6 +23,7 @@ void register_joint_attention(py::module_& m);
 void register_linear(py::module_& m);
 void register_qk_norm_rope(py::module_& m);
 void register_spatial_norm_silu(py::module_& m);
+void register_upsample_conv(py::module_& m);
 
 namespace {
 
@@ -77,6 +79,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.doc() = "Compiled kernels of cogvx_kernels: addresses and sizes in, nothing of torch.";
   m.def("built_with", &cogvx::built_with, "What the extension was compiled with, and which CPU variant runs here.");
   m.def("why_not_cuda", &cogvx::why_not_cuda_object, "Why a CUDA device cannot run the extension's kernels, or None.");
+  cogvx::register_causal_conv3d(m);
   cogvx::register_expert_layernorm(m);
   cogvx::register_gated_expert_layernorm(m);
   cogvx::register_group_norm_silu(m);
@@ -84,4 +87,5 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   cogvx::register_linear(m);
   cogvx::register_qk_norm_rope(m);
   cogvx::register_spatial_norm_silu(m);
+  cogvx::register_upsample_conv(m);
 }

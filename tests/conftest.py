@@ -18,6 +18,7 @@ from cogvx_kernels._op import OPS, declared_backends
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--require", default="", help="backends that must run where they are declared: native,cuda,triton")
+    parser.addoption("--calls", type=int, help="how many calls each fuzz makes, in the place of its own count")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -35,9 +36,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def run_cuda_on_host(config: pytest.Config) -> None:
-    """CUDA kernels run on the host; the environment's HOST_CUDA_SANITIZER and HOST_CUDA_SEED say how."""
+    """CUDA kernels run on the host; the environment's HOST_CUDA_TARGET and HOST_CUDA_SEED say how."""
     try:
-        path = host_cuda.build(os.environ.get("HOST_CUDA_SANITIZER", ""))
+        path = host_cuda.build(os.environ.get("HOST_CUDA_TARGET", "plain"))
     except RuntimeError as error:
         raise pytest.UsageError(f"--require cuda: {error}") from None
     host_cuda.Machine(path).seed(int(os.environ.get("HOST_CUDA_SEED", "0")))

@@ -33,4 +33,4 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         check_shape(name, "bias", bias, C_out=c_out)
 
 
-_op = Op("causal_conv3d", reference, "minimal", "triton", check=_check)
+_op = Op("causal_conv3d", reference, "minimal", "cuda", "triton", check=_check)

@@ -48,6 +48,11 @@ SMALL = [
     partial(make, 1, 5, 3, 2, 3, 4, kernel=(1, 1, 1)),
     partial(make, 1, 2, 3, 2, 3, 5, kernel=(2, 3, 1)),
     partial(make, 0, 2, 3, 2, 3, 3),
+    partial(make, 1, 40, 136, 1, 9, 19, kernel=(1, 3, 3)),  # two and more of every tile, and ragged ends
+    partial(make, 2, 72, 24, 1, 3, 17, kernel=(2, 1, 3)),
+    partial(make, 1, 2, 3, 1, 9, 20, kernel=(1, 9, 9)),
+    partial(make, 1, 40, 3, 1, 2, 3, kernel=(1, 1, 1)),
+    partial(make, 1, 3, 5, 1, 35, 17, kernel=(1, 3, 1)),  # pixels for several sums of the weight's gradient
 ]
 
 REAL = {
@@ -73,8 +78,8 @@ def draw(rng: random.Random) -> partial:
     return partial(
         make,
         rng.choice([0, 1, 1, 2]),
-        rng.choice([1, 2, 3, 8, 17]),
-        rng.choice([1, 2, 5, 16]),
+        rng.choice([1, 2, 3, 8, 17, 40]),
+        rng.choice([1, 2, 5, 16, 40]),
         rng.choice([1, 2, 3]),
         rng.choice([1, 2, 5, 8]),
         rng.choice([1, 3, 7, 8]),

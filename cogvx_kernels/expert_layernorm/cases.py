@@ -32,6 +32,8 @@ SMALL = [
     partial(make, 3, 7, 59, 2),
     partial(make, 1, 1, 1, 1),
     partial(make, 1, 3, 1031, 1),
+    partial(make, 1, 45, 16, 37),
+    partial(make, 1, 10, 520, 4),
     partial(make, 2, 0, 16, 0),
     partial(make, 0, 4, 16, 2),
 ]

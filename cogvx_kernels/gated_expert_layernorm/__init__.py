@@ -52,4 +52,4 @@ def _check(
     check_value(name, "eps", eps, eps > 0, "above 0")
 
 
-_op = Op("gated_expert_layernorm", reference, "native", "triton", check=_check)
+_op = Op("gated_expert_layernorm", reference, "native", "cuda", "triton", check=_check)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .. import _extension
-from .._extension import DTYPES, rows, with_contiguous_rows
+from .._extension import DTYPES, place, rows, with_contiguous_rows
 
 
 def why_not(
@@ -21,8 +21,6 @@ def why_not(
     others = (y, gate, weight, bias, shift, scale)
     if any(other.dtype != x.dtype or other.device != x.device for other in others):
         return f"every tensor must be {x.dtype} on {x.device}, as x is"
-    if x.is_cuda:
-        return "gated_expert_layernorm has no CUDA kernel yet"
     return _extension.why_not(x)
 
 
@@ -42,7 +40,7 @@ def forward(
         inputs = map(with_contiguous_rows, (x, y, gate, weight, bias, shift, scale))
         x, y, gate, weight, bias, shift, scale = inputs
         _extension._C.gated_expert_layernorm_forward(
-            torch.get_num_threads(), DTYPES[x.dtype], (*x.shape, num_text), eps,
+            place(x), DTYPES[x.dtype], (*x.shape, num_text), eps,
             rows(x), rows(y), rows(gate), weight.data_ptr(), bias.data_ptr(), rows(shift), rows(scale),
             rows(x_new), rows(normed),
         )  # fmt: skip
@@ -76,7 +74,7 @@ def backward(
     partials, gate_partials = (torch.empty(b, num_chunks, count, d, dtype=sums_in) for count in (2, 1))
     grad_x, grad_y, grad_gate, grad_weight, grad_bias, grad_shift, grad_scale = grads
     _extension._C.gated_expert_layernorm_backward(
-        torch.get_num_threads(), DTYPES[x.dtype], (b, n, d, num_text), eps,
+        place(x), DTYPES[x.dtype], (b, n, d, num_text), eps,
         rows(x), rows(y), rows(gate), weight.data_ptr(), bias.data_ptr(), rows(shift), rows(scale),
         rows(grad_x_new), rows(grad_normed), rows(grad_x), rows(grad_y), rows(grad_gate),
         grad_weight.data_ptr(), grad_bias.data_ptr(), rows(grad_shift), rows(grad_scale),

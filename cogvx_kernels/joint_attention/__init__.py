@@ -34,4 +34,4 @@ def _check(q: Tensor, k: Tensor, v: Tensor, lengths: list[int] | None) -> None:
         check_value(name, "lengths", lengths, sum(lengths) == n, f"of sum N = {n}")
 
 
-_op = Op("joint_attention", reference, "native", "triton", check=_check)
+_op = Op("joint_attention", reference, "native", "cuda", "triton", check=_check)

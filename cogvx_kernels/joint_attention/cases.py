@@ -38,6 +38,7 @@ SMALL = [
     partial(make, 1, 1, 5, 8, lengths=[5]),
     partial(make, 1, 1, 133, 32),
     partial(make, 1, 1, 144, 16, lengths=[131, 13]),
+    partial(make, 1, 1, 194, 72, lengths=[193, 1]),
     partial(make, 1, 2, 0, 16),
     partial(make, 0, 2, 3, 16),
 ]

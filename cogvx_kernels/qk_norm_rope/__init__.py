@@ -63,4 +63,4 @@ def _check(
     check_shape(name, "sin", sin, vision=n - num_text, E=e)
 
 
-_op = Op("qk_norm_rope", reference, "native", "triton", check=_check, wide=("cos", "sin"))
+_op = Op("qk_norm_rope", reference, "native", "cuda", "triton", check=_check, wide=("cos", "sin"))

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .. import _extension
-from .._extension import DTYPES, rows, with_contiguous_rows
+from .._extension import DTYPES, place, rows, with_contiguous_rows
 
 
 def why_not(
@@ -19,8 +19,6 @@ def why_not(
     num_heads: int,
     eps: float,
 ) -> str | None:
-    if qkv.is_cuda:
-        return "it has no CUDA kernel yet; Triton serves GPUs"
     return _extension.why_not(qkv)
 
 
@@ -41,10 +39,10 @@ def forward(
     parts = tuple(torch.empty(b, num_heads, n, e, dtype=qkv.dtype, device=qkv.device) for _ in range(3))
     if qkv.numel():
         qkv, *norms = map(with_contiguous_rows, (qkv, q_weight, q_bias, k_weight, k_bias))
-        cos, sin = _widened(cos, qkv), _widened(sin, qkv)
+        cos, sin = widened(cos, qkv), widened(sin, qkv)
         _extension._C.qk_norm_rope_forward(
-            torch.get_num_threads(), DTYPES[qkv.dtype], (b, n, num_text, num_heads, e), eps,
-            rows(qkv), _addresses(*norms), _addresses(cos, sin), tuple(map(_heads, parts)),
+            place(qkv), DTYPES[qkv.dtype], (b, n, num_text, num_heads, e), eps,
+            rows(qkv), addresses(*norms), addresses(cos, sin), tuple(map(heads, parts)),
         )  # fmt: skip
     return parts
 
@@ -73,14 +71,14 @@ def backward(
     if qkv.numel():
         qkv, *norms = map(with_contiguous_rows, inputs)
         parts = [with_contiguous_rows(grad) for grad in (grad_q, grad_k, grad_v)]
-        turns = _widened(cos, qkv), _widened(sin, qkv)
+        turns = widened(cos, qkv), widened(sin, qkv)
         b, n, width = qkv.shape
         e = width // (3 * num_heads)
         partials = torch.empty(-(-n // _extension._C.QK_NORM_ROPE_CHUNK), 2, 2, e, dtype=torch.float64)
         _extension._C.qk_norm_rope_backward(
-            torch.get_num_threads(), DTYPES[qkv.dtype], (b, n, num_text, num_heads, e), eps,
-            rows(qkv), _addresses(*norms), _addresses(*turns), tuple(map(_heads, parts)),
-            rows(grads[0]), _addresses(*grads[1:]), _addresses(grad_cos, grad_sin), partials.data_ptr(),
+            place(qkv), DTYPES[qkv.dtype], (b, n, num_text, num_heads, e), eps,
+            rows(qkv), addresses(*norms), addresses(*turns), tuple(map(heads, parts)),
+            rows(grads[0]), addresses(*grads[1:]), addresses(grad_cos, grad_sin), partials.data_ptr(),
         )  # fmt: skip
     else:
         grads = [g.zero_() for g in grads]
@@ -88,15 +86,15 @@ def backward(
     return *grads, *(g if g is None else g.to(x.dtype) for g, x in ((grad_cos, cos), (grad_sin, sin)))
 
 
-def _widened(angles: Tensor | None, like: Tensor) -> Tensor | None:
+def widened(angles: Tensor | None, like: Tensor) -> Tensor | None:
     """cos or sin in the dtype that the kernel computes in for tensors like this."""
     wide = torch.float64 if like.dtype == torch.float64 else torch.float32
     return angles if angles is None else angles.to(wide).contiguous()
 
 
-def _addresses(*tensors: Tensor | None) -> tuple[int, ...]:
+def addresses(*tensors: Tensor | None) -> tuple[int, ...]:
     return tuple(0 if x is None else x.data_ptr() for x in tensors)
 
 
-def _heads(x: Tensor) -> tuple[int, int, int, int]:  # x [B, A, N, E] with contiguous rows
+def heads(x: Tensor) -> tuple[int, int, int, int]:  # x [B, A, N, E] with contiguous rows
     return x.data_ptr(), *x.stride()[:3]

@@ -31,4 +31,4 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor, double_time: bool) -> None:
     check_shape(name, "bias", bias, C_out=weight.shape[0])
 
 
-_op = Op("upsample_conv", reference, "minimal", "triton", check=_check)
+_op = Op("upsample_conv", reference, "minimal", "cuda", "triton", check=_check)

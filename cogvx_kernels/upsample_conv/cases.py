@@ -40,6 +40,9 @@ SMALL = [
     partial(make, 2, 5, 3, 3, 1, 7),
     partial(make, 1, 1, 1, 1, 1, 1),
     partial(make, 0, 2, 3, 2, 3, 3),
+    partial(make, 1, 40, 136, 2, 3, 17, double_time=True),  # two and more of every tile, and ragged ends
+    partial(make, 1, 136, 24, 1, 9, 3),
+    partial(make, 1, 3, 5, 1, 35, 17),  # pixels for several sums of the weight's gradient
 ]
 
 REAL = {
@@ -64,8 +67,8 @@ def draw(rng: random.Random) -> partial:
     return partial(
         make,
         rng.choice([0, 1, 1, 2]),
-        rng.choice([1, 2, 3, 8, 17]),
-        rng.choice([1, 2, 5, 16]),
+        rng.choice([1, 2, 3, 8, 17, 40]),
+        rng.choice([1, 2, 5, 16, 40]),
         rng.choice([1, 2, 3, 5]),
         rng.choice([1, 2, 5, 8]),
         rng.choice([1, 3, 7, 8]),

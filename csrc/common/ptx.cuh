@@ -91,6 +91,13 @@ __device__ inline void wait_at(int barrier, int count) {
   asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(count) : "memory");
 }
 
+// The larger of two, or a NaN where either is one.
+__device__ inline float max_or_nan(float a, float b) {
+  float y;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b));
+  return y;
+}
+
 // 2^x to about 2 units in the last place; subnormal results are 0.
 __device__ inline float exp2_approximate(float x) {
   float y;

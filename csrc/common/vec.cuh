@@ -25,31 +25,65 @@ template <> __device__ inline __nv_bfloat16 from_accumulator<__nv_bfloat16>(floa
   return __float2bfloat16_rn(value);
 }
 
-// The values of a row that one thread holds: kSlots vectors of kVec, neighbouring threads side by side. The width is a
-// multiple of kVec; what lies beyond it stays 0, so that sums need no mask.
-template <int kVec, int kSlots> struct Values {
-  float v[kSlots][kVec];
+// Where a thread's vectors of a row stand: a warp's side by side, so that one address and constants find them all. The
+// row is the whole block's, or, where kLanes is not 0, that of so many neighbours in a warp.
+template <int kVec, int kSlots, int kLanes> __device__ int column_of(int slot) {
+  if constexpr (kLanes > 0) return (static_cast<int>(threadIdx.x % kLanes) + slot * kLanes) * kVec;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  return (warp * kSlots * 32 + lane) * kVec + slot * 32 * kVec;
+}
 
-  static __device__ int column(int slot) { return (slot * static_cast<int>(blockDim.x) + threadIdx.x) * kVec; }
+// What one thread holds of a row, as it is in memory: rows are asked for long before they are needed.
+template <class T, int kVec, int kSlots, int kLanes> struct Packed {
+  Vec<T, kVec> v[kSlots];
 
-  template <class T> __device__ void load(const T* row, int width) {
+  __device__ void load(const T* row, int width) {
 #pragma unroll
     for (int s = 0; s < kSlots; ++s) {
-      Vec<T, kVec> packed{};
-      if (column(s) < width) packed = *reinterpret_cast<const Vec<T, kVec>*>(row + column(s));
-#pragma unroll
-      for (int k = 0; k < kVec; ++k) v[s][k] = to_accumulator(packed.v[k]);
+      v[s] = {};
+      const int column = column_of<kVec, kSlots, kLanes>(s);
+      if (column < width) v[s] = *reinterpret_cast<const Vec<T, kVec>*>(row + column);
     }
   }
 
-  template <class T> __device__ void store(T* row, int width) const {
+  __device__ void store(T* row, int width) const {
 #pragma unroll
     for (int s = 0; s < kSlots; ++s) {
-      Vec<T, kVec> packed;
-#pragma unroll
-      for (int k = 0; k < kVec; ++k) packed.v[k] = from_accumulator<T>(v[s][k]);
-      if (column(s) < width) *reinterpret_cast<Vec<T, kVec>*>(row + column(s)) = packed;
+      const int column = column_of<kVec, kSlots, kLanes>(s);
+      if (column < width) *reinterpret_cast<Vec<T, kVec>*>(row + column) = v[s];
     }
+  }
+};
+
+// The values of a row that one thread holds: kSlots vectors of kVec. The width is a multiple of kVec; what lies beyond
+// it stays 0, so that sums need no mask.
+template <int kVec, int kSlots, int kLanes = 0> struct Values {
+  template <class T> using Packed = cogvx::Packed<T, kVec, kSlots, kLanes>;
+
+  float v[kSlots][kVec];
+
+  static __device__ int column(int slot) { return column_of<kVec, kSlots, kLanes>(slot); }
+
+  template <class T> __device__ void unpack(const Packed<T>& packed) {
+#pragma unroll
+    for (int s = 0; s < kSlots; ++s)
+#pragma unroll
+      for (int k = 0; k < kVec; ++k) v[s][k] = to_accumulator(packed.v[s].v[k]);
+  }
+
+  template <class T> __device__ void load(const T* row, int width) {
+    Packed<T> packed;
+    packed.load(row, width);
+    unpack(packed);
+  }
+
+  template <class T> __device__ void store(T* row, int width) const {
+    Packed<T> packed;
+#pragma unroll
+    for (int s = 0; s < kSlots; ++s)
+#pragma unroll
+      for (int k = 0; k < kVec; ++k) packed.v[s].v[k] = from_accumulator<T>(v[s][k]);
+    packed.store(row, width);
   }
 
   // v = f(others...), value by value, inside the row.
@@ -71,6 +105,13 @@ template <int kVec, int kSlots> struct Values {
   }
 };
 
+// The sum over kLanes neighbours of a warp, all of whose lanes take part; each gets it.
+template <int kLanes> __device__ float sum_of_lanes(float value) {
+#pragma unroll
+  for (int offset = kLanes / 2; offset > 0; offset /= 2) value += __shfl_xor_sync(0xffffffffu, value, offset);
+  return value;
+}
+
 // Sums over a block of whole warps, in an order that never changes; every thread gets the results. Calls alternate
 // between two buffers, so that one barrier a call is enough.
 class BlockSum {
@@ -86,8 +127,7 @@ class BlockSum {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, num_warps = blockDim.x / 32;
 #pragma unroll
     for (int c = 0; c < kCount; ++c) {
-#pragma unroll
-      for (int offset = 16; offset > 0; offset /= 2) values[c] += __shfl_xor_sync(0xffffffffu, values[c], offset);
+      values[c] = sum_of_lanes<32>(values[c]);
       if (lane == 0) shared_.v[turn_][c][warp] = values[c];
     }
     __syncthreads();

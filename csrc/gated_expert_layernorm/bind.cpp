@@ -31,21 +31,25 @@ Args inputs(const std::string& dtype, const Sizes& sizes, double eps, const PyRo
   return args;
 }
 
-void forward(int threads, const std::string& dtype, const Sizes& sizes, double eps, const PyRows& x, const PyRows& y,
-             const PyRows& gate, uintptr_t weight, uintptr_t bias, const PyRows& shift, const PyRows& scale,
-             const PyRows& x_new, const PyRows& normed) {
+void forward(const PyPlace& where, const std::string& dtype, const Sizes& sizes, double eps, const PyRows& x,
+             const PyRows& y, const PyRows& gate, uintptr_t weight, uintptr_t bias, const PyRows& shift,
+             const PyRows& scale, const PyRows& x_new, const PyRows& normed) {
   Args args = inputs(dtype, sizes, eps, x, y, gate, weight, bias, shift, scale);
   args.x_new = rows(x_new);
   args.norm.y = rows(normed);
+  const Place at = place(where);
   const py::gil_scoped_release release;
-  COGVX_ON_THIS_CPU(forward(args, threads));
+  if (at.is_cuda)
+    COGVX_ON_CUDA("gated_expert_layernorm", forward_cuda(args, at.device, at.stream));
+  else
+    COGVX_ON_THIS_CPU(forward(args, at.threads));
 }
 
-void backward(int threads, const std::string& dtype, const Sizes& sizes, double eps, const PyRows& x, const PyRows& y,
-              const PyRows& gate, uintptr_t weight, uintptr_t bias, const PyRows& shift, const PyRows& scale,
-              const PyRows& grad_x_new, const PyRows& grad_normed, const PyRows& grad_x, const PyRows& grad_y,
-              const PyRows& grad_gate, uintptr_t grad_weight, uintptr_t grad_bias, const PyRows& grad_shift,
-              const PyRows& grad_scale, uintptr_t partials, uintptr_t gate_partials) {
+void backward(const PyPlace& where, const std::string& dtype, const Sizes& sizes, double eps, const PyRows& x,
+              const PyRows& y, const PyRows& gate, uintptr_t weight, uintptr_t bias, const PyRows& shift,
+              const PyRows& scale, const PyRows& grad_x_new, const PyRows& grad_normed, const PyRows& grad_x,
+              const PyRows& grad_y, const PyRows& grad_gate, uintptr_t grad_weight, uintptr_t grad_bias,
+              const PyRows& grad_shift, const PyRows& grad_scale, uintptr_t partials, uintptr_t gate_partials) {
   Args args = inputs(dtype, sizes, eps, x, y, gate, weight, bias, shift, scale);
   args.grad_x_new = rows(grad_x_new);
   args.norm.grad = rows(grad_normed);
@@ -58,8 +62,12 @@ void backward(int threads, const std::string& dtype, const Sizes& sizes, double 
   args.norm.grad_scale = rows(grad_scale);
   args.norm.partials = pointer(partials);
   args.gate_partials = pointer(gate_partials);
+  const Place at = place(where);
   const py::gil_scoped_release release;
-  COGVX_ON_THIS_CPU(backward(args, threads));
+  if (at.is_cuda)
+    COGVX_ON_CUDA("gated_expert_layernorm", backward_cuda(args, at.device, at.stream));
+  else
+    COGVX_ON_THIS_CPU(backward(args, at.threads));
 }
 
 }  // namespace

@@ -29,4 +29,8 @@ struct Args {
 COGVX_EACH_ISA(COGVX_DECLARE)
 #undef COGVX_DECLARE
 
+// Return nullptr, or what went wrong.
+const char* forward_cuda(const Args& args, int device, uintptr_t stream);
+const char* backward_cuda(const Args& args, int device, uintptr_t stream);
+
 }  // namespace cogvx::gated_expert_layernorm

@@ -68,6 +68,39 @@ void backward(int threads, const std::string& dtype, const Sizes& sizes, const L
   COGVX_ON_THIS_CPU(backward(args, threads));
 }
 
+using Tiles = std::pair<uintptr_t, int64_t>;  // address, or 0, and number
+
+Args inputs_on_cuda(const std::string& dtype, const Sizes& sizes, const Tiles& tiles, const PyHeads& q, const PyHeads& k,
+                    const PyHeads& v) {
+  Args args = inputs(dtype, sizes, {}, q, k, v);
+  args.tiles = reinterpret_cast<const int*>(tiles.first);
+  args.num_tiles = tiles.second;
+  return args;
+}
+
+void forward_on_cuda(const PyPlace& where, const std::string& dtype, const Sizes& sizes, const Tiles& tiles,
+                     const PyHeads& q, const PyHeads& k, const PyHeads& v, const PyHeads& y) {
+  Args args = inputs_on_cuda(dtype, sizes, tiles, q, k, v);
+  args.y = heads(y);
+  const Place at = place(where);
+  const py::gil_scoped_release release;
+  COGVX_ON_CUDA("joint_attention", forward_cuda(args, at.device, at.stream));
+}
+
+void backward_on_cuda(const PyPlace& where, const std::string& dtype, const Sizes& sizes, const Tiles& tiles,
+                      const PyHeads& q, const PyHeads& k, const PyHeads& v, const PyHeads& grad, const PyHeads& grad_q,
+                      const PyHeads& grad_k, const PyHeads& grad_v, uintptr_t statistics) {
+  Args args = inputs_on_cuda(dtype, sizes, tiles, q, k, v);
+  args.grad = heads(grad);
+  args.grad_q = heads(grad_q);
+  args.grad_k = heads(grad_k);
+  args.grad_v = heads(grad_v);
+  args.statistics = reinterpret_cast<float*>(statistics);
+  const Place at = place(where);
+  const py::gil_scoped_release release;
+  COGVX_ON_CUDA("joint_attention", backward_cuda(args, at.device, at.stream));
+}
+
 }  // namespace
 }  // namespace cogvx::joint_attention
 
@@ -76,6 +109,9 @@ namespace cogvx {
 void register_joint_attention(py::module_& m) {
   m.def("joint_attention_forward", &joint_attention::forward);
   m.def("joint_attention_backward", &joint_attention::backward);
+  m.attr("JOINT_ATTENTION_TILE") = joint_attention::kOwned;
+  m.def("joint_attention_forward_cuda", &joint_attention::forward_on_cuda);
+  m.def("joint_attention_backward_cuda", &joint_attention::backward_on_cuda);
 }
 
 }  // namespace cogvx

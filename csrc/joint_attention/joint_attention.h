@@ -5,6 +5,7 @@
 
 #include "common/dtype.h"
 #include "common/isa.h"
+#include "common/place.h"
 
 namespace cogvx::joint_attention {
 
@@ -28,6 +29,12 @@ struct Args {
   Heads y;                       // forward alone; the rest backward alone
   Heads grad;                    // of y
   Heads grad_q, grad_k, grad_v;
+
+  // For CUDA, instead of samples: [num_tiles, 3], the first row of a tile, of its sample, and the row after the sample;
+  // nullptr where all tokens see one another.
+  const int* tiles;
+  int64_t num_tiles;
+  float* statistics;  // [B, A, N, 4] of rows of scores: peak, share of a weight of 1, delta, nothing; for the gradient
 };
 
 #define COGVX_DECLARE(isa)                          \
@@ -37,5 +44,12 @@ struct Args {
   }
 COGVX_EACH_ISA(COGVX_DECLARE)
 #undef COGVX_DECLARE
+
+constexpr int kOwned = 128;  // rows of one of `tiles`
+
+// Return nullptr, or what went wrong. They take float16 and bfloat16, widths that are multiples of 8 up to 128, rows
+// that begin at multiples of 16 bytes.
+const char* forward_cuda(const Args& args, int device, uintptr_t stream);
+const char* backward_cuda(const Args& args, int device, uintptr_t stream);
 
 }  // namespace cogvx::joint_attention

@@ -45,26 +45,34 @@ Args inputs(const std::string& dtype, const Sizes& sizes, double eps, const PyRo
   return args;
 }
 
-void forward(int threads, const std::string& dtype, const Sizes& sizes, double eps, const PyRows& qkv,
+void forward(const PyPlace& where, const std::string& dtype, const Sizes& sizes, double eps, const PyRows& qkv,
              const Norms& norms, const Turns& turns, const Three& y) {
   Args args = inputs(dtype, sizes, eps, qkv, norms, turns);
   fill(y, args.y);
+  const Place at = place(where);
   const py::gil_scoped_release release;
-  COGVX_ON_THIS_CPU(forward(args, threads));
+  if (at.is_cuda)
+    COGVX_ON_CUDA("qk_norm_rope", forward_cuda(args, at.device, at.stream));
+  else
+    COGVX_ON_THIS_CPU(forward(args, at.threads));
 }
 
-void backward(int threads, const std::string& dtype, const Sizes& sizes, double eps, const PyRows& qkv,
+void backward(const PyPlace& where, const std::string& dtype, const Sizes& sizes, double eps, const PyRows& qkv,
               const Norms& norms, const Turns& turns, const Three& grad, const PyRows& grad_qkv,
               const Norms& grad_norms, const Turns& grad_turns, uintptr_t partials) {
   Args args = inputs(dtype, sizes, eps, qkv, norms, turns);
   fill(grad, args.grad);
   args.grad_qkv = rows(grad_qkv);
   fill(grad_norms, args.grad_weight, args.grad_bias);
-  args.grad_cos = reinterpret_cast<double*>(grad_turns[0]);
-  args.grad_sin = reinterpret_cast<double*>(grad_turns[1]);
+  args.grad_cos = pointer(grad_turns[0]);
+  args.grad_sin = pointer(grad_turns[1]);
   args.partials = reinterpret_cast<double*>(partials);
+  const Place at = place(where);
   const py::gil_scoped_release release;
-  COGVX_ON_THIS_CPU(backward(args, threads));
+  if (at.is_cuda)
+    COGVX_ON_CUDA("qk_norm_rope", backward_cuda(args, at.device, at.stream));
+  else
+    COGVX_ON_THIS_CPU(backward(args, at.threads));
 }
 
 }  // namespace

@@ -95,8 +95,8 @@ template <class T> void backward_chunk(const Args& args, int64_t index, const Sc
   double* partials = args.partials + index * 4 * width;
   for (int64_t i = 0; i < 4 * width; ++i) partials[i] = 0;
   const int64_t first_angle = ((first > args.num_text ? first : args.num_text) - args.num_text) * width;
-  for (int64_t i = first_angle; args.grad_cos && i < (last - args.num_text) * width; ++i)
-    args.grad_cos[i] = args.grad_sin[i] = 0;
+  double *grad_cos = reinterpret_cast<double*>(args.grad_cos), *grad_sin = reinterpret_cast<double*>(args.grad_sin);
+  for (int64_t i = first_angle; grad_cos && i < (last - args.num_text) * width; ++i) grad_cos[i] = grad_sin[i] = 0;
   for (int64_t b = 0; b < args.batch; ++b) {
     T* grad_qkv = reinterpret_cast<T*>(args.grad_qkv.data) + b * args.grad_qkv.stride_b;
     for (int part = 0; part < 3; ++part) {
@@ -104,7 +104,7 @@ template <class T> void backward_chunk(const Args& args, int64_t index, const Sc
       for (int64_t a = 0; a < args.num_heads; ++a) {
         const Gradients<T> grads{row_of<T>(args.grad[part], b, a, 0), args.grad[part].stride_n,
                                  grad_qkv + (part * args.num_heads + a) * width, args.grad_qkv.stride_n,
-                                 sums, sums + width, args.grad_cos, args.grad_sin};
+                                 sums, sums + width, grad_cos, grad_sin};
         backward_head(span(args, scratch, part, b, a, first, last), part, grads, scratch);
       }
     }

@@ -9,8 +9,8 @@
 
 namespace cogvx::qk_norm_rope {
 
-// Tokens that one thread takes at a time, and whose gradients of weights are summed together. It does not depend on the
-// machine or the number of threads, and so neither do the gradients.
+// Tokens that one thread, or on a GPU one block, takes at a time, and whose gradients of weights are summed together. It
+// does not depend on the machine or the number of threads, and so neither do the gradients.
 constexpr int kChunk = 16;
 
 // A [B, A, N, E] tensor whose rows of E are contiguous; strides in elements.
@@ -29,9 +29,12 @@ struct Args {
   Heads y[3];                // q, k, v: forward alone; the rest backward alone
   Heads grad[3];             // of q, k, v
   Rows grad_qkv;
-  char *grad_weight[2], *grad_bias[2];
-  double *grad_cos, *grad_sin;  // [N - num_text, E], or null where nobody wants them
-  double* partials;             // [chunks, 2, 2, E]: for q and k, the sums of grad * xhat and of grad over a chunk
+  char *grad_weight[2], *grad_bias[2];  // on a GPU these follow from the partials
+  // [N - num_text, E] of double, or null where nobody wants them; on a GPU [B, 2, N - num_text, E] of float, of which
+  // the sum over samples and over q and k is wanted.
+  char *grad_cos, *grad_sin;
+  // For q and k, the sums of grad * xhat and of grad over a chunk: [chunks, 2, 2, E], on a GPU [B, chunks, 2, 2, E].
+  double* partials;
 };
 
 #define COGVX_DECLARE(isa)                          \
@@ -41,5 +44,9 @@ struct Args {
   }
 COGVX_EACH_ISA(COGVX_DECLARE)
 #undef COGVX_DECLARE
+
+// Return nullptr, or what went wrong.
+const char* forward_cuda(const Args& args, int device, uintptr_t stream);
+const char* backward_cuda(const Args& args, int device, uintptr_t stream);
 
 }  // namespace cogvx::qk_norm_rope

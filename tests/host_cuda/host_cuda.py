@@ -1,53 +1,60 @@
 """The extension with its CUDA kernels compiled for the host, built where it is out of date, and its controls."""
 
 import ctypes
+import fcntl
 import importlib.machinery
 import importlib.util
 import os
 import re
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 from types import ModuleType
 
-import pybind11
-
 HERE = Path(__file__).parent
-BUILDS = HERE.parents[1] / "build"
+FOLDER = HERE.parents[1] / "build" / "host_cuda"
 
 
-def build(sanitizer: str = "", sources: Path = HERE) -> Path:
-    """The compiled module; `sanitizer` is "", "address" or "thread".
+def build(target: str = "plain", sources: Path = HERE, folder: Path = FOLDER) -> Path:
+    """The compiled module; `target` is plain, or address or thread with the sanitizers of these names.
 
     Raises RuntimeError with what the compiler said.
     """
-    folder = BUILDS / f"host_cuda{sanitizer and '-'}{sanitizer}"
-    binaries = Path(sys.executable).parent
-    environment = os.environ | {"PATH": f"{binaries}{os.pathsep}{os.environ['PATH']}"}
-    commands = [["cmake", "--build", folder]]
-    if not (folder / "build.ninja").exists():
-        settings = {
-            "CMAKE_BUILD_TYPE": "None",
-            "HOST_CUDA_SANITIZER": sanitizer,
-            "Python_EXECUTABLE": sys.executable,
-            "pybind11_DIR": pybind11.get_cmake_dir(),
-        }
-        commands.insert(
-            0, ["cmake", "-S", sources, "-B", folder, "-G", "Ninja", *(f"-D{k}={v}" for k, v in settings.items())]
-        )
-    for command in commands:
-        done = subprocess.run([str(word) for word in command], env=environment, capture_output=True, text=True)
-        if done.returncode:
-            raise RuntimeError(
-                f"the CUDA kernels cannot be compiled for the host:\n{(done.stdout + done.stderr)[-4000:]}"
-            )
-    return next(folder.glob("_C*.so"))
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "w") as lock:  # tests run in several processes
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "build.ninja").exists():
+            settings = {
+                "CMAKE_BUILD_TYPE": "None",
+                "Python_EXECUTABLE": sys.executable,
+                "pybind11_DIR": pybind11_folder(),
+            }
+            run("cmake", "-S", sources, "-B", folder, "-G", "Ninja", *(f"-D{k}={v}" for k, v in settings.items()))
+        run("cmake", "--build", folder, "--target", target)
+    return next((folder / target).glob("_C*.so"))
+
+
+def pybind11_folder() -> str:
+    import pybind11  # a dependency of builds alone
+
+    return pybind11.get_cmake_dir()
+
+
+def run(*command: object) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}  # no sanitizer in cmake
+    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
+    done = subprocess.run([str(word) for word in command], env=environment, capture_output=True, text=True)
+    if done.returncode:
+        said = (done.stdout + done.stderr)[-4000:]
+        raise RuntimeError(f"the CUDA kernels cannot be compiled for the host:\n{said}")
 
 
 def load(path: Path) -> ModuleType:
-    """The extension module; its name differs from the real one's, so that both can be in one process."""
-    loader = importlib.machinery.ExtensionFileLoader("host_cuda._C", str(path))
-    module = importlib.util.module_from_spec(importlib.util.spec_from_loader("host_cuda._C", loader))
+    """The extension module, by a name of its own: the real one and builds of it can be in one process."""
+    name = f"host_cuda.{path.parent.name}_{zlib.crc32(bytes(path)):x}._C"
+    loader = importlib.machinery.ExtensionFileLoader(name, str(path))
+    module = importlib.util.module_from_spec(importlib.util.spec_from_loader(name, loader))
     loader.exec_module(module)
     return module
 

@@ -8,7 +8,6 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <map>
 #include <memory>
 #include <numeric>
 #include <random>
@@ -18,7 +17,7 @@
 namespace host_cuda {
 namespace {
 
-constexpr int kWarp = 32, kMaxThreads = 1024;
+constexpr int kWarp = 32, kMaxThreads = 1024, kBarriers = 16;
 constexpr size_t kMaxShared = 227 << 10;
 
 struct Copy {  // into shared memory, not landed yet
@@ -36,6 +35,7 @@ struct Thread {
 };
 
 struct Meeting {  // lanes of one mask that wait for one another
+  unsigned mask = 0;  // 0: nobody is here
   Collective kind;
   unsigned arrived = 0;
   const void* in[kWarp];
@@ -43,7 +43,7 @@ struct Meeting {  // lanes of one mask that wait for one another
 };
 
 struct Warp {
-  std::map<unsigned, Meeting> meetings;  // by mask
+  Meeting meetings[kWarp];
   unsigned live = 0;
   char order[64][2];  // addresses that stand for __syncwarp: by mask, in turns
   int turn = 0;
@@ -61,20 +61,20 @@ struct Machine {
   std::vector<std::unique_ptr<Thread>> threads;  // kept for later blocks: their stacks are
   int num_threads = 0, num_live = 0;
   std::vector<Warp> warps;
-  std::map<int, Barrier> barriers;
+  Barrier barriers[kBarriers];
   std::vector<Thread*> ready;
   Thread* current = nullptr;
   dim3 block_index, block_size, grid_size;
   char* shared = nullptr;
   const std::function<void()>* body = nullptr;
   std::string error, launches;
-  bool failed = false, recording = false, started = false;
-  char start = 0;
+  bool failed = false, recording = false;
+  char start = 0, end = 0;  // addresses that stand for the start and the end of a block
   uint64_t seed = 0, num_launches = 0;
   std::mt19937_64 random;
 };
 
-Machine machine;
+Machine& machine = *new Machine;  // never destroyed: at the end of a process nobody orders that with its fibers
 
 void suspend() { switch_to(machine.current->fiber, machine.scheduler); }
 
@@ -82,9 +82,10 @@ void end_thread() {
   Thread& thread = *machine.current;
   Warp& warp = machine.warps[thread.warp];
   --machine.num_live;
+  release(&machine.end);
   warp.live &= ~(1u << thread.lane);
-  for (const auto& [mask, meeting] : warp.meetings)
-    if (mask >> thread.lane & 1) fail("a thread ended that its warp waits for (mask %08x)", mask);
+  for (const Meeting& meeting : warp.meetings)
+    if (meeting.mask >> thread.lane & 1) fail("a thread ended that its warp waits for (mask %08x)", meeting.mask);
   Barrier& all = machine.barriers[0];
   if (!all.waiting.empty() && all.count == 0 && static_cast<int>(all.waiting.size()) == machine.num_live) {
     for (Thread* waiting : all.waiting) machine.ready.push_back(waiting);
@@ -122,7 +123,10 @@ void run_block(size_t shared_bytes) {
   free(machine.shared);  // a new one of just this size, so that AddressSanitizer sees what lies beyond
   if (posix_memalign(reinterpret_cast<void**>(&machine.shared), 1024, shared_bytes ? shared_bytes : 1)) abort();
   memset(machine.shared, 0xff, shared_bytes);
-  machine.barriers.clear();
+  for (Barrier& barrier : machine.barriers) {
+    barrier.waiting.clear();
+    barrier.waiting.reserve(kMaxThreads);
+  }
   machine.ready.reserve(kMaxThreads);
   machine.warps.assign((machine.num_threads + kWarp - 1) / kWarp, Warp{});
   machine.ready.clear();
@@ -149,16 +153,16 @@ void run_block(size_t shared_bytes) {
     machine.current = choose();
     switch_to(machine.scheduler, machine.current->fiber);
   }
-  acquire(&machine.start);
+  acquire(&machine.end);
 }
 
 }  // namespace
 
-const dim3& current_index() { return machine.current->index; }
+dim3 current_index() { return machine.current->index; }
 int current_lane() { return machine.current->lane; }
-const dim3& block_index() { return machine.block_index; }
-const dim3& block_size() { return machine.block_size; }
-const dim3& grid_size() { return machine.grid_size; }
+dim3 block_index() { return machine.block_index; }
+dim3 block_size() { return machine.block_size; }
+dim3 grid_size() { return machine.grid_size; }
 char* shared_memory() { return machine.shared; }
 
 void fail(const char* format, ...) {
@@ -173,8 +177,8 @@ void fail(const char* format, ...) {
 }
 
 void barrier(int id, int count) {
+  if (id < 0 || id >= kBarriers) fail("there is no barrier %d", id);
   Barrier& all = machine.barriers[id];
-  all.waiting.reserve(kMaxThreads);
   if (all.waiting.empty()) all.count = count;
   if (all.count != count) fail("barrier %d is waited for with counts %d and %d", id, all.count, count);
   char* order = &all.order[all.turn];
@@ -195,10 +199,16 @@ void collective(Collective kind, unsigned mask, const void* in, void* out, Toget
   Warp& warp = machine.warps[self.warp];
   if (!(mask >> self.lane & 1)) fail("lane %d calls a warp collective whose mask %08x leaves it out", self.lane, mask);
   if (mask & ~warp.live) fail("a warp collective waits for lanes that have ended (%08x)", mask & ~warp.live);
-  for (const auto& [other, meeting] : warp.meetings)
-    if (other != mask && (other & mask))
-      fail("lanes of one warp wait for one another by the masks %08x and %08x", other, mask);
-  Meeting& meeting = warp.meetings[mask];
+  Meeting* found = nullptr;
+  for (Meeting& other : warp.meetings) {
+    if (other.mask == mask) found = &other;
+    if (other.mask != mask && other.mask & mask)
+      fail("lanes of one warp wait for one another by the masks %08x and %08x", other.mask, mask);
+  }
+  for (Meeting& free : warp.meetings)
+    if (!found && !free.mask) found = &free;
+  Meeting& meeting = *found;
+  meeting.mask = mask;
   if (meeting.arrived == 0) meeting.kind = kind;
   if (meeting.kind != kind) fail("lanes of one warp are at different collectives (mask %08x)", mask);
   char* order = warp.order[mask % 64] + warp.turn;
@@ -210,7 +220,7 @@ void collective(Collective kind, unsigned mask, const void* in, void* out, Toget
     if (together) together(meeting.in, meeting.out, mask, more);
     for (int lane = 0; lane < kWarp; ++lane)
       if (mask >> lane & 1) machine.ready.push_back(machine.threads[self.warp * kWarp + lane].get());
-    warp.meetings.erase(mask);
+    meeting.mask = meeting.arrived = 0;
     if (kind == Collective::sync) warp.turn ^= 1;
   }
   suspend();

@@ -23,11 +23,11 @@ namespace host_cuda {
 // What a warp does together; lanes of one mask must do the same.
 enum class Collective { sync, shuffle, vote, matrix_load, matrix_product };
 
-const dim3& current_index();  // of the thread that runs
+dim3 current_index();  // of the thread that runs
 int current_lane();
-const dim3& block_index();
-const dim3& block_size();
-const dim3& grid_size();
+dim3 block_index();
+dim3 block_size();
+dim3 grid_size();
 char* shared_memory();
 
 void barrier(int id, int count);  // count 0: every thread that has not ended

@@ -45,6 +45,16 @@ __device__ void exchange(const Args& args) {
   args.d[4 * lane + 3] = __ballot_sync(0xffffffffu, own % 2 == 1);
 }
 
+__device__ void compare(const Args& args) {
+  for (int i = 0; i < 4; ++i) {
+    float a, b;
+    memcpy(&a, args.a + 4 * threadIdx.x + i, sizeof a);
+    memcpy(&b, args.b + 2 * threadIdx.x + i % 2, sizeof b);
+    const float larger = max_or_nan(a, b);
+    memcpy(args.d + 4 * threadIdx.x + i, &larger, sizeof larger);
+  }
+}
+
 template <int kWhat> __global__ void kernel(Args args) {
   if constexpr (kWhat == 0) multiply<float>(args, __half{});
   if constexpr (kWhat == 1) multiply<float>(args, __nv_bfloat16{});
@@ -52,6 +62,7 @@ template <int kWhat> __global__ void kernel(Args args) {
   if constexpr (kWhat == 3) load<false>(args);
   if constexpr (kWhat == 4) load<true>(args);
   if constexpr (kWhat == 5) exchange(args);
+  if constexpr (kWhat == 6) compare(args);
 }
 
 template <int kWhat> const char* run(const Args& args) { return launch<kernel<kWhat>>(1, 32, 512, nullptr, args); }
@@ -63,6 +74,6 @@ extern "C" __attribute__((visibility("default"))) const char* probe(int what, co
                                                                      uint32_t* d) {
   using namespace cogvx::probe;
   const Args args{a, b, d};
-  const char* (*const runs[])(const Args&) = {run<0>, run<1>, run<2>, run<3>, run<4>, run<5>};
+  const char* (*const runs[])(const Args&) = {run<0>, run<1>, run<2>, run<3>, run<4>, run<5>, run<6>};
   return runs[what](args);
 }

@@ -112,3 +112,11 @@ def test_exchanges(probe):
     for lane in LANES:
         below = own[lane + 1] if lane < 31 else own[lane]
         assert found[lane].tolist() == [own[(lane + 5) % 32], below, own.sum(), odd]
+
+
+def test_the_larger_of_two_or_a_nan(probe):
+    rng = np.random.default_rng(4)
+    special = np.array([np.nan, np.inf, -np.inf, 0, 1.5], dtype=np.float32)
+    a, b = rng.choice(special, (32, 4)), rng.choice(special, (32, 2))
+    found = probe(6, a, b, np.zeros(128, np.int32)).view(np.float32).reshape(32, 4)
+    np.testing.assert_array_equal(found, np.maximum(a, np.tile(b, 2)))  # numpy's maximum of a NaN is a NaN

@@ -1,4 +1,4 @@
-"""Every GPU kernel compiles for every architecture, without a GPU: no spills, shared memory within limits.
+"""Every Triton kernel compiles for every architecture, without a GPU: no spills, shared memory within limits.
 
 docs/triton.md lists what each Triton kernel needs; `python tests/kernels/test_compile.py` writes it anew.
 """
@@ -8,7 +8,6 @@ import importlib.metadata
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -18,7 +17,6 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 SHARED_LIMITS = {80: 163, 90: 227, 100: 227, 120: 99}  # KiB a block, by compute capability
-SOURCES = sorted([*ROOT.glob("csrc/**/*.cu"), ROOT / "tests/host_cuda/probe.cu"])
 OPERATORS = sorted(path.parent.name for path in ROOT.glob("cogvx_kernels/*/_triton.py"))
 TABLE = ROOT / "docs" / "triton.md"
 HEADER = """# What the Triton kernels need
@@ -103,20 +101,6 @@ def write_table() -> None:
         for kernel in dict.fromkeys(kernel for column in columns for kernel in column):  # tiles differ by architecture
             lines.append(f"| {op} | {kernel} | {' | '.join(column.get(kernel, '') for column in columns)} |\n")
     TABLE.write_text("".join(lines))
-
-
-@pytest.mark.parametrize("source", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_nvcc_compiles(source, tmp_path):
-    nvcc = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
-    if nvcc is None:
-        pytest.skip("no nvcc on this machine")
-    architectures = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in ("80", "90a")]
-    command = [nvcc, "-std=c++17", "-O3", f"-I{ROOT / 'csrc'}", *architectures, "--Werror=all-warnings", "-Xptxas=-v"]
-    command += ["-Xcompiler=-Wall,-Wextra", "-c", str(source), "-o", str(tmp_path / "kernel.o")]
-    found = subprocess.run(command, capture_output=True, text=True)
-    assert found.returncode == 0, found.stderr[-2000:]
-    spills = [int(count) for count in re.findall(r"(\d+) bytes spill", found.stderr)]
-    assert spills and not any(spills), found.stderr[-2000:]
 
 
 if __name__ == "__main__":

@@ -227,10 +227,11 @@ def test_meta_tensors_have_the_real_shapes(name):
         args = case()
         if not len(args[0]):
             continue  # torch's own meta kernel for nearest resizing fails on an empty batch
-        on_meta = parts(opaque(name)(*changed(args, lambda x: x.to("meta"))))
-        for meta, real in zip(on_meta, parts(opaque(name)(*args)), strict=True):
-            assert meta.device.type == "meta"
-            assert (meta.shape, meta.dtype, meta.stride()) == (real.shape, real.dtype, real.stride())
+        for call in (opaque(name), public(name)):
+            on_meta = parts(call(*changed(args, lambda x: x.to("meta"))))
+            for meta, real in zip(on_meta, parts(call(*args)), strict=True):
+                assert meta.device.type == "meta"
+                assert (meta.shape, meta.dtype, meta.stride()) == (real.shape, real.dtype, real.stride())
 
 
 @each_op
@@ -278,9 +279,9 @@ def test_an_operator_without_gradients_refuses_them(name):
 
 @calls(50, 1000)
 @each_backend
-def test_legal_fuzz(name, backend, count, run_on):
+def test_legal_fuzz(name, backend, count, run_on, request):
     rng = random.Random(f"{name} {backend} legal")
-    for i in range(count):
+    for i in range(request.config.getoption("--calls") or count):
         dtype, scale = rng.choice(OPS[name].dtypes(backend)), 10.0 ** rng.uniform(-3, 3)
         while True:
             case = CASES[name].draw(rng)

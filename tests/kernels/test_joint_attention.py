@@ -34,19 +34,26 @@ def test_it_is_the_formula():
         np.testing.assert_allclose(joint_attention(*args).numpy(), expected, rtol=1e-12, atol=1e-12)
 
 
-def test_packed_samples_equal_samples_alone():
-    lengths = [7, 1, 11]
-    q, k, v, _ = make(1, 3, sum(lengths), 16)
-    alone = [joint_attention(*part) for part in zip(*(x.split(lengths, dim=2) for x in (q, k, v)), strict=True)]
-    torch.testing.assert_close(joint_attention(q, k, v, lengths), torch.cat(alone, dim=1))
+@each_backend
+def test_packed_samples_equal_samples_alone(backend, run_on):
+    lengths = [7, 1, 150, 11]
+    q, k, v, _ = make(1, 2, sum(lengths), 16, dtype=OPS["joint_attention"].dtypes(backend)[0])
+    run_on("joint_attention", backend, q, k, v, lengths)
+    with use_backend(backend):
+        alone = [joint_attention(*part) for part in zip(*(x.split(lengths, dim=2) for x in (q, k, v)), strict=True)]
+        packed = joint_attention(q, k, v, lengths)
+    torch.testing.assert_close(packed, torch.cat(alone, dim=1))
 
 
-def test_a_sample_does_not_feel_another():
-    q, k, v, lengths = make(1, 2, 12, 16, [5, 7])
-    y = joint_attention(q, k, v, lengths)
-    k[:, :, 5:] += 3
-    v[:, :, 5:] -= 2
-    z = joint_attention(q, k, v, lengths)
+@each_backend
+def test_a_sample_does_not_feel_another(backend, run_on):
+    q, k, v, lengths = make(1, 2, 12, 16, [5, 7], dtype=OPS["joint_attention"].dtypes(backend)[0])
+    run_on("joint_attention", backend, q, k, v, lengths)
+    with use_backend(backend):
+        y = joint_attention(q, k, v, lengths)
+        k[:, :, 5:] += 3
+        v[:, :, 5:] -= 2
+        z = joint_attention(q, k, v, lengths)
     assert torch.equal(y[:, :5], z[:, :5])
     assert not torch.equal(y[:, 5:], z[:, 5:])
 
@@ -70,8 +77,19 @@ def with_gradients(args):
     return y.detach(), *torch.autograd.grad(y, (q, k, v), grad)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@each_backend
+each_backend_and_dtype = pytest.mark.parametrize(
+    ("backend", "dtype"),
+    [
+        (backend, dtype)
+        for backend in ("reference", *OPS["joint_attention"].backends)
+        for dtype in (torch.float32, torch.bfloat16, torch.float16)
+        if dtype in OPS["joint_attention"].dtypes(backend)
+    ],
+    ids=str,
+)
+
+
+@each_backend_and_dtype
 def test_many_tiles_of_keys_whose_scores_grow(backend, dtype, run_on):
     q, k, v, lengths = make(1, 1, 391, 64, [300, 91], dtype=dtype)
     k = k * torch.linspace(0.1, 4, k.shape[2], dtype=dtype)[:, None]
@@ -101,8 +119,7 @@ def test_the_number_of_threads_changes_no_bit(dtype, run_on):
     assert all(torch.equal(one, three) for one, three in zip(*found, strict=True))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@each_backend
+@each_backend_and_dtype
 def test_a_nan_spoils_what_depends_on_it_alone(backend, dtype, run_on):
     q, k, v, _ = make(1, 2, 200, 16, dtype=dtype)
     q[0, 0, 5], v[0, 1, 150, 3] = float("nan"), float("nan")
@@ -116,7 +133,7 @@ def test_a_nan_spoils_what_depends_on_it_alone(backend, dtype, run_on):
 
 @each_backend
 def test_a_score_of_minus_infinity_gets_no_weight(backend, run_on):
-    q, k, v, _ = make(1, 1, 150, 8)
+    q, k, v, _ = make(1, 1, 150, 8, dtype=OPS["joint_attention"].dtypes(backend)[0])
     q[..., 0], k[:, :, :140, 0] = 1e30, -1e30
     run_on("joint_attention", backend, q, k, v, None)
     with use_backend(backend):

@@ -106,6 +106,8 @@ template <int kNewest> void wait_for_copies() { host_cuda::wait_for_copies(kNewe
 
 inline void wait_at(int barrier, int count) { host_cuda::barrier(barrier, count); }
 
+inline float max_or_nan(float a, float b) { return a != a || b != b ? NAN : std::max(a, b); }
+
 inline float exp2_approximate(float x) {
   const float y = std::exp2(x);
   return y < 1.17549435e-38f ? 0.0f : y;

@@ -1,0 +1,295 @@
+// Convolution as an implicit matrix product. A block makes 8 x 16 pixels of a frame by some output channels. What its
+// taps read of one input frame, 32 channels of the pixels and their border, lies in shared memory once for all taps of
+// that frame; the weights stream past, tap by tap. The sums of a pixel have one order wherever in a tile it falls, so
+// that a clip in chunks is bit for bit the clip in one.
+#pragma once
+
+#include "common/convolution.h"
+#include "common/launch.cuh"
+#include "common/ptx.cuh"
+#include "common/vec.cuh"
+
+namespace cogvx {
+namespace {
+namespace convolution {
+
+constexpr int kRows = 8, kColumns = 16, kPixels = kRows * kColumns;  // of a tile; 16 pixels are the rows of a product
+constexpr int kThreads = 128, kWarps = kThreads / 32;
+constexpr int kDepth = kConvolutionDepth, kRowBytes = kDepth * 2;
+constexpr int kStages = 4;  // of weights
+// Columns of a patch, with room for every border: a multiple of 8, so that rows that lie below each other are swizzled
+// alike and the addresses of a warp's pixels differ by constants.
+constexpr int kPitch = (kColumns + kConvolutionTaps - 1 + 7) / 8 * 8;
+constexpr int kMaxShared = 99 << 10;  // what every GPU from sm_80 on gives a block
+
+inline __host__ __device__ int patch_bytes(const Convolution& args) {
+  return (kRows + args.taps_h - 1) * kPitch * kRowBytes;
+}
+
+// Patches on their way: enough that each has kStages - 1 taps to land.
+inline __host__ __device__ int patches_ahead(const Convolution& args) {
+  const int taps = args.taps_h * args.taps_w;
+  return (kStages - 1 + taps - 1) / taps;
+}
+
+// Where 16 bytes of a row of kBytes lie, 64 or a multiple of 128: any eight rows that follow one another use all banks.
+template <int kBytes> __device__ int swizzled(int row, int chunk) {
+  return row * kBytes + ((kBytes == 64 ? chunk ^ (row >> 1 & 3) : chunk ^ (row & 7)) << 4);
+}
+
+template <class T, int kBlock> struct Block {
+  static constexpr int kWarpsN = kBlock / 64 > 0 ? kBlock / 64 : 1, kWarpsM = kWarps / kWarpsN;
+  static constexpr int kTilesM = kRows / kWarpsM, kTilesN = kBlock / kWarpsN / 8;  // of a warp
+  static constexpr int kStageBytes = kBlock * kRowBytes, kStep = kBlock * kDepth;
+  static constexpr int kHalf = 32;  // flips the offset of a row's first 16 channels into that of its last
+
+  const Convolution& args;
+  const int num_patches, bytes_a_patch, channel_chunks;
+  const int lane = threadIdx.x % 32, warp_m = threadIdx.x / 32 % kWarpsM, warp_n = threadIdx.x / 32 / kWarpsM;
+  int b, t, row, column, tile_n, phase;  // of the tile
+  int num_groups;                        // of taps that read one patch
+
+  // What the copies are at: the next group, and the next tap of it.
+  int next_t, next_phase = 0, next_chunk = 0, next_patch = 0, groups_left;
+  const T* next_weight;
+  int next_stage = 0, steps_left;
+  // What the products are at.
+  int tap_h = 0, tap_w = 0, patch = 0, stage = 0, pixel_offset, weight_offset;
+
+  float sums[kTilesM][kTilesN][4] = {};
+  uint32_t pixels[2][kTilesM][4], factors[2][kTilesN][2];  // of two products of depth 16, by turns
+
+  __device__ explicit Block(const Convolution& a)
+      : args(a),
+        num_patches(patches_ahead(a) + 1),
+        bytes_a_patch(patch_bytes(a)),
+        channel_chunks((a.channels + kDepth - 1) / kDepth) {
+    const int tiles_n = (a.channels_out + kBlock - 1) / kBlock;
+    const int columns = (a.width + kColumns - 1) / kColumns, rows = (a.height + kRows - 1) / kRows;
+    int i = blockIdx.x;  // neighbours share pixels
+    tile_n = i % tiles_n, i /= tiles_n;
+    phase = a.spread ? i % 4 : 0, i /= a.spread ? 4 : 1;
+    column = i % columns * kColumns, i /= columns;
+    row = i % rows * kRows, i /= rows;
+    t = i % a.frames_out, b = i / a.frames_out;
+    const int first = max(a.pad_t - t, 0), last = min(a.frames_in + a.pad_t - t, a.taps_t);  // taps inside the clip
+    const int groups = (a.gathered ? 4 : 1) * channel_chunks, steps = groups * a.taps_h * a.taps_w;
+    groups_left = num_groups = (last - first) * groups;
+    steps_left = (last - first) * steps;
+    next_t = b * a.frames_in + t + first - a.pad_t;
+    const int64_t tile = static_cast<int64_t>(phase) * tiles_n + tile_n;
+    next_weight = reinterpret_cast<const T*>(a.weight) + (tile * a.taps_t + first) * steps * kStep + threadIdx.x * 8;
+    aim();
+  }
+
+  // Copies what the taps of the next group read: 32 channels of one phase of one frame, zeros outside.
+  __device__ void fetch_patch() {
+    if (groups_left == 0) return;
+    --groups_left;
+    const int of = args.spread ? 3 - phase : next_phase, p = of / 2, q = of % 2;
+    const bool phased = args.spread || args.gathered;
+    const int step = args.gathered ? 2 : 1, channel = next_chunk * kDepth + threadIdx.x % 4 * 8;
+    int away_row = static_cast<int>(threadIdx.x) / 4 / kPitch, away = static_cast<int>(threadIdx.x) / 4 % kPitch;
+    const int top = row - (phased ? p : args.taps_h / 2), left = column - (phased ? q : args.taps_w / 2);
+    const int row_size = args.width * step * args.channels;
+    const T* x = reinterpret_cast<const T*>(args.x) + static_cast<int64_t>(next_t) * (args.height * step) * row_size;
+    const T* from = x + channel + (args.gathered ? p * row_size + q * args.channels : 0);
+    char* to = shared_memory() + next_patch * bytes_a_patch + swizzled<kRowBytes>(threadIdx.x / 4, threadIdx.x % 4);
+    while (away_row < kRows + args.taps_h - 1) {
+      const int r = top + away_row, s = left + away;
+      const bool inside = r >= 0 && r < args.height && s >= 0 && s < args.width && channel < args.channels;
+      const int place = r * step * row_size + s * step * args.channels;
+      if (away < kColumns + args.taps_w - 1) copy_async<16>(to, inside ? from + place : x, inside);
+      static_assert(kThreads / 4 % 8 == 0 && kThreads / 4 < 2 * kPitch, "the swizzle stays, and one carry is enough");
+      to += kThreads / 4 * kRowBytes;
+      away_row += kThreads / 4 / kPitch, away += kThreads / 4 % kPitch;
+      if (away >= kPitch) away -= kPitch, ++away_row;
+    }
+    next_patch = next_patch + 1 == num_patches ? 0 : next_patch + 1;
+    if (++next_chunk < channel_chunks) return;
+    next_chunk = 0;
+    if (args.gathered && ++next_phase < 4) return;
+    next_phase = 0, ++next_t;
+  }
+
+  __device__ void fetch_weights() {
+    if (steps_left == 0) return;
+    --steps_left;
+    char* to = weights() + next_stage * kStageBytes + swizzled<kRowBytes>(threadIdx.x / 4, threadIdx.x % 4);
+#pragma unroll
+    for (int i = 0; i < kStageBytes / 16 / kThreads; ++i)
+      copy_async<16>(to + i * (kThreads / 4 * kRowBytes), next_weight + i * kThreads * 8, true);
+    next_weight += kStep;
+    next_stage = (next_stage + 1) % kStages;
+  }
+
+  __device__ char* weights() const { return shared_memory() + num_patches * bytes_a_patch; }
+
+  // Where this lane's operands of a tap begin.
+  __device__ void aim() {
+    const int first = (warp_m * kTilesM + tap_h) * kPitch + tap_w + lane % 16;
+    pixel_offset = patch * bytes_a_patch + swizzled<kRowBytes>(first, lane / 16);
+    const int n = warp_n * kTilesN * 8 + lane / 16 * 8 + lane % 8;
+    weight_offset = stage * kStageBytes + swizzled<kRowBytes>(n, lane / 8 % 2);
+  }
+
+  // On to the next tap; whether it is the first of a group.
+  __device__ bool advance() {
+    stage = (stage + 1) % kStages;
+    bool first = false;
+    if (++tap_w == args.taps_w) {
+      tap_w = 0;
+      if (++tap_h == args.taps_h) {
+        tap_h = 0, first = true;
+        patch = patch + 1 == num_patches ? 0 : patch + 1;
+      }
+    }
+    aim();
+    return first;
+  }
+
+  template <int kWhich> __device__ void load() {
+    const char* from = shared_memory() + (pixel_offset ^ kWhich * kHalf);
+#pragma unroll
+    for (int m = 0; m < kTilesM; ++m) load_matrices(pixels[kWhich][m], from + m * (kPitch * kRowBytes));
+    const char* of = weights() + (weight_offset ^ kWhich * kHalf);
+#pragma unroll
+    for (int j = 0; j < kTilesN; j += 2) {
+      uint32_t both[4];
+      load_matrices(both, of + j * (8 * kRowBytes));
+      factors[kWhich][j][0] = both[0], factors[kWhich][j][1] = both[1];
+      factors[kWhich][j + 1][0] = both[2], factors[kWhich][j + 1][1] = both[3];
+    }
+  }
+
+  template <int kWhich> __device__ void multiply() {
+#pragma unroll
+    for (int m = 0; m < kTilesM; ++m)
+#pragma unroll
+      for (int j = 0; j < kTilesN; ++j) multiply_add(sums[m][j], pixels[kWhich][m], factors[kWhich][j], T{});
+  }
+
+  __device__ void accumulate() {
+    const int num_steps = steps_left;
+    for (int i = 0; i < kStages; ++i) {
+      if (i < num_patches) fetch_patch();
+      fetch_weights();
+      commit_copies();
+    }
+    wait_for_copies<kStages - 1>();
+    __syncthreads();
+    load<0>();
+    const bool deep = args.channels > kDepth / 2;  // else the second product would be of zeros
+    for (int step = 0; step < num_steps; ++step) {
+      if (deep) load<1>();
+      multiply<0>();
+      if (step + 1 < num_steps) {
+        wait_for_copies<kStages - 2>();
+        __syncthreads();  // the next tap is there, and this one's operands are in registers
+        fetch_weights();
+        if (advance()) fetch_patch();
+        commit_copies();
+        load<0>();
+      }
+      if (deep) multiply<1>();
+    }
+  }
+
+  // Adds the bias and lays the tile out in shared memory, so that the stores are of 16 bytes side by side.
+  __device__ void lay_out() {
+    wait_for_copies<0>();
+    __syncthreads();
+    const T* bias = reinterpret_cast<const T*>(args.bias);
+#pragma unroll
+    for (int j = 0; j < kTilesN; ++j) {
+      const int tile = warp_n * kTilesN + j, n = tile_n * kBlock + tile * 8 + lane % 4 * 2;
+      float added[2];
+#pragma unroll
+      for (int k = 0; k < 2; ++k) added[k] = bias && n + k < args.channels_out ? to_accumulator(bias[n + k]) : 0.0f;
+#pragma unroll
+      for (int m = 0; m < kTilesM; ++m)
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const int pixel = (warp_m * kTilesM + m) * kColumns + lane / 4 + half * 8;
+          Vec<T, 2> pair;
+#pragma unroll
+          for (int k = 0; k < 2; ++k) pair.v[k] = from_accumulator<T>(sums[m][j][half * 2 + k] + added[k]);
+          char* to = shared_memory() + swizzled<kBlock * 2>(pixel, tile) + lane % 4 * 4;
+          *reinterpret_cast<Vec<T, 2>*>(to) = pair;
+        }
+    }
+    __syncthreads();
+  }
+
+  __device__ void store_vector(T* to, const Vec<T, 8>& values, int n) const {
+    if (args.channels_out % 8 == 0) {
+      *reinterpret_cast<Vec<T, 8>*>(to) = values;
+    } else {
+#pragma unroll
+      for (int k = 0; k < 8; ++k)
+        if (n + k < args.channels_out) to[k] = values.v[k];
+    }
+  }
+
+  __device__ void store() const {
+    const int step = args.spread ? 2 : 1, alone = args.frames_out % 2;
+    const int frames = args.repeated ? 2 * args.frames_out - alone : args.frames_out;
+    const int64_t frame = static_cast<int64_t>(b) * frames + (args.repeated ? 2 * t + 1 - alone : t);
+    const bool twice = args.repeated && t >= alone;
+    const int64_t width = args.width * step, size = args.height * step * width;
+    const int64_t start = frame * size + phase / 2 * width + phase % 2;
+    constexpr int kVectors = kBlock / 8;
+#pragma unroll 4
+    for (int i = threadIdx.x; i < kPixels * kVectors; i += kThreads) {
+      const int pixel = i / kVectors, chunk = i % kVectors, r = row + pixel / kColumns, s = column + pixel % kColumns;
+      const int n = tile_n * kBlock + chunk * 8;
+      if (r >= args.height || s >= args.width || n >= args.channels_out) continue;
+      const auto values = *reinterpret_cast<const Vec<T, 8>*>(shared_memory() + swizzled<kBlock * 2>(pixel, chunk));
+      T* y = reinterpret_cast<T*>(args.y) + (start + (r * width + s) * step) * args.channels_out + n;
+      store_vector(y, values, n);
+      if (twice) store_vector(y - size * args.channels_out, values, n);
+    }
+  }
+};
+
+template <class T, int kBlock> __global__ void __launch_bounds__(kThreads, 2) kernel(Convolution args) {
+  Block<T, kBlock> block(args);
+  block.accumulate();
+  block.lay_out();
+  block.store();
+}
+
+template <class T, int kBlock> const char* launch_block(const Convolution& args, cudaStream_t stream) {
+  const int64_t tiles_n = (args.channels_out + kBlock - 1) / kBlock, phases = args.spread ? 4 : 1;
+  const int64_t rows = (args.height + kRows - 1) / kRows, columns = (args.width + kColumns - 1) / kColumns;
+  const int64_t blocks = rows * columns * args.batch * args.frames_out * phases * tiles_n;
+  if (blocks == 0) return nullptr;
+  if (blocks > 0x7fffffff) return "too many pixels";
+  const int input = (patches_ahead(args) + 1) * patch_bytes(args) + kStages * kBlock * kRowBytes;
+  const int bytes = max(input, kPixels * kBlock * 2);
+  if (bytes > kMaxShared) return "the taps of a frame are too many for shared memory";
+  return launch<kernel<T, kBlock>>(static_cast<unsigned>(blocks), kThreads, bytes, stream, args);
+}
+
+template <class T> const char* launch_as(const Convolution& args, cudaStream_t stream) {
+  if (args.channels % 8) return "the channels must be a multiple of 8";
+  if (args.taps_h > kConvolutionTaps || args.taps_w > kConvolutionTaps) return "the taps of a frame are too many";
+  const int64_t height = args.height + 2 * kConvolutionTaps, width = args.width + 2 * kConvolutionTaps;
+  if (height * width * args.channels * (args.gathered ? 4 : 1) > 0x7fffffff) return "the frames are too large";
+  if (args.block == kConvolutionBlocks[0]) return launch_block<T, kConvolutionBlocks[0]>(args, stream);
+  if (args.block == kConvolutionBlocks[1]) return launch_block<T, kConvolutionBlocks[1]>(args, stream);
+  return "a tile that is not compiled";
+}
+
+}  // namespace convolution
+
+inline const char* convolve(const Convolution& args, int device, uintptr_t stream_address) {
+  const DeviceGuard guard(device);
+  const auto stream = reinterpret_cast<cudaStream_t>(stream_address);
+  if (args.dtype == DType::float16) return convolution::launch_as<__half>(args, stream);
+  if (args.dtype == DType::bfloat16) return convolution::launch_as<__nv_bfloat16>(args, stream);
+  return "a dtype that is not compiled";
+}
+
+}  // namespace
+}  // namespace cogvx

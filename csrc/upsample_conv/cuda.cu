@@ -1,0 +1,15 @@
+#include "common/convolution.cuh"
+#include "common/convolution_weight.cuh"
+#include "upsample_conv/upsample_conv.h"
+
+namespace cogvx::upsample_conv {
+
+const char* convolve_cuda(const Convolution& args, int device, uintptr_t stream) {
+  return convolve(args, device, stream);
+}
+
+const char* weight_cuda(const WeightGradient& args, int device, uintptr_t stream) {
+  return weight_gradient(args, device, stream);
+}
+
+}  // namespace cogvx::upsample_conv

@@ -1,0 +1,94 @@
+"""The execution on the host finds bugs: each of these is planted in the real sources, and a small case must show it."""
+
+import json
+import shlex
+import subprocess
+from importlib import import_module
+from pathlib import Path
+
+import host_cuda
+import pytest
+import torch
+
+from cogvx_kernels import _extension, use_backend
+from cogvx_kernels._op import OPS
+from cogvx_kernels.testing import assert_as_accurate
+
+CSRC = host_cuda.HERE.parents[1] / "csrc"
+SEEDS = 6  # orders of threads to try; policies repeat every 3
+
+# What is planted: the operator, the file, the text and what takes its place, everywhere in that file.
+BUGS = {
+    "a missing barrier": ("expert_layernorm", "common/vec.cuh", "__syncthreads();", ""),
+}
+
+
+def build_with_bug(op: str, file: str, text: str, planted: str, folder: Path) -> Path:
+    """The plain module with the operator's kernels compiled from changed sources; the rest is linked as it is."""
+    plain = host_cuda.build()
+    original = (CSRC / file).read_text()
+    assert text in original, f"{file} has no {text!r} any more"
+    changed = folder / file
+    changed.parent.mkdir(parents=True)
+    changed.write_text(original.replace(text, planted))
+    commands = json.loads((host_cuda.FOLDER / "compile_commands.json").read_text())
+    kernels = [c for c in commands if "kernels_plain.dir" in c["output"] and Path(c["file"]).parent == CSRC / op]
+    replaced = {}
+    for i, command in enumerate(kernels):
+        source = changed if Path(command["file"]) == CSRC / file else Path(command["file"])
+        target = folder / f"{i}.o"
+        words = shlex.split(command["command"])
+        words = [word for word in words if word not in (command["file"], "-c", "-MD")]
+        words[words.index("-o") + 1] = str(target)
+        words = [words[0], f"-I{folder}", *words[1:], "-c", str(source)]  # what is changed comes first
+        subprocess.run(words, check=True, cwd=command["directory"])
+        replaced[host_cuda.FOLDER / command["output"]] = target
+    objects = [
+        c["output"] for c in commands if any(part in c["output"] for part in ("kernels_plain.dir", "bindings.dir"))
+    ]
+    objects += [c["output"] for c in commands if "/plain.dir/" in c["output"]]
+    paths = [replaced.get(host_cuda.FOLDER / output, host_cuda.FOLDER / output) for output in objects]
+    target = folder / plain.name
+    subprocess.run(["c++", "-shared", "-o", str(target), *map(str, paths)], check=True)
+    return target
+
+
+@pytest.mark.parametrize("bug", BUGS)
+def test_a_planted_bug_is_found(bug, tmp_path):
+    op, *change = BUGS[bug]
+    path = build_with_bug(op, *change, tmp_path)
+    assert not differs(op, host_cuda.build()), "the sources as they are must pass"
+    assert differs(op, path), f"{bug} in {op} was not found"
+
+
+def differs(op: str, path: Path) -> bool:
+    """Whether some small case fails or is wrong, in some order of threads."""
+    machine, cases = host_cuda.Machine(path), import_module(f"cogvx_kernels.{op}.cases")
+    dtype = OPS[op].dtypes("cuda")[0]
+    with _extension.cuda_on_host(host_cuda.load(path)), use_backend("cuda"):
+        for case in cases.SMALL:
+            args = case(dtype=dtype)
+            if OPS[op].why_not("cuda", *args) is not None:
+                continue
+            for seed in range(SEEDS):
+                machine.seed(seed)
+                try:
+                    y = OPS[op]._overload(*args)
+                except RuntimeError:
+                    return True
+                if is_wrong(op, args, y):
+                    return True
+    return False
+
+
+def is_wrong(op: str, args: tuple, y: object) -> bool:
+    reference = OPS[op].reference.forward
+    eager, exact = reference(*args), reference(*(x.double() if torch.is_tensor(x) else x for x in args))
+    largest = getattr(import_module(f"cogvx_kernels.{op}.cases"), "largest", lambda *_: None)(*args)
+    as_parts = [part if isinstance(part, tuple) else (part,) for part in (y, eager, exact)]
+    try:
+        for one, other, truth in zip(*as_parts, strict=True):
+            assert_as_accurate(one, other, truth, largest=largest)
+    except AssertionError:
+        return True
+    return False
