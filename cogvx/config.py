@@ -6,11 +6,13 @@ checked on reading, written on saving, and are no attributes.
 
 import dataclasses
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Self
 
 MAX_SIZE = 2**20  # of anything that is counted; far above every real model, and small enough that no size overflows
 MAX_LAYERS = 256
+MAX_PATCH = 64  # along an axis
+TRAINED_1_5 = 96, 170  # height and width, in latent pixels, of the videos that the 1.5 models were trained at
 
 
 class Published:
@@ -72,30 +74,30 @@ class TransformerConfig(Published):
     time_embed_dim: int = 512
     text_embed_dim: int = 4096
     num_layers: int = 30
-    sample_width: int = 90  # latent pixels of the trained videos
+    sample_width: int = 90  # latent pixels of the trained videos, but 300 x 300 in CogVideoX 1.5: see `latent_size`
     sample_height: int = 60
     sample_frames: int = 49  # frames of video, not latent ones
     patch_size: int = 2
+    patch_size_t: int | None = None  # latent frames of a patch; CogVideoX 1.0 has no patches in time
+    patch_bias: bool = True  # of the convolution that takes patches without time; those with time always have a bias
     temporal_compression_ratio: int = 4
     max_text_seq_length: int = 226
     norm_eps: float = 1e-5
     spatial_interpolation_scale: float = 1.875
     temporal_interpolation_scale: float = 1.0
     use_rotary_positional_embeddings: bool = False
+    use_learned_positional_embeddings: bool = False  # a table that is added to text and vision, with RoPE besides
+    ofs_embed_dim: int | None = None
 
     class_names = ("CogVideoXTransformer3DModel",)
     fixed: ClassVar = {
         "flip_sin_to_cos": True,
         "freq_shift": 0,
-        "ofs_embed_dim": None,
         "dropout": 0.0,
         "attention_bias": True,
-        "patch_size_t": None,
         "activation_fn": "gelu-approximate",
         "timestep_activation_fn": "silu",
         "norm_elementwise_affine": True,
-        "use_learned_positional_embeddings": False,
-        "patch_bias": True,
     }
 
     def __post_init__(self) -> None:
@@ -110,10 +112,61 @@ class TransformerConfig(Published):
             size = getattr(self, name)
             if size % self.patch_size:
                 raise ValueError(f"{name} is {size}, which is no multiple of patch_size {self.patch_size}")
+        self._check_sizes()
+        self._check_kind()
+
+    def _check_sizes(self) -> None:
+        if self.width > MAX_SIZE:
+            raise ValueError(f"the width is {self.width}; it must be at most {MAX_SIZE}")
+        for name in ("patch_size", "patch_size_t"):
+            if (getattr(self, name) or 1) > MAX_PATCH:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at most {MAX_PATCH}")
+        if self.use_learned_positional_embeddings and self.num_positions > MAX_SIZE:
+            raise ValueError(f"sample_frames, sample_height and sample_width make {self.num_positions} positions; "
+                             f"a learned table has at most {MAX_SIZE}")  # fmt: skip
+
+    def _check_kind(self) -> None:
+        """Raises ValueError for parts that no released model has together, and that diffusers cannot run together."""
+        needs_rope = {
+            "use_learned_positional_embeddings": self.use_learned_positional_embeddings,
+            "patch_size_t": self.patch_size_t is not None,
+        }
+        for name, given in needs_rope.items():
+            if given and not self.use_rotary_positional_embeddings:
+                raise ValueError(f"{name} is {getattr(self, name)} without use_rotary_positional_embeddings")
+        if self.use_learned_positional_embeddings and self.patch_size_t is not None:
+            raise ValueError(f"patch_size_t is {self.patch_size_t} with use_learned_positional_embeddings")
+        if self.ofs_embed_dim not in (None, self.time_embed_dim):
+            wanted = f"None or time_embed_dim {self.time_embed_dim}, to which it is added"
+            raise ValueError(f"ofs_embed_dim is {self.ofs_embed_dim}; it must be {wanted}")
 
     @property
     def width(self) -> int:
         return self.num_attention_heads * self.attention_head_dim
+
+    @property
+    def patch(self) -> tuple[int, int, int]:
+        """Latent frames, height and width of a patch."""
+        return self.patch_size_t or 1, self.patch_size, self.patch_size
+
+    @property
+    def trained_grid(self) -> tuple[int, int, int]:
+        """Patches of the trained videos along T, H and W."""
+        latents = (self.sample_frames - 1) // self.temporal_compression_ratio + 1
+        sizes = zip((latents, *self.latent_size), self.patch, strict=True)
+        return tuple(-(-size // patch) for size, patch in sizes)
+
+    @property
+    def num_positions(self) -> int:
+        """Rows of a learned table of positions: text, then the patches of the trained videos."""
+        return self.max_text_seq_length + math.prod(self.trained_grid)
+
+    @property
+    def latent_size(self) -> tuple[int, int]:
+        """Height and width, in latent pixels, of the videos that the model makes best."""
+        # The 300 x 300 of the 1.5 models is the size of another library's table of positions, not of a video.
+        sizes = self.sample_height, self.sample_width
+        return TRAINED_1_5 if self.patch_size_t and sizes == (300, 300) else sizes
 
 
 @dataclass(frozen=True)
@@ -128,6 +181,7 @@ class VAEConfig(Published):
     scaling_factor: float = 1.15258426
     sample_height: int = 480  # pixels of the trained videos
     sample_width: int = 720
+    invert_scale_latents: bool = False  # the latent of a conditioning image is divided by scaling_factor
 
     class_names = ("AutoencoderKLCogVideoX",)
     fixed: ClassVar = {
@@ -140,7 +194,6 @@ class VAEConfig(Published):
         "latents_std": None,
         "use_quant_conv": False,
         "use_post_quant_conv": False,
-        "invert_scale_latents": False,
     }
     ignored = ("force_upcast",)
 
@@ -197,7 +250,7 @@ class ScheduleConfig(Published):
             raise ValueError("sampler is no published field; _class_name says which one it is")
         config = super().from_dict(content)
         by_class = {name: sampler for sampler, name in cls.samplers.items()}
-        return dataclasses.replace(config, sampler=by_class[content.get("_class_name", cls.class_names[0])])
+        return replace(config, sampler=by_class[content.get("_class_name", cls.class_names[0])])
 
     def to_dict(self) -> dict[str, Any]:
         content = super().to_dict() | {"_class_name": self.samplers[self.sampler]}
@@ -214,13 +267,18 @@ class Preset:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
 
 
+_5B = TransformerConfig(num_layers=42, num_attention_heads=48, use_rotary_positional_embeddings=True)
+_1_5_5B = replace(_5B, patch_size_t=2, patch_bias=False, sample_height=300, sample_width=300, sample_frames=81)
+_5B_VAE = VAEConfig(scaling_factor=0.7)
+_1_5_VAE = replace(_5B_VAE, invert_scale_latents=True)
+_5B_SCHEDULE = ScheduleConfig(snr_shift_scale=1.0)
+
 PRESETS = {
     "2b": Preset(),
-    "5b": Preset(
-        TransformerConfig(num_layers=42, num_attention_heads=48, use_rotary_positional_embeddings=True),
-        VAEConfig(scaling_factor=0.7),
-        ScheduleConfig(snr_shift_scale=1.0),
-    ),
+    "5b": Preset(_5B, _5B_VAE, _5B_SCHEDULE),
+    "5b-i2v": Preset(replace(_5B, in_channels=32, use_learned_positional_embeddings=True), _5B_VAE, _5B_SCHEDULE),
+    "1.5-5b": Preset(_1_5_5B, _1_5_VAE, _5B_SCHEDULE),
+    "1.5-5b-i2v": Preset(replace(_1_5_5B, in_channels=32, ofs_embed_dim=512), _1_5_VAE, _5B_SCHEDULE),
     "tiny": Preset(
         TransformerConfig(
             num_attention_heads=4,
@@ -247,6 +305,8 @@ PRESETS = {
 
 def _typed(key: str, value: Any, kind: Any) -> Any:
     """`value` as read from JSON, as the type that the field has."""
+    if kind == int | None:
+        return None if value is None else _typed(key, value, int)
     if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
         try:
             return float(value)

@@ -91,11 +91,12 @@ class Settings:
         if not isinstance(self.negative_prompt, str):
             raise SettingsError(f"negative_prompt is {self.negative_prompt!r}; it must be a text, '' for none")
         transformer, factor = configs.transformer, configs.space_factor
+        height, width = (size * factor for size in transformer.latent_size)
         known = replace(
             self,
             num_frames=transformer.sample_frames if self.num_frames is None else self.num_frames,
-            height=transformer.sample_height * factor if self.height is None else self.height,
-            width=transformer.sample_width * factor if self.width is None else self.width,
+            height=height if self.height is None else self.height,
+            width=width if self.width is None else self.width,
             sampler=configs.schedule.sampler if self.sampler is None else self.sampler,
             seed=secrets.randbelow(2**32) if self.seed is None else self.seed,
         )

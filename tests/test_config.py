@@ -2,9 +2,13 @@ import json
 import math
 
 import pytest
+import torch
 
-from cogvx.config import PRESETS, ScheduleConfig, TransformerConfig, VAEConfig
+from cogvx.config import MAX_SIZE, PRESETS, ScheduleConfig, TransformerConfig, VAEConfig
+from cogvx.models import ExpertTransformer
 
+ROPE = {"use_rotary_positional_embeddings": True}
+LEARNED = {"use_learned_positional_embeddings": True, **ROPE}
 PARTS = [(name, part) for name in PRESETS for part in ("transformer", "vae", "schedule")]
 
 
@@ -42,6 +46,34 @@ def test_files_as_published_are_read():
     assert schedule.to_dict()["_class_name"] == "CogVideoXDPMScheduler"
 
 
+def test_the_released_1_5_is_read():
+    # The fields of its image-to-video model that differ from the 5B's; both sizes are in use.
+    content = PRESETS["5b"].transformer.to_dict() | {
+        "in_channels": 32, "ofs_embed_dim": 512, "patch_bias": False, "patch_size_t": 2, "sample_frames": 81,
+        "sample_height": 300, "sample_width": 300,
+    }  # fmt: skip
+    config = TransformerConfig.from_dict(content)
+    assert config == PRESETS["1.5-5b-i2v"].transformer
+    other = TransformerConfig.from_dict(content | {"sample_height": 96, "sample_width": 170})
+    for size in (config, other):
+        assert size.latent_size == (96, 170) and size.trained_grid == (11, 48, 85)
+
+
+def test_the_largest_sizes_still_describe_a_model():
+    largest = dict.fromkeys(("in_channels", "out_channels", "text_embed_dim", "time_embed_dim"), MAX_SIZE)
+    patches = dict.fromkeys(("patch_size", "patch_size_t", "sample_height", "sample_width"), 64)
+    width = {"num_layers": 1, "num_attention_heads": 2**10, "attention_head_dim": 2**10}
+    config = TransformerConfig(**largest, **patches, **width, **ROPE, ofs_embed_dim=MAX_SIZE)
+    with torch.device("meta"):
+        assert sum(p.numel() for p in ExpertTransformer(config).parameters()) > 2**58
+
+
+def test_grids_of_the_1_0_models():
+    for name in ("2b", "5b", "5b-i2v"):
+        config = PRESETS[name].transformer
+        assert (config.trained_grid, config.num_positions) == ((13, 30, 45), 226 + 17_550)
+
+
 def test_time_is_halved_at_the_first_two_levels():
     assert [VAEConfig().halves_time(level) for level in range(3)] == [True, True, False]
 
@@ -49,9 +81,16 @@ def test_time_is_halved_at_the_first_two_levels():
 @pytest.mark.parametrize(
     ("config", "changes", "message"),
     [
-        (TransformerConfig, {"patch_size_t": 2}, "patch_size_t is 2, which is not supported yet; supported is None"),
-        (TransformerConfig, {"ofs_embed_dim": 512}, "ofs_embed_dim is 512, which is not supported yet"),
+        (TransformerConfig, {"dropout": 0.1}, "dropout is 0.1, which is not supported yet; supported is 0.0"),
+        (TransformerConfig, {"patch_size_t": 2}, "patch_size_t is 2 without use_rotary_positional_embeddings"),
+        (TransformerConfig, {"patch_size_t": True}, "patch_size_t is True; it must be of type int"),
+        (TransformerConfig, {"patch_size_t": 65, **ROPE}, "patch_size_t is 65; it must be at most 64"),
+        (TransformerConfig, {"ofs_embed_dim": 256}, "ofs_embed_dim is 256; it must be None or time_embed_dim 512"),
         (TransformerConfig, {"use_learned_positional_embeddings": True}, "use_learned_positional_embeddings is True"),
+        (TransformerConfig, LEARNED | {"patch_size_t": 2}, "patch_size_t is 2 with use_learned_positional_embeddings"),
+        (TransformerConfig, LEARNED | {"sample_frames": 10**6}, "sample_frames, .* 337500226 positions; .* at most"),
+        (TransformerConfig, {"attention_head_dim": 2**19}, "the width is 15728640; it must be at most 1048576"),
+        (VAEConfig, {"invert_scale_latents": 1}, "invert_scale_latents is 1; it must be of type bool"),
         (TransformerConfig, {"freq_shift": False}, "freq_shift is False"),
         (TransformerConfig, {"colour": "red"}, "colour is 'red', a field that is not known"),
         (TransformerConfig, {"num_layers": "30"}, "num_layers is '30'; it must be of type int"),

@@ -95,7 +95,7 @@ def test_diffusers_computes_the_same_there(device):
     ours = ExpertTransformer.from_pretrained("tiny", device=device).float().eval()
     theirs = diffusers.CogVideoXTransformer3DModel.from_pretrained(TINY / "transformer").to(device).eval()
     latents, text, timestep = inputs(ours, device, torch.float32)
-    rope = ours.positions((5, latents.shape[3] // 2, latents.shape[4] // 2), latents.device)[1]
+    rope = ours.positions((5, latents.shape[3] // 2, latents.shape[4] // 2), text.shape[1], latents.device)[1]
     other = theirs(latents.transpose(1, 2), text, timestep, image_rotary_emb=rope, return_dict=False)[0]
     y = ours(latents, text, timestep)
     assert ((y - other.transpose(1, 2)).norm() / y.norm()).item() <= 1e-4

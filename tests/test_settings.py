@@ -21,6 +21,13 @@ def test_unset_settings_are_what_the_checkpoint_says():
     assert known.seed != Settings("a cat").resolve(CONFIGS).seed
 
 
+def test_the_1_5_models_make_their_trained_size():
+    for name in ("1.5-5b", "1.5-5b-i2v"):
+        preset = PRESETS[name]
+        known = Settings("a cat").resolve(Configs(preset.transformer, preset.vae, preset.schedule))
+        assert (known.num_frames, known.height, known.width) == (81, 768, 1360)
+
+
 @pytest.mark.parametrize("num_frames", [1, 9, 17, 25, 33, 41, 49])
 def test_as_many_frames_as_asked(num_frames):
     known = Settings("a cat", num_frames=num_frames).resolve(CONFIGS)

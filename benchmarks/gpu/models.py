@@ -144,7 +144,7 @@ def transformer(kind: str, record: Record, compiled: bool) -> Iterator[Work]:
     normal = Normal(DTYPE, DEVICE, seed=1)
     latents = normal(2, *LATENTS[1:])
     text, timestep = normal(2, NUM_TEXT, config.text_embed_dim), torch.full((2,), 500, device=DEVICE)
-    rope = ours.positions((LATENTS[2], LATENTS[3] // 2, LATENTS[4] // 2), latents.device)[1]
+    rope = ours.positions((LATENTS[2], LATENTS[3] // 2, LATENTS[4] // 2), NUM_TEXT, latents.device)[1]
     yield _block(kind, ours, theirs, rope)
     modulation = ours.tabulate([500]).at(500)
     on_meta = [x.to("meta") for x in (latents, text, timestep)]

@@ -23,25 +23,27 @@ class Modulation(NamedTuple):
 
 
 class ModulationTable(nn.Module):
-    """The modulation of every timestep of a schedule: `table.at(999)`."""
+    """The modulation of every timestep of a schedule, at one ofs: `table.at(999)`."""
 
-    def __init__(self, timesteps: Sequence[int], rows: Sequence[Modulation]):
+    def __init__(self, timesteps: Sequence[int], rows: Sequence[Modulation], ofs: float | None = None):
         super().__init__()
-        self.timesteps = tuple(timesteps)
+        self.timesteps, self.ofs = tuple(timesteps), ofs
         self.register_buffer("blocks", torch.cat([row.blocks for row in rows]), persistent=False)
         self.register_buffer("last", torch.cat([row.last for row in rows]), persistent=False)
 
-    def at(self, *timesteps: int) -> Modulation:
-        """The modulation of one timestep, or of one for each sample of a batch.
+    def at(self, *timesteps: int, ofs: float | None = None) -> Modulation:
+        """The modulation of one timestep, or of one for each sample of a batch; an ofs of None is the table's.
 
-        Raises ValueError for a timestep that is not in the table.
+        Raises ValueError for a timestep or an ofs that is not in the table.
         """
-        rows = [self.row(timestep) for timestep in timesteps]
+        rows = [self.row(timestep, ofs) for timestep in timesteps]
         if len(set(rows)) == 1:
             return Modulation(self.blocks[rows[0], None], self.last[rows[0], None])
         return Modulation(self.blocks[rows], self.last[rows])
 
-    def row(self, timestep: int) -> int:
+    def row(self, timestep: int, ofs: float | None = None) -> int:
+        if ofs not in (None, self.ofs):
+            raise ValueError(f"ofs is {ofs}, but the modulation was kept for {self.ofs} when its weights were released")
         if timestep in self.timesteps:
             return self.timesteps.index(timestep)
         kept = ", ".join(map(str, self.timesteps[:3])) + (", ..." if len(self.timesteps) > 3 else "")

@@ -1,12 +1,13 @@
 """The expert transformer: text and vision in one sequence that shares every weight but the modulation.
 
 B batch, C channels, T H W latent frames, height and width, D width, A heads, E head width, L text tokens,
-N = L + T (H / p) (W / p) tokens. Text comes first in every [B, N, D]. Module names are those of the published
-checkpoints.
+N = L + (T / q) (H / p) (W / p) tokens, for patches of q x p x p. Text comes first in every [B, N, D]. Module names are
+those of the published checkpoints.
 
 Source: "CogVideoX" (arXiv 2408.06072), section 2.2, and the released configurations.
 """
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple, Self
@@ -19,11 +20,14 @@ from cogvx_kernels import expert_layernorm, gated_expert_layernorm, joint_attent
 
 from ..config import TransformerConfig
 from .checkpoint import load_model
-from .embeddings import rope_positions, sincos_positions, timestep_embedding
+from .embeddings import Grid, Placement, default_placement, rope_positions, timestep_embedding
 from .linear import Linear
 from .modulation import Modulation, ModulationTable
+from .patches import Added, PatchEmbed, unpatchify
 from .saving import SHARD_BYTES, save_model
 
+OFS = 2.0  # what every model that takes an ofs was trained with, and always
+Rope = tuple[Tensor, Tensor] | None  # cosine and sine, [N - L, E] each
 QK_EPS = 1e-6  # of the per-head norms of q and k; all others take the config's norm_eps
 
 
@@ -35,10 +39,12 @@ class ExpertTransformer(nn.Module):
         self.config = config
         self.patch_embed = PatchEmbed(config)
         self.time_embedding = TimeEmbedding(config.width, config.time_embed_dim)
+        if config.ofs_embed_dim is not None:
+            self.ofs_embedding = TimeEmbedding(config.ofs_embed_dim, config.time_embed_dim)
         self.transformer_blocks = nn.ModuleList(ExpertBlock(config) for _ in range(config.num_layers))
         self.norm_final = nn.LayerNorm(config.width, config.norm_eps)
         self.norm_out = LastNorm(config)
-        self.proj_out = Linear(config.width, config.out_channels * config.patch_size**2)
+        self.proj_out = Linear(config.width, config.out_channels * math.prod(config.patch))
         self.table: ModulationTable | None = None  # what is left of the modulation once its weights are released
 
     @classmethod
@@ -66,56 +72,77 @@ class ExpertTransformer(nn.Module):
 
     def forward(
         self,
-        latents: Tensor,  # [B, C, T, H, W]
+        latents: Tensor,  # [B, in_channels, T, H, W]; image to video: noisy ones, then the image's
         text: Tensor,  # [B, L, text_embed_dim]
         timestep: Tensor,  # [B], 0 ... 999
         modulation: Modulation | None = None,  # of that timestep, where a table has it
-    ) -> Tensor:  # [B, C, T, H, W]
-        dtype, num_text, patch = self.proj_out.weight.dtype, text.shape[1], self.config.patch_size
+        ofs: float | None = None,  # of the models that take one; None is the 2.0 they were trained with
+        placement: Placement | None = None,  # at sizes other than the trained ones; None is `default_placement`
+    ) -> Tensor:  # [B, out_channels, T, H, W]
+        dtype, num_text, patch = self.proj_out.weight.dtype, text.shape[1], self.config.patch
         grid = self.check_shapes(latents, text, timestep)
-        added, rope = self.positions(grid, latents.device)
-        modulation = (modulation or self.modulate(timestep)).expand(len(latents))
+        added, rope = self.positions(grid, num_text, latents.device, placement)
+        modulation = (modulation or self.modulate(timestep, ofs)).expand(len(latents))
         stream = Stream(self.patch_embed(latents.to(dtype), text.to(dtype), added))
         for block, norms in zip(self.transformer_blocks, modulation.blocks.unbind(1), strict=True):
             stream = block(stream, norms, rope, num_text)
         vision = self.norm_final(stream.vision(num_text))
         return unpatchify(self.proj_out(self.norm_out(vision, modulation.last)), grid, patch)
 
-    def modulate(self, timestep: Tensor) -> Modulation:  # [B]
+    def modulate(self, timestep: Tensor, ofs: float | None = None) -> Modulation:  # [B]
         """Shift, scale and gate of every norm at a timestep.
 
-        Raises ValueError for a timestep that is not in the table of a model without its modulation weights.
+        Raises ValueError for a timestep or an ofs that is not in the table of a model without its modulation weights,
+        and for an ofs given to a model that takes none.
         """
+        ofs = self.check_ofs(ofs)
         if self.table is not None:
-            return self.table.at(*timestep.tolist())
-        embedded = timestep_embedding(timestep, self.config.width).to(self.proj_out.weight.dtype)
-        condition = F.silu(self.time_embedding(embedded))
+            return self.table.at(*timestep.tolist(), ofs=ofs)
+        dtype = self.proj_out.weight.dtype
+        condition = self.time_embedding(timestep_embedding(timestep, self.config.width).to(dtype))
+        if ofs is not None:
+            value = torch.full((1,), ofs, device=timestep.device)
+            condition = condition + self.ofs_embedding(timestep_embedding(value, self.config.ofs_embed_dim).to(dtype))
+        condition = F.silu(condition)
         norms = [norm.modulate(condition) for block in self.transformer_blocks for norm in (block.norm1, block.norm2)]
         return Modulation(torch.stack(norms, 1).unflatten(1, (-1, 2)), self.norm_out.modulate(condition))
 
+    def check_ofs(self, ofs: float | None) -> float | None:
+        """The ofs of a call, None for a model that takes none. Raises ValueError where one is given to such a model."""
+        if self.config.ofs_embed_dim is None:
+            if ofs is not None:
+                raise ValueError(f"ofs is {ofs}, but this model takes none; leave it out")
+            return None
+        if ofs is None:
+            return OFS
+        if isinstance(ofs, bool) or not isinstance(ofs, int | float) or not math.isfinite(ofs):
+            raise ValueError(f"ofs is {ofs!r}; it must be a finite number, {OFS} as in training")
+        return float(ofs)
+
     @torch.no_grad()
-    def tabulate(self, timesteps: Sequence[int], batch: int = 1) -> ModulationTable:
+    def tabulate(self, timesteps: Sequence[int], batch: int = 1, ofs: float | None = None) -> ModulationTable:
         """The modulation of each of these timesteps, for `forward(..., modulation=table.at(timestep))`.
 
         A product's last bits may depend on how many rows it has: with the `batch` of the calls to come, those give the
         same bits as without a table on a CPU (in widths that its vectors divide, as the released ones are). Raises
-        ValueError where the weights are released and a timestep was not kept.
+        ValueError where the weights are released and a timestep or this ofs was not kept.
         """
+        ofs = self.check_ofs(ofs)
         if self.table is None:
             device = self.proj_out.weight.device
-            rows = [self.modulate(torch.full((batch,), timestep, device=device)) for timestep in timesteps]
-            return ModulationTable(timesteps, [Modulation(*(part[:1] for part in row)) for row in rows])
+            rows = [self.modulate(torch.full((batch,), timestep, device=device), ofs) for timestep in timesteps]
+            return ModulationTable(timesteps, [Modulation(*(part[:1] for part in row)) for row in rows], ofs)
         for timestep in timesteps:
-            self.table.row(timestep)
+            self.table.row(timestep, ofs)
         return self.table
 
-    def release_modulation(self, timesteps: Sequence[int]) -> None:
+    def release_modulation(self, timesteps: Sequence[int], ofs: float | None = None) -> None:
         """Keep the modulation of these timesteps and free the weights that make it: a fifth of 2B's, a seventh of 5B's.
 
-        The model then takes those timesteps alone, and can be neither trained nor saved.
+        The model then takes those timesteps and this ofs alone, and can be neither trained nor saved.
         """
-        table = self.eval().tabulate(timesteps)
-        self.table, self.time_embedding = table, None
+        table = self.eval().tabulate(timesteps, ofs=ofs)
+        self.table, self.time_embedding, self.ofs_embedding = table, None, None
         for module in self.modules():
             if isinstance(module, ModulatedNorm | LastNorm):
                 module.linear = None
@@ -130,32 +157,35 @@ class ExpertTransformer(nn.Module):
         if self.table is not None:
             raise ValueError(f"the modulation weights of this transformer were released, so it cannot be {what}")
 
-    def positions(self, grid: tuple[int, int, int], device: torch.device):
-        """What is added to the vision tokens and what rotates them; a model has one of the two, the other is None."""
-        config = self.config
+    def positions(
+        self, grid: Grid, num_text: int, device: torch.device, placement: Placement | None = None
+    ) -> tuple[Added, Rope]:
+        """What is added to text and to vision tokens, and what rotates the latter; None where nothing does."""
+        config, rope = self.config, None
+        placement = placement or default_placement(config)
         if config.use_rotary_positional_embeddings:
-            trained = config.sample_height // config.patch_size, config.sample_width // config.patch_size
-            return None, rope_positions(grid, trained, config.attention_head_dim, device)
-        scales = config.spatial_interpolation_scale, config.temporal_interpolation_scale
-        return sincos_positions(grid, config.width, *scales, device), None
+            rules = placement.rope, placement.intrinsic
+            rope = rope_positions(grid, config.trained_grid[1:], config.attention_head_dim, device, *rules)
+        return self.patch_embed.positions(grid, num_text, placement.table), rope
 
-    def check_shapes(self, latents: Tensor, text: Tensor, timestep: Tensor) -> tuple[int, int, int]:
+    def check_shapes(self, latents: Tensor, text: Tensor, timestep: Tensor) -> Grid:
         """The grid of patches, T, H, W. Raises ValueError for shapes that the model cannot take."""
-        config, patch = self.config, self.config.patch_size
+        config = self.config
         if latents.dim() != 5 or latents.shape[1] != config.in_channels or 0 in latents.shape:
             wanted = f"[B, {config.in_channels}, T, H, W]"
             raise ValueError(f"latents have shape {list(latents.shape)}, but this model takes {wanted}")
-        batch, _, num_frames, height, width = latents.shape
-        for name, size in (("height", height), ("width", width)):
+        batch, sizes = len(latents), latents.shape[2:]
+        for name, size, patch in zip(("num_frames", "height", "width"), sizes, config.patch, strict=True):
             if size % patch:
-                nearest = max(patch, round(size / patch) * patch)
+                # A clip is filled up and cut again, a picture takes the size that is closest.
+                nearest = -(-size // patch) * patch if name == "num_frames" else max(patch, round(size / patch) * patch)
                 raise ValueError(f"latents have {name} {size}, which is no multiple of {patch}; try {nearest}")
         if text.dim() != 3 or text.shape[0] != batch or text.shape[2] != config.text_embed_dim:
             wanted = f"[{batch}, L, {config.text_embed_dim}]"
             raise ValueError(f"text has shape {list(text.shape)}, but these latents and this model take {wanted}")
         if timestep.shape != (batch,):
             raise ValueError(f"timestep has shape {list(timestep.shape)}, but these latents take [{batch}]")
-        return num_frames, height // patch, width // patch
+        return tuple(size // patch for size, patch in zip(sizes, config.patch, strict=True))
 
     @torch.no_grad()
     def init_for_training(self) -> Self:
@@ -163,14 +193,19 @@ class ExpertTransformer(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Conv2d):
                 nn.init.xavier_uniform_(module.weight.flatten(1))  # of a convolution, the map from patch to width
-                nn.init.zeros_(module.bias)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
             elif isinstance(module, nn.LayerNorm):
                 module.reset_parameters()
         for module in self.modules():
             if isinstance(module, ModulatedNorm | LastNorm):
                 nn.init.zeros_(module.linear.weight)
-        for layer in (self.time_embedding.linear_1, self.time_embedding.linear_2):
-            nn.init.normal_(layer.weight, std=0.02)
+        for module in self.modules():
+            if isinstance(module, TimeEmbedding):
+                nn.init.normal_(module.linear_1.weight, std=0.02)
+                nn.init.normal_(module.linear_2.weight, std=0.02)
+        if self.config.use_learned_positional_embeddings:
+            nn.init.zeros_(self.patch_embed.pos_embedding)
         return self
 
 
@@ -200,7 +235,7 @@ class ExpertBlock(nn.Module):
         self,
         stream: Stream,
         norms: Tensor,  # [B, 2, 3, 2, D], the modulation of norm1 and norm2
-        rope: tuple[Tensor, Tensor] | None,  # [N - L, E] each
+        rope: Rope,
         num_text: int,
     ) -> Stream:
         x, y, gate = self.norm1(stream, norms[:, 0], num_text)
@@ -261,7 +296,7 @@ class JointAttention(nn.Module):
         self.to_v = Linear(config.width, config.width)
         self.to_out = nn.ModuleList([Linear(config.width, config.width)])
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor] | None, num_text: int) -> Tensor:
+    def forward(self, x: Tensor, rope: Rope, num_text: int) -> Tensor:
         # Three calls, not one product over joined weights, so that LoRA and quantised layers can take their place.
         qkv = torch.cat([self.to_q(x), self.to_k(x), self.to_v(x)], dim=-1)
         norm_q, norm_k = self.norm_q, self.norm_k
@@ -286,23 +321,6 @@ class FeedForward(nn.Module):
         return down(F.gelu(up(x), approximate="tanh"))
 
 
-class PatchEmbed(nn.Module):
-    """Text and latent patches as tokens of one width, text first."""
-
-    def __init__(self, config: TransformerConfig):
-        super().__init__()
-        patch = config.patch_size
-        self.proj = nn.Conv2d(config.in_channels, config.width, patch, stride=patch)
-        self.text_proj = Linear(config.text_embed_dim, config.width)
-
-    def forward(self, latents: Tensor, text: Tensor, added: Tensor | None) -> Tensor:
-        frames = self.proj(latents.transpose(1, 2).flatten(0, 1))  # [B T, D, H / p, W / p]
-        vision = frames.unflatten(0, (latents.shape[0], -1)).flatten(3).transpose(2, 3).flatten(1, 2)
-        if added is not None:
-            vision = vision + added.to(vision.dtype)
-        return torch.cat([self.text_proj(text), vision], dim=1)
-
-
 class TimeEmbedding(nn.Module):
     def __init__(self, width: int, time_width: int):
         super().__init__()
@@ -311,12 +329,3 @@ class TimeEmbedding(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.linear_2(F.silu(self.linear_1(x)))
-
-
-def unpatchify(
-    tokens: Tensor,  # [B, T h w, C p p]
-    grid: tuple[int, int, int],  # T, h, w
-    patch: int,
-) -> Tensor:  # [B, C, T, h p, w p]
-    patches = tokens.unflatten(1, grid).unflatten(-1, (-1, patch, patch))  # [B, T, h, w, C, p, p]
-    return patches.permute(0, 4, 1, 2, 5, 3, 6).flatten(5, 6).flatten(3, 4)

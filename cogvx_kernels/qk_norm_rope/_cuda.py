@@ -5,7 +5,7 @@ from torch import Tensor
 
 from .. import _extension
 from .._extension import DTYPES, cuda_place, rows, with_contiguous_rows
-from ._native import addresses, heads, widened
+from .arguments import addresses, heads, widened
 
 FOR_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MAX_WIDTH = 256

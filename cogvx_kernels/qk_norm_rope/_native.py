@@ -5,6 +5,7 @@ from torch import Tensor
 
 from .. import _extension
 from .._extension import DTYPES, place, rows, with_contiguous_rows
+from .arguments import addresses, heads, widened
 
 
 def why_not(
@@ -84,17 +85,3 @@ def backward(
         grads = [g.zero_() for g in grads]
         grad_cos, grad_sin = (g if g is None else g.zero_() for g in (grad_cos, grad_sin))
     return *grads, *(g if g is None else g.to(x.dtype) for g, x in ((grad_cos, cos), (grad_sin, sin)))
-
-
-def widened(angles: Tensor | None, like: Tensor) -> Tensor | None:
-    """cos or sin in the dtype that the kernel computes in for tensors like this."""
-    wide = torch.float64 if like.dtype == torch.float64 else torch.float32
-    return angles if angles is None else angles.to(wide).contiguous()
-
-
-def addresses(*tensors: Tensor | None) -> tuple[int, ...]:
-    return tuple(0 if x is None else x.data_ptr() for x in tensors)
-
-
-def heads(x: Tensor) -> tuple[int, int, int, int]:  # x [B, A, N, E] with contiguous rows
-    return x.data_ptr(), *x.stride()[:3]

@@ -43,8 +43,11 @@ inline void throw_if(const char* error, const char* operator_name) {
 #ifdef COGVX_CUDA_VERSION
 #define COGVX_ON_CUDA(operator_name, call) cogvx::throw_if(call, operator_name)
 #else
-#define COGVX_ON_CUDA(operator_name, call) \
-  throw std::runtime_error(std::string(operator_name) + ": the extension was built without CUDA")
+#define COGVX_ON_CUDA(operator_name, call)                                                         \
+  do {                                                                                            \
+    if constexpr (false) (void)(call); /* discarded, so that it needs no definition, but checked */ \
+    throw std::runtime_error(std::string(operator_name) + ": the extension was built without CUDA"); \
+  } while (false)
 #endif
 
 }  // namespace cogvx

@@ -59,7 +59,7 @@ def test_a_block_and_a_step_of_the_transformer(kind, block, step):
         x = torch.empty(1, TOKENS, config.width, dtype=torch.bfloat16)
         modulation = torch.empty(1, 2, 3, 2, config.width, dtype=torch.bfloat16)
         latents, text, timestep = torch.empty(2, *LATENTS[1:]), torch.empty(2, TEXT, 4096), torch.empty(2)
-        rope = model.positions((13, 30, 45), x.device)[1]
+        rope = model.positions((13, 30, 45), TEXT, x.device)[1]
         stream = Stream(x, modulation[:, 0, 2], x.clone())
         of_block = cost.of_model(lambda: model.transformer_blocks[0](stream, modulation, rope, TEXT))
         of_step = cost.of_model(lambda: model(latents, text, timestep))

@@ -18,7 +18,7 @@ def inputs(config, timestep, batch=2):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("preset", ["2b", "5b"])
+@pytest.mark.parametrize("preset", ["2b", "5b", "1.5-5b-i2v"])
 def test_a_table_changes_no_bit(preset):
     torch.manual_seed(0)
     config = TransformerConfig(**{**vars(PRESETS[preset].transformer), "num_layers": 2, "num_attention_heads": 3})
@@ -45,6 +45,7 @@ def test_samples_of_a_batch_may_have_timesteps_of_their_own(published):
     [
         ("2b", 354_585_600, 1_969_920 + 1_246_208),  # of norm1 and norm2; of norm_out and time_embedding
         ("5b", 794_271_744, 3_151_872 + 1_836_032),
+        ("1.5-5b-i2v", 794_271_744, 3_151_872 + 1_836_032 + 525_312),  # and ofs_embedding
     ],
 )
 def test_released_are_a_fifth_of_2b_and_a_seventh_of_5b(name, in_blocks, elsewhere):
@@ -62,8 +63,9 @@ def test_released_are_a_fifth_of_2b_and_a_seventh_of_5b(name, in_blocks, elsewhe
 
 
 @torch.no_grad()
-def test_a_released_model_computes_the_same_and_knows_its_limits(published, tmp_path):
-    model = ExpertTransformer.from_pretrained(published / "5b")
+@pytest.mark.parametrize("kind", ["5b", "1.5-5b-i2v"])
+def test_a_released_model_computes_the_same_and_knows_its_limits(published, tmp_path, kind):
+    model = ExpertTransformer.from_pretrained(published / kind)
     given = inputs(model.config, 500, batch=1)
     expected, other = model(*given), inputs(model.config, 501)
     model.release_modulation(TIMESTEPS)
@@ -80,6 +82,21 @@ def test_a_released_model_computes_the_same_and_knows_its_limits(published, tmp_
         model.save_pretrained(tmp_path / "model")
     assert not (tmp_path / "model").exists()
     assert not model.eval().training
+
+
+@torch.no_grad()
+def test_a_released_model_keeps_one_ofs(published):
+    model = ExpertTransformer.from_pretrained(published / "1.5-5b-i2v")
+    given = inputs(model.config, 37, batch=1)
+    usual, other = model(*given), model(*given, ofs=0.5)
+    table = model.tabulate(TIMESTEPS, ofs=0.5)
+    assert torch.equal(model(*given, table.at(37)), other)
+    model.release_modulation(TIMESTEPS)
+    assert torch.equal(model(*given), usual) and torch.equal(model(*given, ofs=2.0), usual)
+    assert model.tabulate(TIMESTEPS) is model.table
+    for call in (lambda: model(*given, ofs=0.5), lambda: model.tabulate(TIMESTEPS, ofs=0.5)):
+        with pytest.raises(ValueError, match=r"ofs is 0\.5, but the modulation was kept for 2\.0"):
+            call()
 
 
 def test_a_released_pipeline_makes_the_same_clip_with_its_number_of_steps(small_checkpoint):

@@ -14,6 +14,9 @@ from cogvx.models.saving import content_hash, new_folder
 MODELS = {
     "2b": (ExpertTransformer, CogVideoXTransformer3DModel),
     "5b": (ExpertTransformer, CogVideoXTransformer3DModel),
+    "5b-i2v": (ExpertTransformer, CogVideoXTransformer3DModel),
+    "1.5-5b": (ExpertTransformer, CogVideoXTransformer3DModel),
+    "1.5-5b-i2v": (ExpertTransformer, CogVideoXTransformer3DModel),
     "vae": (CausalVAE, AutoencoderKLCogVideoX),
 }
 
@@ -28,6 +31,10 @@ def test_diffusers_loads_what_we_save(published, tmp_path, name, shard_bytes):
     assert not any(report.values())
     state = model.state_dict()
     assert all(torch.equal(tensor, state[key]) for key, tensor in loaded.state_dict().items())
+    loaded.save_pretrained(tmp_path / "y")
+    again = ours.from_pretrained(tmp_path / "y")
+    assert again.config == model.config
+    assert all(torch.equal(tensor, state[key]) for key, tensor in again.state_dict().items())
     before = theirs.from_pretrained(published / name).config
     assert {k: v for k, v in loaded.config.items() if k[0] != "_"} == {k: v for k, v in before.items() if k[0] != "_"}
 
