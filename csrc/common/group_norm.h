@@ -2,53 +2,24 @@
 //
 // A row is what lies side by side: the channels of a pixel, or in the other memory order some pixels of a channel. Its
 // values have coefficients of their own, so the loops below are the same for both:
-// y = silu(v) with v = (x - mean) * factor + offset.
+// v = (x - mean) * factor + offset, and y = silu(v). Forward, factor and offset are those of kSiluUnit * v.
 //
-// To be included by a cpu.cpp alone. Functions are `static` and classes nameless elsewhere: every instruction set gets
-// its own copy, and none can be linked into another's code.
+// To be included by a cpu.cpp alone: everything is in an unnamed namespace, so every instruction set gets its own copy.
 #pragma once
-
-#include <math.h>
 
 #include <cstdint>
 
 #include "common/dtype.h"
+#include "common/group_statistics.h"
+#include "common/scratch.h"
 #include "common/silu.h"
 #include "common/video.h"
 
 namespace cogvx {
 namespace {
 
-constexpr int64_t kRun = 128;         // rows whose statistics are added up in the arithmetic type, and then in double
-constexpr int64_t kGradientRun = 16;  // the same for gradients
-constexpr int64_t kBlock = 1 << 16;   // values of a block of pixels, about: one thread's turn
-constexpr int64_t kAhead = 4096;      // values
-constexpr int64_t kLanes = 64;        // values of a row where a channel's pixels lie side by side
-
-template <class A> struct Scratch {  // zeros of one thread or call: rows of a width, from the start of a cache line
-  static constexpr size_t kLine = 64;
-  char* memory;
-  A* data;
-  int64_t width;
-  Scratch(int64_t count, int64_t row_width)
-      : memory(new char[count * row_width * sizeof(A) + kLine]()), data(aligned(memory)), width(row_width) {}
-  ~Scratch() { delete[] memory; }
-  static A* aligned(char* from) {
-    return reinterpret_cast<A*>(from + (kLine - reinterpret_cast<uintptr_t>(from) % kLine));
-  }
-  Scratch(const Scratch&) = delete;
-  Scratch& operator=(const Scratch&) = delete;
-  A* row(int64_t i) const { return data + i * width; }
-};
-
-// Asks for values that will be read soon, where the processor does not foresee it; they need not exist.
-template <class T> void fetch(const T* from, int64_t count) {
-#if defined(__GNUC__)
-  for (int64_t i = 0; i < count; i += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(from + i);
-#else
-  (void)from, (void)count;
-#endif
-}
+constexpr int kRegisters = 4;         // whose values go through SiLU together
+constexpr int64_t kGradientRun = 16;  // rows whose gradients are added up in the arithmetic type, and then in double
 
 template <class A> struct Coefficients {
   const A *mean, *factor, *offset;
@@ -56,6 +27,28 @@ template <class A> struct Coefficients {
 
 // Forward, 16 bits need no difference from the mean: float holds enough of them for (offset - mean * factor).
 template <class T> constexpr bool kIsCentered = sizeof(T) > 2;
+
+// Results above this size leave the caches before anyone reads them. Written past these, memory is not first read, and
+// more of x is still there when it is read again. It takes rows of whole cache lines.
+constexpr int64_t kStreamedBytes = int64_t{32} << 20;
+
+template <class T> bool is_streamed(const Video& y) {
+#if defined(__AVX2__)
+  const int64_t row = y.channels * static_cast<int64_t>(sizeof(T)), bytes = y.batch * y.frames * y.pixels * row;
+  const bool whole = row % 64 == 0 && reinterpret_cast<uintptr_t>(y.data) % 64 == 0;
+  return sizeof(T) < sizeof(double) && y.channels_last && whole && bytes > kStreamedBytes;
+#else
+  (void)y;
+  return false;
+#endif
+}
+
+// After the last streamed row of a thread, so that others see them.
+inline void finish_streaming() {
+#if defined(__AVX2__)
+  _mm_sfence();
+#endif
+}
 
 // Values taken into the arithmetic type and rounded back; loops of their own, because vectors change their length here.
 template <class T, class A> void widen_row(const T* from, A* to, int64_t width) {
@@ -84,17 +77,36 @@ inline void round_row(const float* from, Half* to, int64_t width) {
 }
 #endif
 
-template <class T> void apply_row(const T* x, T* y, int64_t width, const Coefficients<accumulator_t<T>>& of) {
+#if defined(__AVX2__)
+// kCount registers side by side of a row.
+template <class T, int kCount>
+void apply_together(const T* x, T* y, const Coefficients<float>& of, int64_t start, bool streamed) {
+  Floats t[kCount];
+  fetch(x + start + kAhead / static_cast<int64_t>(sizeof(T)), kCount * kFloats);
+#pragma GCC unroll 8
+  for (int n = 0; n < kCount; ++n) {
+    const int64_t i = start + n * kFloats;
+    t[n] = load(x + i);
+    if (kIsCentered<T>) t[n] -= load(of.mean + i);
+    t[n] = t[n] * load(of.factor + i) + load(of.offset + i);
+  }
+  silu_together<T>(t);
+  put(y + start, t, streamed);
+}
+#endif
+
+template <class T>
+void apply_row(const T* x, T* y, int64_t width, const Coefficients<accumulator_t<T>>& of, bool streamed) {
   using A = accumulator_t<T>;
   int64_t start = 0;
-#if defined(__AVX512F__)
+#if defined(__AVX2__)
   if constexpr (sizeof(T) < sizeof(double)) {
-    for (; start + 16 <= width; start += 16) {
-      __m512 centered = load16(x + start);
-      if (kIsCentered<T>) centered = _mm512_sub_ps(centered, load16(of.mean + start));
-      store16(y + start, silu<T>(_mm512_fmadd_ps(centered, load16(of.factor + start), load16(of.offset + start))));
-    }
+    for (; start + kRegisters * kFloats <= width; start += kRegisters * kFloats)
+      apply_together<T, kRegisters>(x, y, of, start, streamed);
+    for (; start + kFloats <= width; start += kFloats) apply_together<T, 1>(x, y, of, start, streamed);
   }
+#else
+  (void)streamed;
 #endif
   if constexpr (sizeof(T) > 2) {
 #pragma omp simd
@@ -115,8 +127,12 @@ template <class T> void apply_row(const T* x, T* y, int64_t width, const Coeffic
 
 // Rows one after another that share their coefficients.
 template <class T>
-void apply_rows(const T* x, T* y, int64_t count, int64_t width, const Coefficients<accumulator_t<T>>& of) {
-  for (int64_t n = 0; n < count; ++n) apply_row(x + n * width, y + n * width, width, of);
+void apply_rows(const T* x, T* y, int64_t count, int64_t width, const Coefficients<accumulator_t<T>>& of,
+                bool streamed) {
+  if (streamed)  // a constant for the compiler
+    for (int64_t n = 0; n < count; ++n) apply_row(x + n * width, y + n * width, width, of, true);
+  else
+    for (int64_t n = 0; n < count; ++n) apply_row(x + n * width, y + n * width, width, of, false);
 }
 
 // Adds to each sum of the row: d = dL/dv, and d * (x - mean).
@@ -172,174 +188,19 @@ template <class A> void widen_to(DType dtype, const char* from, int64_t count, A
   }
 }
 
-template <class A> void fill(A* row, int64_t width, A value) {
-  for (int64_t i = 0; i < width; ++i) row[i] = value;
-}
-
-// Mean and sum of squared differences from it, of `count` values.
-struct Moments {
-  double count, mean, squares;
-
-  void add(const Moments& other) {
-    if (other.count == 0) return;
-    const double total = count + other.count, difference = other.mean - mean;
-    mean += difference * (other.count / total);
-    squares += other.squares + difference * difference * (count * other.count / total);
-    count = total;
-  }
-};
-
-// Consecutive pixels of one frame; which they are depends on the sizes alone, not on the number of threads.
-struct Block {
-  int64_t b, frame, first, last;
-};
-
-inline int64_t pixels_of_block(const Video& video) {
-  const int64_t pixels = kBlock / video.channels;
-  return pixels < 1 ? 1 : pixels < video.pixels ? pixels : video.pixels;
-}
-
-inline int64_t blocks_of_sample(const Video& video) {
-  const int64_t size = pixels_of_block(video);
-  return video.frames * ((video.pixels + size - 1) / size);
-}
-
-inline Block block_at(const Video& video, int64_t index) {
-  const int64_t size = pixels_of_block(video), of_frame = (video.pixels + size - 1) / size;
-  const int64_t first = index % of_frame * size, last = first + size < video.pixels ? first + size : video.pixels;
-  return {index / of_frame / video.frames, index / of_frame % video.frames, first, last};
-}
-
-// Sums of differences from `shift` and of their squares: exact enough in float where the mean is large.
-template <class T, class A>
-void moments_rows(const T* x, int64_t count, int64_t width, const A* shift, A* sum, A* squares) {
-  int64_t n = 0;
-  for (; n + 4 <= count; n += 4) {
-    const T *x0 = x + n * width, *x1 = x0 + width, *x2 = x1 + width, *x3 = x2 + width;
-    fetch(x0 + kAhead, 4 * width);
-#pragma omp simd
-    for (int64_t i = 0; i < width; ++i) {
-      const A d0 = static_cast<A>(widen(x0[i])) - shift[i], d1 = static_cast<A>(widen(x1[i])) - shift[i];
-      const A d2 = static_cast<A>(widen(x2[i])) - shift[i], d3 = static_cast<A>(widen(x3[i])) - shift[i];
-      sum[i] += (d0 + d1) + (d2 + d3);
-      squares[i] += (d0 * d0 + d1 * d1) + (d2 * d2 + d3 * d3);
-    }
-  }
-  for (; n < count; ++n) {
-    const T* row = x + n * width;
-#pragma omp simd
-    for (int64_t i = 0; i < width; ++i) {
-      const A d = static_cast<A>(widen(row[i])) - shift[i];
-      sum[i] += d;
-      squares[i] += d * d;
-    }
-  }
-}
-
-// Moments of each group over one block of pixels.
-template <class T, class A>
-void block_moments(const Video& x, const Block& block, int64_t num_groups, const Scratch<A>& rows,
-                   const Scratch<double>& totals, Moments* groups) {
-  const int64_t channels = x.channels, width = channels / num_groups;
-  A *shift = rows.row(0), *sum = rows.row(1), *squares = rows.row(2);
-  double *mean = totals.row(0), *total = totals.row(1);
-  for (int64_t first = block.first; first < block.last; first += kRun) {
-    const int64_t last = first + kRun < block.last ? first + kRun : block.last;
-    const T* start = at<T>(x, block.b, 0, block.frame, first);
-    for (int64_t c = 0; c < channels; ++c) shift[c] = widen(start[c]);
-    fill(sum, 2 * channels, A{0});
-    moments_rows(start, last - first, channels, shift, sum, squares);
-    // The formula of Moments::add, for all channels together.
-    const double count = static_cast<double>(last - first), before = static_cast<double>(first - block.first);
-    const double share = count / (before + count), weight = before * share;
-    if (before == 0) fill(mean, 2 * channels, 0.0);
-#pragma omp simd
-    for (int64_t c = 0; c < channels; ++c) {
-      const double s = sum[c], difference = shift[c] + s / count - mean[c];
-      mean[c] += difference * share;
-      total[c] += (squares[c] - s * s / count) + difference * difference * weight;
-    }
-  }
-  const double count = static_cast<double>(block.last - block.first);
-  for (int64_t g = 0; g < num_groups; ++g) {
-    double sum = 0, within = 0, between = 0;
-    for (int64_t c = g * width; c < (g + 1) * width; ++c) sum += mean[c];
-    const double middle = sum / static_cast<double>(width);
-    for (int64_t c = g * width; c < (g + 1) * width; ++c) {
-      within += total[c];
-      between += (mean[c] - middle) * (mean[c] - middle);
-    }
-    groups[g] = {count * static_cast<double>(width), middle, within + count * between};
-  }
-}
-
-// Moments of one channel whose pixels lie side by side.
-template <class T, class A> Moments plane_moments(const T* x, int64_t count, const Scratch<A>& rows) {
-  A *shift = rows.row(0), *sum = rows.row(1), *squares = rows.row(2);
-  Moments result{0, 0, 0};
-  for (int64_t first = 0; first < count; first += kRun * kLanes) {
-    const int64_t values = count - first < kRun * kLanes ? count - first : kRun * kLanes;
-    const int64_t whole = values / kLanes, rest = values % kLanes;
-    fill(shift, kLanes, static_cast<A>(widen(x[first])));
-    fill(sum, 2 * kLanes, A{0});
-    moments_rows(x + first, whole, kLanes, shift, sum, squares);
-    moments_rows(x + first + whole * kLanes, rest ? 1 : 0, rest, shift, sum, squares);
-    double total = 0, total_squares = 0;
-    for (int64_t i = 0; i < kLanes; ++i) {
-      total += sum[i];
-      total_squares += squares[i];
-    }
-    const double n = static_cast<double>(values);
-    result.add({n, shift[0] + total / n, total_squares - total * total / n});
-  }
-  return result;
-}
-
-// mean and 1 / sqrt(variance + eps) of every channel, [B, C] each. The same whatever the number of threads.
-template <class T, class A>
-void group_statistics(const Video& x, int64_t num_groups, double eps, double* mean, double* rstd, int num_threads) {
-  const int64_t width = x.channels / num_groups;
-  const int64_t parts = x.channels_last ? blocks_of_sample(x) : x.channels;  // of a sample
-  const int64_t of_part = x.channels_last ? num_groups : 1;                  // moments
-  const Scratch<Moments> moments(x.batch * parts, of_part);
-  (void)num_threads;  // unused without OpenMP
-#pragma omp parallel num_threads(num_threads) if (x.batch * parts > 1)
-  {
-    const Scratch<A> rows(3, x.channels_last ? x.channels : kLanes);
-    const Scratch<double> totals(2, x.channels_last ? x.channels : 0);
-#pragma omp for schedule(static)
-    for (int64_t part = 0; part < x.batch * parts; ++part) {
-      if (x.channels_last)
-        block_moments<T>(x, block_at(x, part), num_groups, rows, totals, moments.row(part));
-      else
-        *moments.row(part) = plane_moments(at<T>(x, part / parts, part % parts, 0, 0), x.frames * x.pixels, rows);
-    }
-  }
-  for (int64_t b = 0; b < x.batch; ++b) {
-    for (int64_t g = 0; g < num_groups; ++g) {
-      Moments all{0, 0, 0};
-      if (x.channels_last)
-        for (int64_t part = 0; part < parts; ++part) all.add(moments.row(b * parts + part)[g]);
-      else
-        for (int64_t c = g * width; c < (g + 1) * width; ++c) all.add(*moments.row(b * parts + c));
-      const double variance = all.squares > 0 ? all.squares / all.count : 0;
-      fill(mean + b * x.channels + g * width, width, all.mean);
-      fill(rstd + b * x.channels + g * width, width, 1 / sqrt(variance + eps));
-    }
-  }
-}
-
 // GroupNorm(x) * weight + bias is (x - mean) * factor + offset, [B, C] each. The mean is rounded, or 0 where it is not
-// subtracted, and the offset makes up for it.
+// subtracted, and the offset makes up for it. `unit` is a factor of both.
 template <class T, class A> struct Affine {
   Scratch<double> statistics;       // mean, rstd
   Scratch<A> coefficients, of_all;  // mean, factor, offset; weight, bias [C]
+  A unit;
 
   template <class Args>
-  Affine(const Args& args, bool is_centered, int num_threads)
+  Affine(const Args& args, bool is_centered, double times, int num_threads)
       : statistics(2, args.x.batch * args.x.channels),
         coefficients(3, args.x.batch * args.x.channels),
-        of_all(2, args.x.channels) {
+        of_all(2, args.x.channels),
+        unit(static_cast<A>(times)) {
     const Video& x = args.x;
     group_statistics<T, A>(x, args.num_groups, args.eps, statistics.row(0), statistics.row(1), num_threads);
     widen_to(args.weight_dtype, args.weight, x.channels, of_all.row(0));
@@ -347,9 +208,9 @@ template <class T, class A> struct Affine {
     for (int64_t i = 0; i < x.batch * x.channels; ++i) {
       const double factor = statistics.row(1)[i] * of_all.row(0)[i % x.channels], mean = statistics.row(0)[i];
       coefficients.row(0)[i] = is_centered ? static_cast<A>(mean) : A{0};
-      coefficients.row(1)[i] = static_cast<A>(factor);
+      coefficients.row(1)[i] = static_cast<A>(times * factor);
       const double error = coefficients.row(0)[i] - mean;
-      coefficients.row(2)[i] = static_cast<A>(of_all.row(1)[i % x.channels] + error * factor);
+      coefficients.row(2)[i] = static_cast<A>(times * (of_all.row(1)[i % x.channels] + error * factor));
     }
   }
 

@@ -43,31 +43,35 @@ Coefficients<A> coefficients_of(const Affine<T, A>& affine, const Part& part, co
 
 int64_t row_width(const Video& x) { return x.channels_last ? x.channels : kPlaneRow; }
 
-template <class T> void forward_part(const Args& args, const Part& part, const Coefficients<accumulator_t<T>>& of) {
+template <class T>
+void forward_part(const Args& args, const Part& part, const Coefficients<accumulator_t<T>>& of, bool streamed) {
   const int64_t frame = args.num_halo + part.frame;
+  const bool copied = part.frame == 0 && args.num_copies > 0;
   const int64_t step = part.row_pixels == 1 ? part.last - part.first : part.row_pixels;
   for (int64_t pixel = part.first; pixel < part.last; pixel += step)
     apply_rows(at<T>(args.x, part.b, part.channel, part.frame, pixel),
                at<T>(args.y, part.b, part.channel, frame, pixel), part.row_pixels == 1 ? step : 1,
-               part.width_at(pixel), of);
+               part.width_at(pixel), of, streamed && !copied);
   const int64_t values = (part.last - part.first) * (part.row_pixels == 1 ? part.width : 1);
-  for (int64_t copy = 0; part.frame == 0 && copy < args.num_copies; ++copy)
+  for (int64_t copy = 0; copied && copy < args.num_copies; ++copy)
     memcpy(at<T>(args.y, part.b, part.channel, copy, part.first),
            at<T>(args.y, part.b, part.channel, frame, part.first), values * sizeof(T));
 }
 
 template <class T> void forward_as(const Args& args, int num_threads) {
   using A = accumulator_t<T>;
-  const Affine<T, A> affine(args, kIsCentered<T>, num_threads);
+  const Affine<T, A> affine(args, kIsCentered<T>, kSiluUnit, num_threads);
   const int64_t total = num_parts(args.x);
+  const bool streamed = is_streamed<T>(args.y);
 #pragma omp parallel num_threads(num_threads) if (total > 1)
   {
     const Scratch<A> buffer(3, row_width(args.x));
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < total; ++i) {
       const Part part = part_at(args.x, total - 1 - i);  // the end of x may still be in the cache
-      forward_part<T>(args, part, coefficients_of(affine, part, buffer));
+      forward_part<T>(args, part, coefficients_of(affine, part, buffer), streamed);
     }
+    if (streamed) finish_streaming();
   }
 }
 
@@ -109,7 +113,7 @@ void add_parts(const Video& x, const double* parts, double* sums) {
 
 template <class T, class A> void backward_as(const Args& args, int num_threads) {
   const Video& x = args.x;
-  const Affine<T, A> affine(args, true, num_threads);
+  const Affine<T, A> affine(args, true, 1, num_threads);
   const int64_t total = num_parts(x), width = row_width(x);
   const Scratch<double> parts(total, 2 * (x.channels_last ? x.channels : 1)), sums(x.batch, 2 * x.channels);
   const Scratch<A> ends(2, x.batch * x.channels);  // constant and slope of dL/dx

@@ -8,14 +8,15 @@
 namespace cogvx::spatial_norm_silu::COGVX_ISA {
 namespace {
 
-template <class T, class A> void forward_part(const Args& args, const Part& part, const Tile<T, A>& tile) {
-  const int64_t width = row_width(args), next_row = args.width * (args.x.channels_last ? args.x.channels : 1);
+template <class T, class A>
+void forward_part(const Args& args, const Part& part, const Tile<T, A>& tile, bool streamed) {
+  const int64_t width = row_width(args);
   each_run(args, part, [&](int64_t frame, int64_t pixel, int64_t count, int64_t index) {
     const T* x = at<T>(args.x, part.b, part.channel, frame, pixel);
     T* y = at<T>(args.y, part.b, part.channel, args.num_halo + frame, pixel);
-    fetch(x + next_row, count * width);
-    apply_rows(x, y, count, width, tile.at_index(part, index));
-    for (int64_t copy = 0; frame == 0 && copy < args.num_copies; ++copy)
+    const bool copied = frame == 0 && args.num_copies > 0;
+    apply_rows(x, y, count, width, tile.at_index(part, index), streamed && !copied);
+    for (int64_t copy = 0; copied && copy < args.num_copies; ++copy)
       memcpy(at<T>(args.y, part.b, part.channel, copy, pixel), y, count * width * sizeof(T));
   });
 }
@@ -37,14 +38,22 @@ void forward_row(const Args& args, const Part& row, const Affine<T, float>& affi
     const int64_t pixel = row.row * args.width + (j < args.width - kTogether ? j : args.width - kTogether);
     const T* x = at<T>(args.x, row.b, 0, row.frame, pixel);
     T* y = at<T>(args.y, row.b, 0, args.num_halo + row.frame, pixel);
-    const auto apply = [&](int64_t n, int64_t c, __m512, __m512 factor, __m512 offset) {
-      __m512 centered = load16(x + n * channels + c);
-      __builtin_prefetch(x + (n + kTogether) * channels + c);  // the processor does not see through this order
-      __builtin_prefetch(y + (n + kTogether) * channels + c, 1);
-      if (kIsCentered<T>) centered = _mm512_sub_ps(centered, load16(of.mean + c));
-      store16(y + n * channels + c, silu<T>(_mm512_fmadd_ps(centered, factor, offset)));
+    const auto apply = [&](int64_t c, const Together& factor, const Together& offset, const Together&) {
+      Together t;
+#pragma GCC unroll 8
+      for (int64_t n = 0; n < kTogether; ++n) {
+        const int64_t i = n * channels + c;
+        __builtin_prefetch(x + i + kTogether * channels);  // the processor does not see through this order
+        __builtin_prefetch(y + i + kTogether * channels, 1);
+        t[n] = load(x + i);
+        if (kIsCentered<T>) t[n] -= load(of.mean + c);
+        t[n] = t[n] * factor[n] + offset[n];
+      }
+      silu_together<T>(t);
+#pragma GCC unroll 8
+      for (int64_t n = 0; n < kTogether; ++n) put(y + n * channels + c, t[n], false);
     };
-    project_together(at<T>(args.z, row.b, 0, row.frame, pixel), depth, projection, of, apply);
+    project_together(at<T>(args.z, row.b, 0, row.frame, pixel), depth, projection, of, affine.unit, apply);
     for (int64_t copy = 0; row.frame == 0 && copy < args.num_copies; ++copy)
       memcpy(at<T>(args.y, row.b, 0, copy, pixel), y, kTogether * channels * sizeof(T));
   }
@@ -53,9 +62,10 @@ void forward_row(const Args& args, const Part& row, const Affine<T, float>& affi
 
 template <class T> void forward_as(const Args& args, int num_threads) {
   using A = accumulator_t<T>;
-  const Affine<T, A> affine(args, kIsCentered<T>, num_threads);
+  const Affine<T, A> affine(args, kIsCentered<T>, kSiluUnit, num_threads);
   const Projection<A> projection(args);
   const int64_t total = num_units(args);
+  const bool streamed = is_streamed<T>(args.y);
 #pragma omp parallel num_threads(num_threads) if (total > 1)
   {
     Tile<T, A> tile(args, affine, projection, false);
@@ -73,9 +83,10 @@ template <class T> void forward_as(const Args& args, int num_threads) {
       for (int64_t n = 0; n < parts_of_unit(args); ++n) {
         const Part part = part_at(args, unit, n);
         tile.prepare(part);
-        forward_part(args, part, tile);
+        forward_part(args, part, tile, streamed);
       }
     }
+    if (streamed) finish_streaming();
   }
 }
 
@@ -146,7 +157,7 @@ void gradient_part(const Args& args, const Part& part, const Tile<T, A>& tile, c
 
 template <class T, class A> void backward_as(const Args& args, int num_threads) {
   const Video& x = args.x;
-  const Affine<T, A> affine(args, true, num_threads);
+  const Affine<T, A> affine(args, true, 1, num_threads);
   const Projection<A> projection(args);
   const int64_t total = num_units(args), width = row_width(args), parts = parts_of_unit(args);
   const Scratch<double> units(total, 2 * (x.channels_last ? x.channels : 1)), sums(x.batch, 2 * x.channels);

@@ -10,7 +10,7 @@ namespace cogvx::spatial_norm_silu {
 namespace {
 
 constexpr int64_t kTile = 8192;   // coefficients of each kind that are prepared together, about
-constexpr int64_t kTogether = 6;  // latent pixels whose sums are in registers
+constexpr int kTogether = 6;      // latent pixels whose sums are in registers
 
 // The pixels of x to which some neighbours in one row of the latent are nearest; where a channel's pixels lie side by
 // side, those of one channel and a whole row.
@@ -93,10 +93,10 @@ template <class A> struct Rows {
 };
 
 // scale = weight_y z + bias_y and shift = weight_b z + bias_b of one latent pixel; factor * scale and
-// offset * scale + shift are the coefficients of x. For channels first <= c < last.
+// offset * scale + unit * shift are the coefficients of x. For channels first <= c < last.
 template <class T, class A>
-void project_pixel(const T* z, int64_t depth, const Projection<A>& by, const Coefficients<A>& of, int64_t first,
-                   int64_t last, const Rows<A>& to) {
+void project_pixel(const T* z, int64_t depth, const Projection<A>& by, const Coefficients<A>& of, A unit,
+                   int64_t first, int64_t last, const Rows<A>& to) {
   const int64_t channels = by.bias.width;
   A* scale = to.factor;
   for (int64_t c = first; c < last; ++c) {
@@ -114,7 +114,7 @@ void project_pixel(const T* z, int64_t depth, const Projection<A>& by, const Coe
   for (int64_t c = first; to.scale && c < last; ++c) to.scale[c] = scale[c];
 #pragma omp simd
   for (int64_t c = first; c < last; ++c) {
-    to.offset[c] += of.offset[c] * scale[c];
+    to.offset[c] = of.offset[c] * scale[c] + unit * to.offset[c];
     scale[c] *= of.factor[c];
   }
 }
@@ -150,14 +150,16 @@ inline __m512 value_at(const BFloat16* z, int64_t k) { return _mm512_set1_ps(wid
 #endif
 
 // The same for kTogether latent pixels one after another in memory, and for their channels by sixteen; how many of
-// these. `take(pixel, channel, scale, factor, offset)` gets the results.
+// these. `take(channel, factor, offset, scale)` gets the results.
+using Together = Floats[kTogether];
+
 template <class T, class F>
 int64_t project_together(const T* z, int64_t depth, const Projection<float>& by, const Coefficients<float>& of,
-                         F take) {
+                         float unit, F take) {
   const int64_t count = steps(z, depth, by);
   int64_t c = 0;
   for (; c + 16 <= by.bias.width; c += 16) {
-    __m512 scale[kTogether], shift[kTogether];
+    Together scale, shift, factor, offset;
     for (int64_t n = 0; n < kTogether; ++n) {
       scale[n] = _mm512_loadu_ps(by.bias.row(0) + c);
       shift[n] = _mm512_loadu_ps(by.bias.row(1) + c);
@@ -171,9 +173,12 @@ int64_t project_together(const T* z, int64_t depth, const Projection<float>& by,
         shift[n] = add_product(z, shift[n], shifts, value);
       }
     }
-    const __m512 factor = _mm512_loadu_ps(of.factor + c), offset = _mm512_loadu_ps(of.offset + c);
-    for (int64_t n = 0; n < kTogether; ++n)
-      take(n, c, scale[n], _mm512_mul_ps(factor, scale[n]), _mm512_fmadd_ps(offset, scale[n], shift[n]));
+#pragma GCC unroll 8
+    for (int64_t n = 0; n < kTogether; ++n) {
+      factor[n] = load(of.factor + c) * scale[n];
+      offset[n] = load(of.offset + c) * scale[n] + shift[n] * unit;
+    }
+    take(c, factor, offset, scale);
   }
   return c;
 }
@@ -222,17 +227,20 @@ template <class T, class A> struct Tile {
       for (int64_t j = 0; is_projected_together<T, A>(args, count) && j < count; j += kTogether) {
         const int64_t first = j < count - kTogether ? j : count - kTogether;  // the last ones may come twice
         const Rows<A> to = rows_at(first);
-        const auto store_rows = [&](int64_t n, int64_t c, __m512 scale_of, __m512 factor_of, __m512 offset_of) {
-          if (to.scale) _mm512_storeu_ps(to.scale + n * channels + c, scale_of);
-          _mm512_storeu_ps(to.factor + n * channels + c, factor_of);
-          _mm512_storeu_ps(to.offset + n * channels + c, offset_of);
+        const auto store_rows = [&](int64_t c, const Together& factors, const Together& offsets,
+                                    const Together& scales) {
+          for (int64_t n = 0; n < kTogether; ++n) {
+            if (to.scale) put(to.scale + n * channels + c, scales[n], false);
+            put(to.factor + n * channels + c, factors[n], false);
+            put(to.offset + n * channels + c, offsets[n], false);
+          }
         };
-        done = project_together(z + first * depth, depth, projection, of, store_rows);
+        done = project_together(z + first * depth, depth, projection, of, affine.unit, store_rows);
       }
     }
 #endif
     for (int64_t j = 0; done < channels && j < count; ++j)
-      project_pixel(z + j * depth, depth, projection, of, done, channels, rows_at(j));
+      project_pixel(z + j * depth, depth, projection, of, affine.unit, done, channels, rows_at(j));
   }
 
   Rows<A> rows_at(int64_t index) const {
@@ -255,11 +263,11 @@ template <class T, class A> struct Tile {
         for (int64_t w = args.first_column[j]; w < args.first_column[j + 1]; ++w) wide[w] = sum[j];
     }
     A *scales = scale.row(0), *factors = factor.row(0), *offsets = offset.row(0);
-    const A of_x = of.factor[0], constant = of.offset[0];
+    const A of_x = of.factor[0], constant = of.offset[0], unit = affine.unit;
 #pragma omp simd
     for (int64_t w = 0; w < args.width; ++w) {
       factors[w] = of_x * scales[w];
-      offsets[w] += constant * scales[w];
+      offsets[w] = constant * scales[w] + unit * offsets[w];
     }
     fill(mean.row(0), args.width, of.mean[0]);
   }
