@@ -90,8 +90,7 @@ inline void prepare(Fiber& fiber, void (*entry)()) {
   fiber.size = Fiber::kStack;
 #endif
 #if defined(HOST_CUDA_WATCHED)
-  if (fiber.tsan) __tsan_destroy_fiber(fiber.tsan);
-  fiber.tsan = __tsan_create_fiber(0);
+  if (!fiber.tsan) fiber.tsan = __tsan_create_fiber(0);  // kept for later blocks, which are ordered after this one
 #endif
 }
 
