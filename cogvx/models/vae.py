@@ -200,7 +200,10 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor, z: Tensor | None, halos: Halos) -> Tensor:
         y = self.conv1(self.norm1(x, z, halos.pop(self.conv1, None)), halos)
-        return self.conv2(self.norm2(y, z, halos.pop(self.conv2, None)), halos, self.conv_shortcut(x))
+        residual = x if isinstance(self.conv_shortcut, nn.Identity) else None
+        y = self.conv2(self.norm2(y, z, halos.pop(self.conv2, None)), halos, residual)
+        # A shortcut comes last: before conv2 its result would be one more tensor where the most of them are held.
+        return y if residual is not None else y.add_(self.conv_shortcut(x))
 
 
 class PointwiseConv(nn.Conv3d):

@@ -27,10 +27,10 @@ struct Taps {
   int number, first;
 };
 
-template <Sampling kSampling> __host__ __device__ Taps taps_of(int taps, int pad, int phase) {
-  if (kSampling == Sampling::none) return {taps, -pad};
+template <class Sampling> __host__ __device__ Taps taps_of(int taps, int pad, int phase) {
+  if (!Sampling::kSpread && !Sampling::kGathered) return {taps, -pad};
   const int least = (phase + pad) % 2, number = (taps + 1 - least) / 2;
-  return {number, kSampling == Sampling::gathered ? (least - pad - phase) / 2 : (phase + pad - least) / 2 - number + 1};
+  return {number, Sampling::kGathered ? (least - pad - phase) / 2 : (phase + pad - least) / 2 - number + 1};
 }
 
 // In shared memory: enough that each has kStages - 1 taps to land while those before it are at work.
@@ -38,10 +38,10 @@ struct Patches {
   int number, bytes;
 };
 
-template <Sampling kSampling> __host__ __device__ Patches patches_of(const Convolution& args, int phase) {
-  const int h = taps_of<kSampling>(args.taps_h, args.pad_h, phase / 2).number;
-  const int w = taps_of<kSampling>(args.taps_w, args.pad_w, phase % 2).number;
-  if (kSampling != Sampling::gathered)
+template <class Sampling> __host__ __device__ Patches patches_of(const Convolution& args, int phase) {
+  const int h = taps_of<Sampling>(args.taps_h, args.pad_h, phase / 2).number;
+  const int w = taps_of<Sampling>(args.taps_w, args.pad_w, phase % 2).number;
+  if (!Sampling::kGathered)
     return {1 + (kStages - 1 + h * w - 1) / (h * w), (kRows + h - 1) * kPitch * kRowBytes};
   // The phases of x by turns: h w, h other_w, other_h w, other_h other_w.
   const int other_h = args.taps_h - h, other_w = args.taps_w - w;
@@ -52,8 +52,8 @@ template <Sampling kSampling> __host__ __device__ Patches patches_of(const Convo
 }
 
 // Of the rows or columns of y, or of those of one phase.
-template <Sampling kSampling> __host__ __device__ int tiles_along(int size, int of_a_tile) {
-  return ((kSampling == Sampling::spread ? (size + 1) / 2 : size) + of_a_tile - 1) / of_a_tile;
+template <class Sampling> __host__ __device__ int tiles_along(int size, int of_a_tile) {
+  return ((Sampling::kSpread ? (size + 1) / 2 : size) + of_a_tile - 1) / of_a_tile;
 }
 
 // Where 16 bytes of a row of kBytes lie, 64 or a multiple of 128: any eight rows that follow one another use all banks.
@@ -61,8 +61,8 @@ template <int kBytes> __device__ int swizzled(int row, int chunk) {
   return row * kBytes + ((kBytes == 64 ? chunk ^ (row >> 1 & 3) : chunk ^ (row & 7)) << 4);
 }
 
-template <class T, int kBlock, Sampling kSampling> struct Block {
-  static constexpr bool kSpread = kSampling == Sampling::spread, kGathered = kSampling == Sampling::gathered;
+template <class T, int kBlock, class Sampling> struct Block {
+  static constexpr bool kSpread = Sampling::kSpread, kGathered = Sampling::kGathered;
   static constexpr int kWarpsN = kBlock / 64 > 0 ? kBlock / 64 : 1, kWarpsM = kWarps / kWarpsN;
   static constexpr int kTilesM = kRows / kWarpsM, kTilesN = kBlock / kWarpsN / 8;  // of a warp
   static constexpr int kStageBytes = kBlock * kRowBytes, kStep = kBlock * kDepth;
@@ -87,7 +87,7 @@ template <class T, int kBlock, Sampling kSampling> struct Block {
 
   __device__ explicit Block(const Convolution& a) : args(a), channel_chunks((a.channels + kDepth - 1) / kDepth) {
     const int tiles_n = (a.channels_out + kBlock - 1) / kBlock;
-    const int columns = tiles_along<kSampling>(a.width, kColumns), rows = tiles_along<kSampling>(a.height, kRows);
+    const int columns = tiles_along<Sampling>(a.width, kColumns), rows = tiles_along<Sampling>(a.height, kRows);
     int i = blockIdx.x;  // neighbours share pixels
     tile_n = i % tiles_n, i /= tiles_n;
     phase = kSpread ? i % 4 : 0, i /= kSpread ? 4 : 1;
@@ -103,12 +103,12 @@ template <class T, int kBlock, Sampling kSampling> struct Block {
     for (int p = 0; p < phase; ++p)
       weights_before += static_cast<int64_t>(tiles_n) * a.taps_t * channel_chunks * taps_of_phase(p);
     next_weight = reinterpret_cast<const T*>(a.weight) + weights_before * kStep + threadIdx.x * 8;
-    patches = patches_of<kSampling>(a, phase);
+    patches = patches_of<Sampling>(a, phase);
     aim();
   }
 
-  __device__ Taps taps_h(int of) const { return taps_of<kSampling>(args.taps_h, args.pad_h, of / 2); }
-  __device__ Taps taps_w(int of) const { return taps_of<kSampling>(args.taps_w, args.pad_w, of % 2); }
+  __device__ Taps taps_h(int of) const { return taps_of<Sampling>(args.taps_h, args.pad_h, of / 2); }
+  __device__ Taps taps_w(int of) const { return taps_of<Sampling>(args.taps_w, args.pad_w, of % 2); }
   __device__ int taps_of_phase(int of) const { return taps_h(of).number * taps_w(of).number; }
 
   // Copies what the taps of the next group read: 32 channels of one phase of one frame, zeros outside.
@@ -261,7 +261,8 @@ template <class T, int kBlock, Sampling kSampling> struct Block {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           const int pixel = (warp_m * kTilesM + m) * kColumns + lane / 4 + half * 8;
-          auto& pair = *reinterpret_cast<Vec<T, 2>*>(shared_memory() + swizzled<kBlock * 2>(pixel, tile) + lane % 4 * 4);
+          char* to = shared_memory() + swizzled<kBlock * 2>(pixel, tile) + lane % 4 * 4;
+          auto& pair = *reinterpret_cast<Vec<T, 2>*>(to);
           float value[2] = {sums[m][j][half * 2] + added[0], sums[m][j][half * 2 + 1] + added[1]};
           if (has_residual) value[0] += to_accumulator(pair.v[0]), value[1] += to_accumulator(pair.v[1]);
           pair = {from_accumulator<T>(value[0]), from_accumulator<T>(value[1])};
@@ -300,51 +301,51 @@ template <class T, int kBlock, Sampling kSampling> struct Block {
   }
 };
 
-template <class T, int kBlock, Sampling kSampling>
+template <class T, int kBlock, class Sampling>
 __global__ void __launch_bounds__(kThreads, 2) kernel(Convolution args) {
-  Block<T, kBlock, kSampling> block(args);
+  Block<T, kBlock, Sampling> block(args);
   block.accumulate();
   block.lay_out();
   block.store();
 }
 
-template <class T, int kBlock, Sampling kSampling>
+template <class T, int kBlock, class Sampling>
 const char* launch_block(const Convolution& args, cudaStream_t stream) {
-  constexpr int kPhases = kSampling == Sampling::spread ? 4 : 1;
+  constexpr int kPhases = Sampling::kSpread ? 4 : 1;
   const int64_t tiles_n = (args.channels_out + kBlock - 1) / kBlock;
-  const int64_t tiles = tiles_along<kSampling>(args.height, kRows) * tiles_along<kSampling>(args.width, kColumns);
+  const int64_t tiles = tiles_along<Sampling>(args.height, kRows) * tiles_along<Sampling>(args.width, kColumns);
   const int64_t blocks = tiles * args.batch * args.frames_out * kPhases * tiles_n;
   if (blocks == 0) return nullptr;
   if (blocks > 0x7fffffff) return "too many pixels";
   int bytes = kPixels * kBlock * 2;
   for (int phase = 0; phase < kPhases; ++phase) {
-    const Patches patches = patches_of<kSampling>(args, phase);
+    const Patches patches = patches_of<Sampling>(args, phase);
     bytes = max(bytes, patches.number * patches.bytes + kStages * kBlock * kRowBytes);
   }
   if (bytes > kMaxShared) return "the taps of a frame are too many for shared memory";
-  return launch<kernel<T, kBlock, kSampling>>(static_cast<unsigned>(blocks), kThreads, bytes, stream, args);
+  return launch<kernel<T, kBlock, Sampling>>(static_cast<unsigned>(blocks), kThreads, bytes, stream, args);
 }
 
-template <class T, Sampling kSampling> const char* launch_as(const Convolution& args, cudaStream_t stream) {
+template <class T, class Sampling> const char* launch_as(const Convolution& args, cudaStream_t stream) {
   if (args.channels % 8) return "the channels must be a multiple of 8";
-  constexpr int kLeast = kSampling == Sampling::none ? 1 : 2;  // a tap for each phase
+  constexpr int kLeast = Sampling::kSpread || Sampling::kGathered ? 2 : 1;  // a tap for each phase
   if (min(args.taps_h, args.taps_w) < kLeast) return "the taps of a frame are too few";
   if (max(args.taps_h, args.taps_w) > kConvolutionTaps) return "the taps of a frame are too many";
   const int64_t height = args.height_in + 4 * kConvolutionTaps, width = args.width_in + 4 * kConvolutionTaps;
   if (height * width * args.channels > 0x7fffffff) return "the frames are too large";
   if (static_cast<int64_t>(args.height) * args.width > 0x7fffffff) return "the frames are too large";
-  if (args.block == kConvolutionBlocks[0]) return launch_block<T, kConvolutionBlocks[0], kSampling>(args, stream);
-  if (args.block == kConvolutionBlocks[1]) return launch_block<T, kConvolutionBlocks[1], kSampling>(args, stream);
+  if (args.block == kConvolutionBlocks[0]) return launch_block<T, kConvolutionBlocks[0], Sampling>(args, stream);
+  if (args.block == kConvolutionBlocks[1]) return launch_block<T, kConvolutionBlocks[1], Sampling>(args, stream);
   return "a tile that is not compiled";
 }
 
 }  // namespace convolution
 
-template <Sampling kSampling> const char* convolve(const Convolution& args, int device, uintptr_t stream_address) {
+template <class Sampling> const char* convolve(const Convolution& args, int device, uintptr_t stream_address) {
   const DeviceGuard guard(device);
   const auto stream = reinterpret_cast<cudaStream_t>(stream_address);
-  if (args.dtype == DType::float16) return convolution::launch_as<__half, kSampling>(args, stream);
-  if (args.dtype == DType::bfloat16) return convolution::launch_as<__nv_bfloat16, kSampling>(args, stream);
+  if (args.dtype == DType::float16) return convolution::launch_as<__half, Sampling>(args, stream);
+  if (args.dtype == DType::bfloat16) return convolution::launch_as<__nv_bfloat16, Sampling>(args, stream);
   return "a dtype that is not compiled";
 }
 

@@ -10,10 +10,18 @@ namespace cogvx {
 
 // Which of x and y has pixels twice as dense. A tap of weights then meets one phase (p, q) of that tensor alone, the
 // pixels (2i + p, 2j + q): those whose number has the parity of phase + pad.
-enum class Sampling { none, spread, gathered };
+struct Plain {  // neither
+  static constexpr bool kSpread = false, kGathered = false;
+};
+struct Spread {  // y
+  static constexpr bool kSpread = true, kGathered = false;
+};
+struct Gathered {  // x
+  static constexpr bool kSpread = false, kGathered = true;
+};
 
 // y[b, t, r, s] = bias + residual + sum over k_t, k_h, k_w of x[b, t + k_t - pad_t, r', s'] weight, zeros outside the
-// frames. Along each axis r' = r + k - pad; where x is `gathered`, r' = 2r + k - pad; where y is `spread`, which is the
+// frames. Along each axis r' = r + k - pad; where x is Gathered, r' = 2r + k - pad; where y is Spread, which is the
 // gradient of that, r' = (r + pad - k) / 2 for those k for which it is whole.
 struct Convolution {
   DType dtype;  // float16 or bfloat16
@@ -28,7 +36,7 @@ struct Convolution {
   // the order of the pixels that they read.
   const char* weight;
   const char* bias;      // [channels_out] or nullptr
-  const char* residual;  // as y, its channels filled up to a multiple of 8, or nullptr; not where y is spread
+  const char* residual;  // as y, its channels filled up to a multiple of 8, or nullptr; not where y is Spread
   char* y;
 };
 

@@ -12,7 +12,8 @@
 
 namespace cogvx {
 
-// B, channels of x and of y, frames of x and of y, pad_t, H and W of x, H and W of y, K_t, K_h, K_w, pad_h, pad_w, block.
+// B, channels of x and of y, frames of x and of y, pad_t, H and W of x, H and W of y, K_t, K_h, K_w, pad_h, pad_w,
+// block.
 using ConvolutionSizes = std::array<int, 16>;
 using ConvolutionTensors = std::array<uintptr_t, 5>;  // x, weight, bias or 0, residual or 0, y
 
@@ -20,9 +21,10 @@ inline Convolution convolution(const std::string& dtype, const ConvolutionSizes&
                                const ConvolutionTensors& tensors) {
   Convolution args{};
   args.dtype = parse_dtype(dtype);
-  int* const fields[] = {&args.batch, &args.channels, &args.channels_out, &args.frames_in, &args.frames_out, &args.pad_t,
-                         &args.height_in, &args.width_in, &args.height, &args.width, &args.taps_t, &args.taps_h,
-                         &args.taps_w, &args.pad_h, &args.pad_w, &args.block};
+  int* const fields[] = {&args.batch,  &args.channels,  &args.channels_out, &args.frames_in, &args.frames_out,
+                         &args.pad_t,  &args.height_in, &args.width_in,     &args.height,    &args.width,
+                         &args.taps_t, &args.taps_h,    &args.taps_w,       &args.pad_h,     &args.pad_w,
+                         &args.block};
   for (size_t i = 0; i < sizes.size(); ++i) *fields[i] = sizes[i];
   args.repeated = repeated;
   args.x = pointer(tensors[0]);
@@ -33,8 +35,8 @@ inline Convolution convolution(const std::string& dtype, const ConvolutionSizes&
   return args;
 }
 
-// B, channels of left and of right, frames, H and W of left, H and W of right, K_t, K_h, K_w, pad_h, pad_w, step, patches
-// a split, splits.
+// B, channels of left and of right, frames, H and W of left, H and W of right, K_t, K_h, K_w, pad_h, pad_w, step,
+// patches a split, splits.
 using WeightGradientSizes = std::array<int, 16>;
 using WeightGradientTensors = std::array<uintptr_t, 3>;  // left, right, partials
 
@@ -42,9 +44,10 @@ inline WeightGradient weight_gradient(const std::string& dtype, const WeightGrad
                                       const WeightGradientTensors& tensors) {
   WeightGradient args{};
   args.dtype = parse_dtype(dtype);
-  int* const fields[] = {&args.batch, &args.channels_left, &args.channels_right, &args.frames, &args.height, &args.width,
-                         &args.height_right, &args.width_right, &args.taps_t, &args.taps_h, &args.taps_w, &args.pad_h,
-                         &args.pad_w, &args.step, &args.patches_a_split, &args.num_splits};
+  int* const fields[] = {&args.batch,  &args.channels_left, &args.channels_right,  &args.frames,
+                         &args.height, &args.width,         &args.height_right,    &args.width_right,
+                         &args.taps_t, &args.taps_h,        &args.taps_w,          &args.pad_h,
+                         &args.pad_w,  &args.step,          &args.patches_a_split, &args.num_splits};
   for (size_t i = 0; i < sizes.size(); ++i) *fields[i] = sizes[i];
   args.left = pointer(tensors[0]);
   args.right = pointer(tensors[1]);

@@ -5,11 +5,11 @@
 namespace cogvx::downsample_conv {
 
 const char* forward_cuda(const Convolution& args, int device, uintptr_t stream) {
-  return convolve<Sampling::gathered>(args, device, stream);
+  return convolve<Gathered>(args, device, stream);
 }
 
 const char* input_cuda(const Convolution& args, int device, uintptr_t stream) {
-  return convolve<Sampling::spread>(args, device, stream);
+  return convolve<Spread>(args, device, stream);
 }
 
 const char* weight_cuda(const WeightGradient& args, int device, uintptr_t stream) {

@@ -1,4 +1,5 @@
-// Nearest upsampling and a 3x3 convolution as one of 4x4 merged taps, transposed with step 2, and its gradients, on GPUs.
+// Nearest upsampling and a 3x3 convolution as one with 4x4 merged taps, transposed and with step 2, and its gradients,
+// on GPUs.
 #pragma once
 
 #include "common/convolution.h"
