@@ -1,5 +1,7 @@
 """`causal_conv3d` at the sizes of the published VAE, channels last."""
 
+from collections.abc import Callable
+
 import cost
 import pytest
 import torch
@@ -19,13 +21,21 @@ def arguments(case: str, dtype: torch.dtype) -> tuple:
     batch, num_in, num_out, frames, height, width = real.args
     if DEVICE == "cpu":
         height, width = min(height, 60), min(width, 90)
-    args = real.func(batch, num_in, num_out, frames, height, width, **real.keywords, dtype=dtype, device=DEVICE)
-    return args[0].contiguous(memory_format=torch.channels_last_3d), *args[1:]
+    x, weight, bias, residual = real.func(
+        batch, num_in, num_out, frames, height, width, **real.keywords, dtype=dtype, device=DEVICE
+    )
+    if residual is not None:
+        residual = residual.contiguous(memory_format=torch.channels_last_3d)
+    return x.contiguous(memory_format=torch.channels_last_3d), weight, bias, residual
+
+
+def changed(args: tuple, change: Callable[[torch.Tensor], torch.Tensor]) -> tuple:
+    return tuple(None if x is None else change(x) for x in args)
 
 
 def gradients(args: tuple, grad: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    leaves = [x.detach().requires_grad_() for x in args]
-    return torch.autograd.grad(causal_conv3d(*leaves), leaves, grad)
+    leaves = changed(args, lambda x: x.detach().requires_grad_())
+    return torch.autograd.grad(causal_conv3d(*leaves), [x for x in leaves if x is not None], grad)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
@@ -34,13 +44,14 @@ def gradients(args: tuple, grad: torch.Tensor) -> tuple[torch.Tensor, ...]:
 def test_forward(measure, backend, case, dtype):
     args = arguments(case, dtype)
     skip_unless_live("causal_conv3d", backend, *args)
-    plain = tuple(x.contiguous() for x in args)
+    plain = changed(args, torch.Tensor.contiguous)
     y = measure(
         f"forward {case} {list(args[0].shape)} {dtype}", backend, lambda: causal_conv3d(*args),
         cost.of("causal_conv3d", args), reference=lambda: reference.forward(*plain),
     )  # fmt: skip
-    few = (args[0][..., :9, :9], *args[1:])
-    exact = reference.forward(*(x.double() for x in few))[..., :8, :8]
+    x, weight, bias, residual = args
+    few = (x[..., :9, :9], weight, bias, None if residual is None else residual[..., :9, :9])
+    exact = reference.forward(*changed(few, torch.Tensor.double))[..., :8, :8]
     assert_as_accurate(y[..., :8, :8], reference.forward(*args)[..., :8, :8], exact)
 
 

@@ -2,10 +2,12 @@
 
 The process keeps what it frees, as the command line does (`cogvx.allocator`), because else most of what is measured
 on a CPU are page faults of fresh tensors. COGVX_BENCH_ALLOCATOR=default leaves the allocator alone and remembers the
-times; the next run without it prints them beside its own. `make bench` runs both. The table at the end holds what
-pytest-benchmark's own cannot: rates, their shares of what the machine can do, the share of the floor below which no
-implementation can come (`cost`), and "x reference", how often a call fits into one of plain PyTorch. For that the two
-run in turns and the median of the pairs is taken, so that a machine that slows down slows both.
+times, nothing else; the next run without it prints them beside its own. `make bench` runs both.
+
+The table at the end holds what pytest-benchmark's own cannot: rates, their shares of what the machine can do, the
+share of the floor below which no implementation can come (`cost`), and "x reference", how often a call fits into one
+of plain PyTorch. For that the two run in turns and the median of the pairs is taken, so that a machine that slows down
+slows both.
 """
 
 import os
@@ -26,6 +28,7 @@ from cogvx_kernels._op import OPS, declared_backends
 # A CPU takes seconds for what a GPU does in a millisecond, so it gets a part of each real case.
 TOKENS_ON_CPU = int(os.environ.get("COGVX_BENCH_TOKENS", "2048"))
 ROUNDS = 20 if DEVICE == "cuda" else 5
+LONG, ROUNDS_IF_LONG = 1.0, 3  # seconds of a call on a CPU
 
 DEFAULT_ALLOCATOR = os.environ.get("COGVX_BENCH_ALLOCATOR") == "default"
 ALLOCATOR = "default allocator" if DEFAULT_ALLOCATOR else (keep_freed_memory() or "freed memory is kept")
@@ -64,13 +67,15 @@ def measure(benchmark, row, request) -> Callable[..., object]:
         benchmark.group = f"{group} ({DEVICE_NAME}, {ALLOCATOR})"
         of_operators = backend in declared_backends()
         with use_backend(backend) if of_operators else nullcontext():
-            result = benchmark.pedantic(_synchronized(call), setup=flush_cache, rounds=ROUNDS, warmup_rounds=2)
+            call()
+            rounds = ROUNDS if seconds_of(call) < LONG else ROUNDS_IF_LONG
+            result = benchmark.pedantic(_synchronized(call), setup=flush_cache, rounds=rounds)
             seconds = times(call, ROUNDS).median if DEVICE == "cuda" else benchmark.stats.stats.median
         info = {"device": DEVICE_NAME, "allocator": ALLOCATOR, "torch": torch.__version__}
         if cost is not None:
             info |= shares(cost, seconds, _dtype(result))
-        if reference is not None or (of_operators and backend != "reference"):
-            info["x reference"] = round(_ratio(reference or call, call, backend if of_operators else None), 2)
+        if not DEFAULT_ALLOCATOR and (reference is not None or (of_operators and backend != "reference")):
+            info["x reference"] = round(_ratio(reference or call, call, backend if of_operators else None, rounds), 2)
         benchmark.extra_info |= info
         figures = {"ms": f"{seconds * 1e3:.3f}"}
         for key, value in info.items():
@@ -112,10 +117,10 @@ def _milliseconds_by_default(config: pytest.Config, group: str, backend: str, se
     return {} if before is None else {"ms, default allocator": f"{before:.3f}"}
 
 
-def _ratio(reference: Callable[[], object], call: Callable[[], object], backend: str | None) -> float:
+def _ratio(reference: Callable[[], object], call: Callable[[], object], backend: str | None, rounds: int) -> float:
     """The time of the reference over that of the call, the median of pairs that run one after the other."""
     ratios = []
-    for _ in range(ROUNDS + 1):
+    for _ in range(rounds + 1):
         with use_backend("reference"):
             slow = seconds_of(reference)
         with use_backend(backend) if backend else nullcontext():

@@ -70,13 +70,17 @@ def _int8_attention(q: Tensor, k: Tensor, v: Tensor, y: Tensor) -> Cost:
     return Cost(flops=whole.flops // 2, int8_flops=whole.flops // 2, exps=whole.exps)
 
 
-def _conv(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor) -> Cost:
+def _conv(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, y: Tensor) -> Cost:
     return Cost(flops=2 * weight.numel() * _pixels(y))
 
 
 def _upsample(x: Tensor, weight: Tensor, bias: Tensor, double_time: bool, y: Tensor) -> Cost:
     # Of nine taps on doubled pixels five meet a pixel that another meets too, and equal frames are convolved once.
     return Cost(flops=2 * weight[..., :2, :2].numel() * 4 * _pixels(x))
+
+
+def _downsample(x: Tensor, weight: Tensor, bias: Tensor, y: Tensor) -> Cost:
+    return Cost(flops=2 * weight.numel() * _pixels(y))
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool, y: Tensor) -> Cost:
@@ -92,6 +96,7 @@ _COMPUTED: dict[str, Callable[..., Cost]] = {
     "int8_joint_attention": _int8_attention,
     "causal_conv3d": _conv,
     "upsample_conv": _upsample,
+    "downsample_conv": _downsample,
     "linear": _linear,
     "group_norm_silu": _silu,
     "spatial_norm_silu": _silu,
@@ -118,7 +123,8 @@ def with_gradients(name: str, args: Sequence[Any]) -> Cost:
     forward = of(name, args, results)
     backward = Cost(forward.flops, forward.int8_flops, forward.exps) * _BACKWARD.get(name, 2)
     again = args[0].nbytes + _bytes(results) if name in _READ_TWICE else 0
-    return forward + backward + Cost(bytes=2 * _bytes(args) + _bytes(results) + again)
+    used = [x for argument, x in zip(OPS[name].arguments, args, strict=True) if argument not in OPS[name].added]
+    return forward + backward + Cost(bytes=2 * _bytes(used) + _bytes(results) + again)
 
 
 def bound(cost: Cost, peaks: Peaks, dtype: torch.dtype) -> str:

@@ -20,6 +20,7 @@ COMMANDS = {
     "invert": "find the noise that a video is made from, and make it again",
     "verify": "check a checkpoint folder: names, shapes, hashes, a forward pass, parity with diffusers",
     "doctor": "print versions, devices, and which kernels run",
+    "convert": "write a transformer, VAE or LoRA in another format: diffusers, one file, SAT",
     "evaluate": "measure the embedded checkpoint on Shapes World",
     "demo": "make a video with the embedded checkpoint, and a contact sheet beside it",
 }

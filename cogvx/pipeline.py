@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .clip import Clip
+from .config import Published
 from .data.pixels import to_frames
 from .denoise import denoiser
 from .diffusion.samplers import SAMPLERS
@@ -23,6 +25,7 @@ from .inputs import NAMES, Inputs, Picture, Video, planned
 from .machine import computable, environment, peak_memory, pick_device
 from .models.checkpoint import CheckpointError, resolve_folder
 from .models.choices import decode_chunks, last_norm_eps, num_text_tokens
+from .models.files import files_beside
 from .models.saving import content_hash, new_folder, write_json
 from .models.text import TextEncoder
 from .models.transformer import ExpertTransformer
@@ -72,18 +75,23 @@ class Pipeline:
         dtype: torch.dtype | None = None,
         device: str | torch.device | None = None,
         numerics: str | dict | Numerics = "diffusers",
+        transformer: str | os.PathLike | None = None,
+        vae: str | os.PathLike | None = None,
     ) -> "Pipeline":
         """Load a published folder, a hub name, or "tiny", the checkpoint inside this package.
 
         dtype: None keeps the stored one, except that fp16 is computed in fp32 on a CPU. device: None takes a GPU where
         there is one. numerics: "sat", what the weights were trained with, "diffusers", or the choices one by one, a
-        `cogvx.numerics.Numerics`. Raises ValueError for what is no checkpoint, with the reason.
+        `cogvx.numerics.Numerics`.
+
+        transformer, vae: a safetensors or GGUF file in the place of the folder's. Raises ValueError for what is no
+        checkpoint, with the reason.
         """
         choices = read_numerics(numerics)
         configs, folder, device = read_configs(model), resolve_folder(model), pick_device(device)
-        check_folder(folder, configs)
-        transformer = computable(ExpertTransformer.from_pretrained(folder, dtype=dtype, device=device), dtype)
-        vae = computable(CausalVAE.from_pretrained(folder, dtype=dtype, device=device), dtype)
+        check_folder(folder, configs, transformer, vae)
+        transformer = load_part(ExpertTransformer, folder, transformer, configs.transformer, dtype, device)
+        vae = load_part(CausalVAE, folder, vae, configs.vae, dtype, device)
         length = num_text_tokens(configs.transformer, choices)
         text_encoder = TextEncoder.from_pretrained(folder, length, transformer.proj_out.weight.dtype, device)
         return cls(transformer, vae, text_encoder, configs, os.fspath(model), folder, choices)
@@ -233,6 +241,7 @@ class Pipeline:
         seconds = (time.perf_counter() - began) / len(batch)
         reasons = [name for name, value in {**given, "callback_on_step_end": callback}.items() if value is not None]
         reasons += [] if self.folder else ["model"]
+        reasons += [*files_beside(self.transformer, self.vae)]
         described = [self.describe(s, inputs, reasons, len(batch)) for s in batch]
         frames = [inputs.pasted(f) for f in frames]
         return [Clip(f, about["fps"], about, seconds) for f, about in zip(frames, described, strict=True)]
@@ -317,6 +326,7 @@ class Pipeline:
             "batch_size": batch_size,
             "model": self.source,
             "model_sha256": self.model_hash,
+            **files_beside(self.transformer, self.vae),
             "numerics": self.numerics.as_dict(),
             "dtype": str(self.dtype).removeprefix("torch."),
             "not_replayable_because_of": reasons,
@@ -324,10 +334,21 @@ class Pipeline:
         }
 
 
-def check_folder(folder: Path, configs: Configs) -> None:
-    """Raises CheckpointError if any part of a checkpoint lacks a tensor or has a wrong one; reads no weights."""
-    ExpertTransformer.from_pretrained(folder, device="meta")
-    CausalVAE.from_pretrained(folder, device="meta")
+def load_part(
+    part: type, folder: Path, file: str | os.PathLike | None, config: Published, dtype: Any, device: Any
+) -> Any:
+    """The transformer or VAE of a folder, or of a single file in its place."""
+    beside = {} if file is None else {"config": config}
+    return computable(part.from_pretrained(file or folder, dtype=dtype, device=device, **beside), dtype)
+
+
+def check_folder(folder: Path, configs: Configs, transformer: Any = None, vae: Any = None) -> None:
+    """Raises CheckpointError if any part of a checkpoint lacks a tensor or has a wrong one; reads no weights.
+
+    Where a file takes the place of the folder's transformer or VAE, that file is checked.
+    """
+    load_part(ExpertTransformer, folder, transformer, configs.transformer, torch.float32, "meta")
+    load_part(CausalVAE, folder, vae, configs.vae, torch.float32, "meta")
     text_encoder = TextEncoder.from_pretrained(folder, configs.transformer.max_text_seq_length, device="meta")
     width = text_encoder.model.config.d_model
     if width != configs.transformer.text_embed_dim:

@@ -1,4 +1,6 @@
-"""Tensors as the CUDA convolutions take them: whole vectors of channels, weights in the order in which they stream."""
+"""The CUDA convolutions and what they take: whole vectors of channels, weights in the order in which they stream."""
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -29,19 +31,73 @@ def block_of(num_out: int) -> int:
     return narrow if num_out <= narrow else wide
 
 
-def in_tiles(weight: Tensor) -> Tensor:
-    """A weight [phases of y, C_out, K_t, phases of x, taps, C] in the order in which a tile of the result takes it.
-
-    That is [phases of y, tiles, K_t, phases of x, depths, taps, block, depth], with zeros where a tile is not full.
-    """
-    c_out, c = weight.shape[1], weight.shape[5]
+def in_tiles(weight: Tensor) -> Tensor:  # [C_out, C, K_t, taps] -> [tiles, K_t, depths, taps, block, depth]
+    """A weight in the order in which a tile of the result takes it, with zeros where a tile is not full."""
+    c_out, c = weight.shape[:2]
     block, depth = block_of(c_out), _extension.cuda().CONVOLUTION_DEPTH
     if c % depth or c_out % block:
-        weight = F.pad(weight, (0, -c % depth, *[0] * 6, 0, -c_out % block))
-    return weight.unflatten(5, (-1, depth)).unflatten(1, (-1, block)).permute(0, 1, 3, 4, 6, 5, 2, 7).contiguous()
+        weight = F.pad(weight, (0, 0, 0, 0, 0, -c % depth, 0, -c_out % block))
+    return weight.unflatten(1, (-1, depth)).unflatten(0, (-1, block)).permute(0, 4, 2, 5, 1, 3).contiguous()
 
 
-def splits_of(left: Tensor, num_left: int, num_right: int, num_taps: int) -> tuple[int, int]:
+def in_tiles_gathered(weight: Tensor, pad: int) -> Tensor:  # [C_out, C, K_h, K_w]
+    """The same for y[i] = sum over k of x[2i + k - pad] weight[k], its taps sorted by the phase of x that they read."""
+    return in_tiles(torch.cat([phase.flatten(2) for phase in _phases(weight, pad)], dim=2)[:, :, None])
+
+
+def in_tiles_spread(weight: Tensor, pad: int) -> Tensor:  # [C_out, C, K_h, K_w]
+    """The same for its transpose, y[2i + k - pad] += x[i] weight[k]: the tiles of each phase of y, flat."""
+    phases = (phase.flip(2, 3).flatten(2)[:, :, None] for phase in _phases(weight, pad))
+    return torch.cat([in_tiles(phase).flatten() for phase in phases])
+
+
+def _phases(weight: Tensor, pad: int) -> list[Tensor]:
+    return [weight[:, :, (p + pad) % 2 :: 2, (q + pad) % 2 :: 2] for p in range(2) for q in range(2)]
+
+
+def convolve(
+    kernel: Callable[..., None],  # of the extension
+    x: Tensor,  # [B, C, T, H, W]
+    tiles: Tensor,  # the weight in tiles
+    y: Tensor,  # [B, C_out, T', H', W'], channels last
+    taps: tuple[int, int, int],
+    pads: tuple[int, int, int],
+    bias: Tensor | None = None,  # [C_out]
+    residual: Tensor | None = None,  # as y
+    repeated: bool = False,
+) -> None:
+    """Write y, or with `repeated` each frame of it twice; what the kernel computes, `common/convolution.h` says."""
+    x, bias = in_vectors(x), None if bias is None else bias.contiguous()
+    residual = None if residual is None else in_vectors(residual)
+    frames_out = x.shape[2] + 2 * pads[0] - taps[0] + 1
+    sizes = (*x.shape[:2], y.shape[1], x.shape[2], frames_out, pads[0], *x.shape[3:], *y.shape[3:], *taps, *pads[1:])
+    tensors = (0 if t is None else t.data_ptr() for t in (x, tiles, bias, residual, y))
+    place, dtype = _extension.cuda_place(x), _extension.DTYPES[x.dtype]
+    kernel(place, dtype, (*sizes, block_of(y.shape[1])), repeated, tuple(tensors))
+
+
+def weight_gradient(
+    kernel: Callable[..., None],
+    left: Tensor,  # [B, M, T, H, W]
+    right: Tensor,  # [B, N, K_t - 1 + T, H', W']
+    taps: tuple[int, int, int],
+    pads: tuple[int, int],
+    step: int = 1,
+) -> Tensor:  # [M, K_t, K_h, K_w, N], float32
+    """The sum over pixels of left[t, r, s] right[t + k_t, step r + k_h - pad_h, step s + k_w - pad_w]."""
+    num_left, num_right = left.shape[1], right.shape[1]
+    left, right = in_vectors(left), in_vectors(right)
+    b, m, *size = left.shape
+    a_split, num_splits = _splits_of(left, m, right.shape[1], taps[0] * taps[1] * taps[2])
+    partials = torch.empty(num_splits, m, *taps, right.shape[1], dtype=torch.float32, device=left.device)
+    if num_splits:
+        sizes = (b, m, right.shape[1], *size, *right.shape[3:], *taps, *pads, step, a_split, num_splits)
+        tensors = (left.data_ptr(), right.data_ptr(), partials.data_ptr())
+        kernel(_extension.cuda_place(left), _extension.DTYPES[left.dtype], sizes, tensors)
+    return partials.sum(0)[:num_left, ..., :num_right]
+
+
+def _splits_of(left: Tensor, num_left: int, num_right: int, num_taps: int) -> tuple[int, int]:
     """Of the sum over the pixels of `left`: patches a split, and splits."""
     rows, columns = _extension.cuda().CONVOLUTION_WEIGHT_PATCH
     b, _, t, h, w = left.shape

@@ -19,6 +19,7 @@ except ImportError as error:
     _C = None
     _missing = f"the compiled extension cannot be loaded ({error}); `pip install .` builds it"
 
+Place = tuple[bool, int, int, int]  # on CUDA or not, threads of a CPU, a GPU's number and stream
 _on_host: ModuleType | None = None
 
 DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float64: "float64"}
@@ -46,15 +47,23 @@ def why_not_cuda(x: Tensor, dtypes: tuple[torch.dtype, ...]) -> str | None:
         return None if x.device.type == "cpu" else "the CUDA kernels run on the host at present"
     if _missing:
         return _missing
-    if x.device.type != "cuda" or torch.version.hip:
-        return f"CUDA kernels run on CUDA devices, not on {x.device}"
-    return _why_not_device(x.device.index)
+    if x.device.type == "cuda" and not torch.version.hip:
+        return _why_not_device(x.device.index)
+    return _why_not_elsewhere(x.device.type)
 
 
 @functools.cache
 def _why_not_device(device: int) -> str | None:
     reason = _C.why_not_cuda(device)
     return reason and f"cuda:{device} cannot run the compiled kernels: {reason}"
+
+
+@functools.cache
+def _why_not_elsewhere(kind: str) -> str:
+    if _C.built_with()["cuda"] is None:
+        return _C.why_not_cuda(0)
+    here = "" if torch.cuda.is_available() else ", and torch finds no GPU here"
+    return f"CUDA kernels run on CUDA devices, not on {kind}{here}"
 
 
 def cuda() -> ModuleType:
@@ -73,12 +82,12 @@ def cuda_on_host(module: ModuleType) -> Iterator[None]:
         _on_host = before
 
 
-def place(x: Tensor) -> tuple[bool, int, int, int]:
+def place(x: Tensor) -> Place:
     """Where a CPU kernel runs: not on CUDA, with so many threads."""
     return False, torch.get_num_threads(), 0, 0
 
 
-def cuda_place(x: Tensor) -> tuple[bool, int, int, int]:
+def cuda_place(x: Tensor) -> Place:
     """Where a CUDA kernel runs: on CUDA, on the tensor's device and on its current stream."""
     return True, 0, *((x.device.index, torch.cuda.current_stream(x.device).cuda_stream) if x.is_cuda else (0, 0))
 
@@ -91,3 +100,20 @@ def rows(x: Tensor) -> tuple[int, int, int]:  # x [B, N, D] with contiguous rows
 def with_contiguous_rows(x: Tensor) -> Tensor:
     """`x`, or a copy of it where its last dimension is strided."""
     return x if x.shape[-1] < 2 or x.stride(-1) == 1 else x.contiguous()
+
+
+def heads(x: Tensor) -> tuple[int, int, int, int]:  # x [B, A, N, E] with contiguous rows
+    """Address and strides of a tensor of heads."""
+    return x.data_ptr(), *x.stride()[:3]
+
+
+def by_head(y: Tensor, num_heads: int) -> Tensor:  # [B, N, A E] as [B, A, N, E]
+    """A view of rows in which heads lie side by side."""
+    return y.unflatten(2, (num_heads, -1)).transpose(1, 2)
+
+
+def with_aligned_rows(x: Tensor) -> Tensor:
+    """`x`, or a copy of it where a row is strided or does not begin at a multiple of 16 bytes."""
+    piece = 16 // x.element_size()
+    aligned = x.data_ptr() % 16 == 0 and all(stride % piece == 0 for stride in x.stride()[:-1])
+    return x if aligned and x.stride(-1) == 1 else x.clone(memory_format=torch.contiguous_format)

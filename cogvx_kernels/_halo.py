@@ -15,10 +15,12 @@ def behind_halo(
     x: Tensor,  # [B, C, T, H, W]
     halo: Tensor | None,  # [B, C, num_halo, H, W]
     num_halo: int,
+    memory_format: torch.memory_format | None = None,
 ) -> Tensor:  # [B, C, num_halo + T, H, W]
-    """A new buffer in the memory format of x, of which the halo's frames are written where a halo is given."""
+    """A new buffer, in the memory format of x if not in another; a given halo is written into its first frames."""
     b, c, t, h, w = x.shape
-    y = torch.empty((b, c, num_halo + t, h, w), dtype=x.dtype, device=x.device, memory_format=_memory_format(x))
+    memory_format = memory_format or _memory_format(x)
+    y = torch.empty((b, c, num_halo + t, h, w), dtype=x.dtype, device=x.device, memory_format=memory_format)
     if halo is not None and num_halo:
         y[:, :, :num_halo].copy_(halo)
     return y

@@ -45,7 +45,8 @@ class Op:
 
     `backends` are in the order of preference. `check(*args)` raises ValueError for shapes and values that the formula
     does not cover. All tensors share one dtype, but those in `wide` may also be float32; under autocast they stay as
-    they are and the others are cast to the low precision. Where it is not `differentiable`, asking for a gradient
+    they are and the others are cast to the low precision. Tensors in `added` are added to the first result, so that its
+    gradient is theirs, which autograd passes on without a copy. Where it is not `differentiable`, asking for a gradient
     raises RuntimeError. `devices` names the types of devices that the backends are for; elsewhere, as without any
     backend, the call is the plain function, which torch.compile can fuse.
     """
@@ -57,16 +58,18 @@ class Op:
         *backends: str,
         check: Callable[..., None],
         wide: tuple[str, ...] = (),
+        added: tuple[str, ...] = (),
         differentiable: bool = True,
         devices: tuple[str, ...] | None = None,
     ):
         signature = inspect.signature(reference.forward)
         self.name, self.reference, self.backends, self.check = name, reference, backends, check
         self.differentiable, self.devices = differentiable, devices
-        self.arguments = tuple(signature.parameters)
+        self.arguments, self.added = tuple(signature.parameters), added
         self._kinds = tuple((p.name, *_KINDS[p.annotation]) for p in signature.parameters.values())
         self._tensors = tuple(i for i, (_, _, kinds) in enumerate(self._kinds) if Tensor in kinds)
         self._wide = frozenset(self.arguments.index(argument) for argument in wide)
+        self._added = frozenset(self.arguments.index(argument) for argument in added)
         self._register()
         OPS[name] = self
 
@@ -203,7 +206,8 @@ class Op:
         else:
             found = backward(*grads, *args, **({"needs": needs} if _takes_needs(backward) else {}))
         tensors = (args[i] for i in self._tensors)
-        return [_laid_out(g, x) for g, x, need in zip(found, tensors, needs, strict=True) if need]
+        pairs = [(g, x) for g, x, need in zip(found, tensors, needs, strict=True) if need]
+        return [_laid_out(g.clone() if any(g is grad for grad in grads) else g, x) for g, x in pairs]
 
     def _run_backward_fake(self, grads: list[Tensor], needs: list[bool], *args: Any) -> list[Tensor]:
         return [_empty(args[i], args[i]) for i, need in zip(self._tensors, needs, strict=True) if need]
@@ -224,16 +228,18 @@ class Op:
         return [next(found) if need else None for need in needs]
 
     def _save(self, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.save_for_backward(*(inputs[i] for i in self._tensors))
+        ctx.save_for_backward(*(None if i in self._added else inputs[i] for i in self._tensors))
         ctx.others = [None if i in self._tensors else value for i, value in enumerate(inputs)]
 
     def _differentiate(self, ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         args = list(ctx.others)
         for i, x in zip(self._tensors, ctx.saved_tensors, strict=True):
             args[i] = x
-        needs = [ctx.needs_input_grad[i] for i in self._tensors]
-        found = iter(self._backward_overload(list(grads), needs, *args))
-        return tuple(next(found) if need else None for need in ctx.needs_input_grad)
+        needs = [ctx.needs_input_grad[i] and i not in self._added for i in self._tensors]
+        found = iter(self._backward_overload(list(grads), needs, *args) if any(needs) else ())
+        passed = [grads[0] if i in self._added else None for i in range(len(args))]
+        wanted = zip(passed, ctx.needs_input_grad, strict=True)
+        return tuple((next(found) if grad is None else grad) if need else None for grad, need in wanted)
 
     def _refuse_first(self, ctx: Any, *grads: Any) -> None:
         raise RuntimeError(f"{self.name} is for inference: it has no gradient")

@@ -178,23 +178,6 @@ def statistics(x: Tensor, num_groups: int, eps: float) -> Tensor:  # [B, 2, C]
     return result
 
 
-def finish_gradients(
-    sums: Tensor,  # [B, 2, C] in float64, of d and of d * (x - mean), with d the gradient of GroupNorm's result
-    stats: Tensor,  # [B, 2, C]
-    weight: Tensor,  # [C]
-    num_groups: int,
-    num_pixels: int,
-) -> tuple[Tensor, Tensor, Tensor]:  # of weight and bias; [B, 2, C]
-    """Gradients of weight and bias; constant and slope of dL/dx = d rstd weight + constant + slope (x - mean)."""
-    _, _, c = sums.shape
-    rstd = stats[:, 1].double()
-    grad_weight, grad_bias = (sums[:, 1] * rstd).sum(0), sums[:, 0].sum(0)
-    means = (sums * weight.double()).unflatten(2, (num_groups, -1)).sum(3) / (c // num_groups * num_pixels)
-    constant, slope = means.repeat_interleave(c // num_groups, dim=2).unbind(1)
-    ends = torch.stack([-rstd * constant, -(rstd**3) * slope], dim=1).float()
-    return grad_weight.to(weight.dtype), grad_bias.to(weight.dtype), ends
-
-
 def why_not(x: Tensor) -> str | None:
     """Why Triton cannot work on chunks like x, or None."""
     if not (x.is_cuda or triton.knobs.runtime.interpret):

@@ -87,7 +87,9 @@ def test_the_public_face():
     def face(function):
         return {name: p.default for name, p in inspect.signature(function).parameters.items() if name != "self"}
 
-    assert face(Pipeline.from_pretrained) == {"model": "tiny", "dtype": None, "device": None, "numerics": "diffusers"}
+    assert face(Pipeline.from_pretrained) == {
+        "model": "tiny", "dtype": None, "device": None, "numerics": "diffusers", "transformer": None, "vae": None,
+    }  # fmt: skip
     assert face(Pipeline.__call__) == {
         "prompt": None, "image": None, "last_image": None, "video": None, "mask": None, "strength": 0.8,
         "negative_prompt": "", "num_frames": None, "height": None, "width": None,

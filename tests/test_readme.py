@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
 
@@ -21,6 +23,8 @@ def test_the_library_makes_videos(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["red.mp4", "square-0.mp4", "square-1.mp4"]
 
 
-def test_the_kernels_stand_alone(tmp_path):
-    (example,) = (example for example in EXAMPLES if "cogvx_kernels" in example)
+@pytest.mark.parametrize(
+    "example", [example for example in EXAMPLES if "cogvx_kernels" in example], ids=["block", "video"]
+)
+def test_the_kernels_stand_alone(tmp_path, example):
     run('import sys; sys.modules["cogvx"] = None  # importing it fails\n' + example, tmp_path)

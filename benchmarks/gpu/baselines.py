@@ -40,7 +40,7 @@ def others(name: str, args: Sequence[Any]) -> Iterator[Contestant]:
         yield from _attentions(*args[:3])
     elif name == "causal_conv3d":
         yield from _convolutions(*args)
-    elif name == "upsample_conv":
+    elif name in ("upsample_conv", "downsample_conv"):
         plain = (args[0].contiguous(), *args[1:])
         yield "cuDNN, contiguous", partial(OPS[name].reference.forward, *plain)
     elif name in ("group_norm_silu", "spatial_norm_silu"):
@@ -91,14 +91,16 @@ def _flex(q: Tensor, k: Tensor, v: Tensor) -> Callable[[], Tensor] | str:
     return lambda: attend(q, k, v).transpose(1, 2).flatten(2)
 
 
-def _convolutions(x: Tensor, weight: Tensor, bias: Tensor | None) -> Iterator[Contestant]:
+def _convolutions(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> Iterator[Contestant]:
     """As a model without our buffers does it: the halo and the chunk are joined for every convolution."""
     num_halo = weight.shape[2] - 1
     padding = (0, weight.shape[3] // 2, weight.shape[4] // 2)
 
-    def joined(halo: Tensor, chunk: Tensor) -> Tensor:
-        return F.conv3d(torch.cat([halo, chunk], 2), weight, bias, padding=padding)
+    def joined(halo: Tensor, chunk: Tensor, added: Tensor | None) -> Tensor:
+        y = F.conv3d(torch.cat([halo, chunk], 2), weight, bias, padding=padding)
+        return y if added is None else y.add_(added)
 
     for label, layout in (("channels last", torch.channels_last_3d), ("contiguous", torch.contiguous_format)):
         halo, chunk = (part.contiguous(memory_format=layout) for part in x.split([num_halo, x.shape[2] - num_halo], 2))
-        yield f"cuDNN, {label}, cat + conv", partial(joined, halo, chunk)
+        added = None if residual is None else residual.contiguous(memory_format=layout)
+        yield f"cuDNN, {label}, cat + conv", partial(joined, halo, chunk, added)

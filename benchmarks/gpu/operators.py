@@ -25,7 +25,8 @@ from .record import Record, from_arguments
 
 DTYPE = torch.bfloat16
 ORDER = ("joint_attention", "causal_conv3d", "gated_expert_layernorm", "qk_norm_rope", "spatial_norm_silu",
-         "int8_joint_attention", "upsample_conv", "expert_layernorm", "group_norm_silu", "linear")  # fmt: skip
+         "int8_joint_attention", "upsample_conv", "downsample_conv", "expert_layernorm", "group_norm_silu",
+         "linear")  # fmt: skip
 LEAST_SECONDS = 2.0  # left to a stage, below which nothing new begins
 
 
@@ -36,11 +37,17 @@ class Case:
     make: Callable[..., tuple]
 
     def arguments(self) -> tuple:
-        """As the models have them: video with its channels last."""
-        args = self.make(dtype=DTYPE, device=DEVICE)
-        if args[0].dim() == 5:
-            args = args[0].contiguous(memory_format=torch.channels_last_3d), *args[1:]
-        return args
+        return with_channels_last(self.operator, self.make(dtype=DTYPE, device=DEVICE))
+
+
+def with_channels_last(name: str, args: Sequence[Any]) -> tuple:
+    """The arguments as the models have them: video, and what is added to it, with its channels last."""
+    video = {OPS[name].arguments[0], *OPS[name].added} if args[0].dim() == 5 else ()
+    pairs = zip(OPS[name].arguments, args, strict=False)  # what has a default may be left out
+    return tuple(
+        x.contiguous(memory_format=torch.channels_last_3d) if argument in video and x is not None else x
+        for argument, x in pairs
+    )
 
 
 def cases() -> list[Case]:
@@ -177,9 +184,13 @@ def _part(name: str, args: Sequence[Any]) -> tuple[tuple, Callable[[Tensor], Ten
         width = args[0].shape[-1]
         return (*(x[:1, :1] for x in args[:3]), *args[3:]), lambda y: y[:1, :, :width]
     if name == "causal_conv3d":
-        return (args[0][..., :9, :9], *args[1:]), lambda y: y[..., :8, :8]
+        x, weight, bias, residual = args
+        few = x[..., :9, :9], weight, bias, None if residual is None else residual[..., :9, :9]
+        return few, lambda y: y[..., :8, :8]
     if name == "upsample_conv":
         return (args[0][..., :9, :9], *args[1:]), lambda y: y[..., :16, :16]
+    if name == "downsample_conv":
+        return (args[0][..., :16, :16], *args[1:]), lambda y: y[..., :7, :7]
     return tuple(args), lambda y: y
 
 

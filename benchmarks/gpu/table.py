@@ -20,7 +20,7 @@ def of(folder: Path) -> str:
 
 def _lines(folder: Path) -> Iterator[str]:
     machine = record.read(folder / "machine.json") or {}
-    yield _title(machine)
+    yield title(machine)
     yield ""
     yield from stages(folder)
     for name, keys in (("models", MODEL), ("operators", OPERATOR)):
@@ -30,7 +30,7 @@ def _lines(folder: Path) -> Iterator[str]:
             yield from measurements(found["rows"], keys)
 
 
-def _title(machine: dict[str, Any]) -> str:
+def title(machine: dict[str, Any]) -> str:
     words = [machine.get("device", "unknown device"), machine.get("date", "")]
     words += [f"{name} {version}" for name, version in machine.get("packages", {}).items() if version][:3]
     words += [f"cuDNN {machine['cudnn']}"] if machine.get("cudnn") else []

@@ -1,11 +1,14 @@
 """cogvx generate: make a video from a prompt."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from tyro.conf import Positional, arg
 
 from ._arguments import DType
+
+if TYPE_CHECKING:
+    from ..models import ExpertTransformer
 
 
 def main(
@@ -32,6 +35,10 @@ def main(
     dtype: DType | None = None,
     device: str | None = None,
     progress: bool = True,
+    transformer: Path | None = None,
+    vae: Path | None = None,
+    lora: tuple[Path, ...] = (),
+    lora_weight: tuple[float, ...] = (),
 ) -> None:
     """Make a video from a prompt; also from a video and, with a model that takes them, from images.
 
@@ -61,6 +68,10 @@ def main(
         dtype: unset, the stored one (fp16 is computed in fp32 on a CPU).
         device: unset, a GPU where there is one.
         progress: show a progress bar.
+        transformer: a safetensors or GGUF file in the place of the model's.
+        vae: a safetensors file in the place of the model's.
+        lora: files of LoRAs, in the naming of diffusers, SAT, Kohya or CogVideoX-Fun.
+        lora_weight: how much each of them counts; unset, 1.
     """
     from ..data.video import check_writable
     from ..inputs import Inputs, planned
@@ -80,7 +91,21 @@ def main(
     from ..pipeline import Pipeline
     from ._arguments import torch_dtype
 
-    pipeline = Pipeline.from_pretrained(model, torch_dtype(dtype), device, choices)
+    pipeline = Pipeline.from_pretrained(model, torch_dtype(dtype), device, choices, transformer, vae)
+    load_loras(pipeline.transformer, lora, lora_weight)
     clip = pipeline(**settings.as_dict(), **files, progress=progress)
     clip.save(output)
     print(f"{output}  ({clip.seconds:.1f} s, seed {clip.metadata['seed']})")
+
+
+def load_loras(transformer: "ExpertTransformer", files: tuple[Path, ...], weights: tuple[float, ...]) -> None:
+    from ..models.lora import load_lora
+    from ..settings import SettingsError
+
+    if len(weights) not in (0, len(files)):
+        raise SettingsError(f"lora_weight has {len(weights)} numbers for {len(files)} LoRAs; give one for each")
+    for file, weight in zip(files, weights or [1.0] * len(files), strict=True):
+        try:
+            load_lora(transformer, file, weight)
+        except ValueError as error:
+            raise SettingsError(str(error)) from error

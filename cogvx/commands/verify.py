@@ -43,7 +43,7 @@ def main(
     configs, root = read_configs(folder), resolve_folder(folder)
     picked = pick_device(device)
     failed = []
-    for path in sorted(root.rglob("*.safetensors")):
+    for path in sorted(path for path in root.rglob("*.safetensors") if path.is_file()):
         print(f"sha-256  {sha256(path)}  {path.relative_to(root)}", flush=True)
     for part in (TransformerCheck, VAECheck, TextCheck):
         for check, passed, text in outcomes(part(root, configs, picked), parity):

@@ -9,54 +9,28 @@ import json
 import os
 import re
 import secrets
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
+
+from .quantized import DTYPE, is_fp8, unscaled
+from .stored import DTYPES, CheckpointError, Stored, one_line, opened, opened_file, some
 
 TINY = Path(__file__).parent.parent / "assets" / "tiny"
 NUMERICS = ("diffusers",)
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt"]
-PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+COMPONENTS = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+CODE = (".py", ".pyc", ".so", ".dll", ".dylib")
 STEMS = ("diffusion_pytorch_model", "model")  # of weight files: diffusers' and ours, transformers'
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+VARIANT = re.compile(rf"(?:{'|'.join(STEMS)})\.(?:(\w+)\.safetensors|safetensors\.index\.(\w+)\.json)")
 MAX_JSON_BYTES = 2**24  # the largest published one, a tokenizer's, has 2.4 MB
-
-Model = TypeVar("Model", bound=nn.Module)
-
-
-class CheckpointError(ValueError):
-    """A folder that is no checkpoint, or a damaged, incomplete or unsafe one; always one short printable line."""
-
-    def __init__(self, message: str):  # names come from the files, which may hold anything
-        short = message if len(message) <= 900 else message[:600] + " ... " + message[-295:]
-        super().__init__("".join(letter if letter.isprintable() else "?" for letter in short))
-
-
-def load_model(
-    model_class: type[Model],
-    config_class: type,
-    component: str,
-    folder: str | Path,
-    numerics: str,
-    dtype: torch.dtype | None,
-    device: torch.device | str | None,
-) -> Model:
-    """The model in a component's folder, or in the `component` of a pipeline's folder."""
-    check_numerics(numerics)
-    root = resolve_folder(folder)
-    part = component_folder(root, component)
-    config = read_config(config_class, part, root)
-    with torch.device("meta"):  # no memory and no time for weights that are about to be replaced
-        model = model_class(config)
-    load_weights(model, part, root, dtype, device)
-    return model.eval()
 
 
 def check_numerics(numerics: str) -> None:
@@ -71,7 +45,7 @@ def resolve_folder(folder: str | Path) -> Path:
         return TINY
     path = Path(folder)
     if str(folder) and os.path.isdir(path):
-        return path
+        return check_contents(path)
     if path.suffix in PICKLES:
         raise CheckpointError(_pickle_message(path))
     if os.path.isfile(path):
@@ -82,10 +56,28 @@ def resolve_folder(folder: str | Path) -> Path:
     from huggingface_hub import snapshot_download  # here, because it takes 0.4 s and few calls need it
 
     try:
-        return Path(snapshot_download(str(folder), allow_patterns=HUB_FILES))
+        snapshot = Path(snapshot_download(str(folder), allow_patterns=HUB_FILES))
     except Exception as error:  # network, login, name: the library has some ten unrelated classes
-        reason = _line(error)
+        reason = one_line(error)
         raise CheckpointError(f"{folder} is no folder here and could not be had from the hub: {reason}") from error
+    return check_contents(snapshot)
+
+
+def check_contents(root: Path) -> Path:
+    """`root`, once it and its components' folders are known to hold neither code nor pickles."""
+    for folder in (root, *(root / component for component in COMPONENTS)):
+        try:
+            names = sorted(os.listdir(folder)) if folder.is_dir() else []
+        except OSError as error:
+            raise CheckpointError(f"{folder} cannot be read: {error.strerror}") from error
+        for name in names:
+            suffix = Path(name).suffix.lower()
+            if suffix in CODE:
+                what = "is code; a model here is data alone, and a folder that brings code is not loaded"
+                raise CheckpointError(f"{folder / name} {what}. Look at what it does, then take it out of the folder")
+            if suffix in PICKLES:
+                raise CheckpointError(_pickle_message(folder / name))
+    return root
 
 
 def component_folder(root: Path, component: str) -> Path:
@@ -102,7 +94,7 @@ def safe_path(path: Path, root: Path) -> Path:
     try:
         real, allowed = path.resolve(), [root.resolve()]
     except (OSError, RuntimeError) as error:
-        raise CheckpointError(f"{path} is a link that leads nowhere: {_line(error)}") from error
+        raise CheckpointError(f"{path} is a link that leads nowhere: {one_line(error)}") from error
     for ancestor in root.absolute().parents:
         if ancestor.name == "snapshots" and ancestor.parent.name.startswith("models--"):
             allowed.append(ancestor.parent.resolve() / "blobs")
@@ -125,7 +117,7 @@ def read_json(path: Path, root: Path) -> dict[str, Any]:
     except CheckpointError:
         raise
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is no valid JSON: {_line(error)}") from error
+        raise CheckpointError(f"{path} is no valid JSON: {one_line(error)}") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds a {type(content).__name__}, not an object with fields")
     return content
@@ -136,20 +128,30 @@ def read_config(config_class: type, folder: Path, root: Path, name: str = "confi
     try:
         return config_class.from_dict(content)
     except ValueError as error:
-        raise CheckpointError(f"{folder / name}: {_line(error)}") from error
+        raise CheckpointError(f"{folder / name}: {one_line(error)}") from error
 
 
 def weight_files(folder: Path, root: Path) -> list[Path]:
-    """The safetensors files of a component, those of its index where there is one."""
+    """The safetensors files of a component, those of its index where there is one.
+
+    Where there is a variant alone, such as `diffusion_pytorch_model.fp16.safetensors`, its files.
+    """
     for stem in STEMS:
         index = folder / f"{stem}.safetensors.index.json"
         if index.is_file():
             return _indexed_files(index, root)
         if (folder / f"{stem}.safetensors").is_file():
             return [safe_path(folder / f"{stem}.safetensors", root)]
-    pickles = sorted(path for path in folder.iterdir() if path.suffix in PICKLES)
-    if pickles:
-        raise CheckpointError(_pickle_message(pickles[0]))
+    variants = {}
+    for path in sorted(folder.iterdir()):
+        match = VARIANT.fullmatch(path.name)
+        if match and path.is_file():
+            variants.setdefault(match[1] or match[2], path)
+    if len(variants) > 1:
+        found = ", ".join(variants)
+        raise CheckpointError(f"{folder} holds the variants {found} and no plain weights; leave one of them there")
+    for path in variants.values():
+        return _indexed_files(path, root) if path.suffix == ".json" else [safe_path(path, root)]
     raise CheckpointError(f"{folder} holds no weights: {STEMS[0]}.safetensors is missing")
 
 
@@ -180,28 +182,40 @@ def load_weights(
     aliases: dict[str, str] | None = None,
     keep_fp32: Iterable[str] = (),
 ) -> None:
-    """Give a model the weights of a folder, cast to `dtype` (None: as stored), once every name and shape is right.
+    """Give a model the weights of a folder, cast to `dtype`, once every name and shape is right.
 
     Args:
+        dtype: None is what is stored, and bf16 for fp8.
         aliases: other names under which a file may hold a tensor.
         keep_fp32: tensors that stay in fp32 where the others become fp16.
     """
-    _check_dtype(dtype)
-    device = _device(device)
+    check_dtype(dtype)
+    check_device(device)
+    with opened(weight_files(folder, root)) as stored:
+        dtype = DTYPE if dtype is None and is_fp8(stored) else dtype
+        fill(model, unscaled(stored), folder, dtype, device, aliases or {}, keep_fp32)
+
+
+def fill(
+    model: nn.Module,  # on the meta device
+    stored: Iterable[tuple[str, Stored]],
+    source: Path,
+    dtype: torch.dtype | None,
+    device: torch.device | str | None,
+    aliases: dict[str, str],
+    keep_fp32: Iterable[str] = (),
+) -> None:
+    """`load_weights` from tensors that a file holds; `source` is what errors name."""
     expected = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
-    aliases, keep = aliases or {}, set(keep_fp32)
-    files = weight_files(folder, root)
-    places = _check_tensors(files, {n: s for n, s in expected.items() if n not in aliases}, aliases, folder)
+    wanted_ones = {name: shape for name, shape in expected.items() if name not in aliases}
+    places, keep = _check_tensors(stored, wanted_ones, aliases, source), set(keep_fp32)
     weights: dict[str, Tensor] = {}
-    for file in files:
-        with _opened(file) as tensors:
-            for name, (place, key) in places.items():
-                if place == file:
-                    tensor = tensors.get_tensor(key)
-                    wanted = dtype or tensor.dtype
-                    wanted = torch.float32 if name in keep and wanted == torch.float16 else wanted
-                    # A copy: a mapped file that is overwritten later would take the process down.
-                    weights[name] = tensor.to(device, wanted, copy=True)
+    for name, place in places.items():
+        tensor = place.read()
+        wanted = dtype or tensor.dtype
+        wanted = torch.float32 if name in keep and wanted == torch.float16 else wanted
+        # A copy: a mapped file that is overwritten later would take the process down.
+        weights[name] = tensor.to(check_device(device), wanted, copy=True)
     model.load_state_dict(weights | {a: weights[name] for a, name in aliases.items() if a in expected}, assign=True)
 
 
@@ -212,7 +226,7 @@ def load_tensors(file: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise CheckpointError(_pickle_message(file))
     if not file.is_file():
         raise CheckpointError(f"{file} does not exist; give a safetensors file")
-    with _opened(file) as tensors:
+    with opened_file(file) as tensors:
         return {name: tensors.get_tensor(name).clone() for name in sorted(tensors.keys())}, tensors.metadata() or {}
 
 
@@ -226,31 +240,29 @@ def save_tensors(tensors: dict[str, Tensor], file: str | Path, metadata: dict[st
             os.fsync(written.fileno())
         os.replace(partial, file)
     except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or _line(error)
+        reason = getattr(error, "strerror", None) or one_line(error)
         raise CheckpointError(f"{file} cannot be written: {reason}") from error
     finally:
         partial.unlink(missing_ok=True)
 
 
 def _check_tensors(
-    files: list[Path], expected: dict[str, list[int]], aliases: dict[str, str], folder: Path
-) -> dict[str, tuple[Path, str]]:
-    """Where each tensor is: file and name in it. Raises CheckpointError that says what is missing, extra or wrong."""
-    places: dict[str, tuple[Path, str]] = {}
-    extra, shapes, dtypes = [], [], []
-    for file in files:
-        with _opened(file) as tensors:
-            for key in sorted(tensors.keys()):
-                name = aliases.get(key, key)
-                shape, stored = tensors.get_slice(key).get_shape(), tensors.get_slice(key).get_dtype()
-                if name not in expected or (name in places and places[name][1] == key):
-                    extra.append(key)
-                    continue
-                if shape != expected[name]:
-                    shapes.append(f"{key} is {shape}, not {expected[name]}")
-                if stored not in DTYPES:
-                    dtypes.append(f"{key} is {stored}")
-                places[name] = file, key
+    stored: Iterable[tuple[str, Stored]], expected: dict[str, list[int]], aliases: dict[str, str], source: Path
+) -> dict[str, Stored]:
+    """The tensor of each name. Raises CheckpointError that says what is missing, extra or wrong."""
+    places: dict[str, Stored] = {}
+    seen, extra, shapes, dtypes = set(), [], [], []
+    for key, tensor in stored:
+        name = aliases.get(key, key)
+        if name not in expected or key in seen:
+            extra.append(key)
+            continue
+        if tensor.shape != expected[name]:
+            shapes.append(f"{key} is {tensor.shape}, not {expected[name]}")
+        if tensor.dtype not in DTYPES:
+            dtypes.append(f"{key} is {tensor.dtype}")
+        places[name] = tensor
+        seen.add(key)
     faults = (
         ("missing", sorted(expected.keys() - places.keys())),
         ("too many", sorted(extra)),
@@ -258,28 +270,16 @@ def _check_tensors(
         (f"of a type other than {', '.join(DTYPES)}", dtypes),
     )
     if any(names for _, names in faults):
-        raise CheckpointError(f"{folder}: " + "; ".join(f"{len(n)} {what} ({_some(n)})" for what, n in faults if n))
+        raise CheckpointError(f"{source}: " + "; ".join(f"{len(n)} {what} ({some(n)})" for what, n in faults if n))
     return places
 
 
-@contextmanager
-def _opened(file: Path) -> Iterator[Any]:
-    """A safetensors file, whose errors become ours."""
-    try:
-        with safe_open(file, framework="pt") as tensors:
-            yield tensors
-    except CheckpointError:
-        raise
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{file} is no intact safetensors file: {_line(error)}") from error
-
-
-def _check_dtype(dtype: torch.dtype | None) -> None:
+def check_dtype(dtype: torch.dtype | None) -> None:
     if dtype is not None and dtype not in DTYPES.values():
         raise ValueError(f"dtype is {dtype!r}; it must be None or one of {', '.join(map(str, DTYPES.values()))}")
 
 
-def _device(device: torch.device | str | None) -> torch.device:
+def check_device(device: torch.device | str | None) -> torch.device:
     try:
         return torch.device(device or "cpu")
     except RuntimeError as error:
@@ -287,14 +287,7 @@ def _device(device: torch.device | str | None) -> torch.device:
 
 
 def _pickle_message(path: Path) -> str:
-    return f"{path} is a pickle, which can run any code when it is read; only safetensors files are loaded"
-
-
-def _some(names: list[str]) -> str:
-    more = f", and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(name if len(name) <= 100 else name[:97] + "..." for name in names[:3]) + more
-
-
-def _line(error: BaseException) -> str:
-    """The first line of an error, at most 200 characters."""
-    return (str(error).strip().split("\n")[0] or type(error).__name__)[:200]
+    return (
+        f"{path} is a pickle, which can run any code when it is read; only safetensors files are loaded. "
+        f"Of a SAT file, this makes what can be: cogvx convert {path.name} OUTPUT --to diffusers"
+    )

@@ -10,7 +10,7 @@ Source: "CogVideoX" (arXiv 2408.06072), section 2.2, and the released configurat
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from cogvx_kernels import expert_layernorm, gated_expert_layernorm, joint_attention, qk_norm_rope
 
 from ..config import TransformerConfig
-from .checkpoint import load_model
 from .embeddings import Grid, Placement, default_placement, rope_positions, timestep_embedding
 from .linear import Linear
+from .loading import ConfigLike, load_model
 from .modulation import Modulation, ModulationTable
 from .patches import Added, PatchEmbed, unpatchify
 from .saving import SHARD_BYTES, save_model
@@ -45,6 +45,7 @@ class ExpertTransformer(nn.Module):
         self.norm_final = nn.LayerNorm(config.width, config.norm_eps)
         self.norm_out = LastNorm(config)
         self.proj_out = Linear(config.width, config.out_channels * math.prod(config.patch))
+        self.loras: dict[str, Any] = {}  # see `cogvx.models.lora`
         self.table: ModulationTable | None = None  # what is left of the modulation once its weights are released
 
     @classmethod
@@ -54,13 +55,16 @@ class ExpertTransformer(nn.Module):
         numerics: str = "diffusers",
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
+        config: ConfigLike = None,
     ) -> Self:
-        """The transformer of a published folder: a pipeline's or the transformer's own, a hub name, or "tiny".
+        """The transformer of a published folder: a pipeline's or its own, a hub name, "tiny", or one file.
+
+        config: of a file of no released size: a preset's name, a checkpoint's folder, or a TransformerConfig.
 
         Raises:
             CheckpointError: the folder is no checkpoint, or a damaged, incomplete or unsafe one.
         """
-        return load_model(cls, TransformerConfig, "transformer", folder, numerics, dtype, device)
+        return load_model(cls, "transformer", folder, numerics, dtype, device, config)
 
     def save_pretrained(self, folder: str | Path, shard_bytes: int = SHARD_BYTES) -> None:
         """Write the transformer's own published folder; diffusers loads it too.

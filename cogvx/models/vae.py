@@ -18,10 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cogvx_kernels import causal_conv3d, group_norm_silu, spatial_norm_silu, upsample_conv
+from cogvx_kernels import causal_conv3d, downsample_conv, group_norm_silu, spatial_norm_silu, upsample_conv
 
 from ..config import VAEConfig
-from .checkpoint import load_model
+from .loading import ConfigLike, load_model
 from .saving import SHARD_BYTES, save_model
 
 
@@ -47,13 +47,16 @@ class CausalVAE(nn.Module):
         numerics: str = "diffusers",
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
+        config: ConfigLike = None,
     ) -> Self:
-        """The VAE of a published folder: a pipeline's or the VAE's own, a hub name, or "tiny".
+        """The VAE of a published folder: a pipeline's or the VAE's own, a hub name, "tiny", or one file.
+
+        config: of a file that does not state it: a preset's name, a checkpoint's folder, or a VAEConfig.
 
         Raises:
             CheckpointError: the folder is no checkpoint, or a damaged, incomplete or unsafe one.
         """
-        return load_model(cls, VAEConfig, "vae", folder, numerics, dtype, device)
+        return load_model(cls, "vae", folder, numerics, dtype, device, config)
 
     def save_pretrained(self, folder: str | Path, shard_bytes: int = SHARD_BYTES) -> None:
         """Write the VAE's own published folder; diffusers loads it too."""
@@ -197,8 +200,7 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor, z: Tensor | None, halos: Halos) -> Tensor:
         y = self.conv1(self.norm1(x, z, halos.pop(self.conv1, None)), halos)
-        y = self.conv2(self.norm2(y, z, halos.pop(self.conv2, None)), halos)
-        return y.add_(self.conv_shortcut(x))  # in place: no convolution's gradient needs its result
+        return self.conv2(self.norm2(y, z, halos.pop(self.conv2, None)), halos, self.conv_shortcut(x))
 
 
 class PointwiseConv(nn.Conv3d):
@@ -221,10 +223,10 @@ class CausalConv3d(nn.Module):
         super().__init__()
         self.conv = nn.Conv3d(width_in, width, 3, padding=(0, 1, 1))
 
-    def forward(self, x: Tensor, halos: Halos) -> Tensor:
+    def forward(self, x: Tensor, halos: Halos, residual: Tensor | None = None) -> Tensor:
         if not halos.last:
             halos[self] = x[:, :, -2:].clone()  # a copy, so that the buffer can be freed
-        return causal_conv3d(x, self.conv.weight, self.conv.bias)
+        return causal_conv3d(x, self.conv.weight, self.conv.bias, residual)
 
 
 class GroupNormSiLU(nn.GroupNorm):
@@ -266,8 +268,7 @@ class Downsample(nn.Module):
             alone = x.shape[2] % 2
             means = (x[:, :, alone::2] + x[:, :, alone + 1 :: 2]) / 2
             x = torch.cat([x[:, :, :1], means], dim=2) if alone else means
-        frames = F.pad(x.transpose(1, 2).flatten(0, 1), (0, 1, 0, 1))
-        return self.conv(frames).unflatten(0, (x.shape[0], -1)).transpose(1, 2)
+        return downsample_conv(x, self.conv.weight, self.conv.bias)
 
 
 class Upsample(nn.Module):

@@ -21,7 +21,7 @@ _LEAST_PIXELS, _LEAST_CHANNELS = 512, 32
 _PIXELS_AT_ONCE = 2**16  # of pairs: single frames are slower in oneDNN, and the fewer, the less is held twice
 
 
-def why_not(x: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
+def why_not(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> str | None:
     return None if x.device.type == "cpu" else f"oneDNN convolves on CPUs, not on {x.device}"
 
 
@@ -29,10 +29,14 @@ def forward(
     x: Tensor,  # [B, C, K_t - 1 + T, H, W]: the halo, then the chunk
     weight: Tensor,  # [C_out, C, K_t, K_h, K_w], odd K_h and K_w
     bias: Tensor | None,  # [C_out]
+    residual: Tensor | None,  # [B, C_out, T, H, W]
 ) -> Tensor:  # [B, C_out, T, H, W]
+    y = _convolve(x, weight, bias) if _pays(x, weight) else _conv(x, weight, bias)
+    return y if residual is None else y.add_(residual)
+
+
+def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     b, _, num_frames, h, w = x.shape
-    if not _pays(x, weight):
-        return _conv(x, weight, bias)
     num_frames -= 2
     shape = (b, len(weight), num_frames, h, w)
     y = torch.empty(shape, dtype=x.dtype, memory_format=torch.channels_last_3d)

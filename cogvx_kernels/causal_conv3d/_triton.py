@@ -45,11 +45,12 @@ def _load_pixels(
 
 @triton.jit
 def forward_kernel(
-    x, weight, bias, y, num_pixels, frames_in, frames_out, height, width, num_in, num_out,
-    PAD_T: tl.constexpr, K_T: tl.constexpr, K_H: tl.constexpr, K_W: tl.constexpr, HAS_BIAS: tl.constexpr,
+    x, weight, bias, residual, y, num_pixels, frames_in, frames_out, height, width, num_in, num_out,
+    PAD_T: tl.constexpr, K_T: tl.constexpr, K_H: tl.constexpr, K_W: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
     PACKED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """y[t] = sum over k of x[t + k - PAD_T] weight[k]; x [B, T_in, H, W, C], weight [C_out, taps, C]."""
+    """y[t] = sum over k of x[t + k - PAD_T] weight[k] + residual[t]; x [B, T_in, H, W, C], weight [C_out, taps, C]."""
     num_taps: tl.constexpr = K_T * K_H * K_W
     tiles_n = tl.cdiv(num_out, BLOCK_N)  # neighbours share pixels, which are the larger operand
     o = (tl.program_id(0) % tiles_n) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -84,7 +85,10 @@ def forward_kernel(
     if HAS_BIAS:
         total += tl.load(bias + o, mask=o < num_out, other=0.0).to(tl.float32)[None, :]
     inside = (place < num_pixels)[:, None] & (o < num_out)[None, :]
-    tl.store(y + place.to(tl.int64)[:, None] * num_out + o[None, :], total.to(y.dtype.element_ty), mask=inside)
+    target = place.to(tl.int64)[:, None] * num_out + o[None, :]
+    if HAS_RESIDUAL:
+        total += tl.load(residual + target, mask=inside, other=0.0).to(tl.float32)
+    tl.store(y + target, total.to(y.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -154,10 +158,10 @@ def _block(size: int, largest: int) -> int:
     return max(16, min(triton.next_power_of_2(size), largest))  # a matrix product takes 16 at least
 
 
-def why_not(x: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
+def why_not(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> str | None:
     if not (x.is_cuda or triton.knobs.runtime.interpret):
         return "Triton runs on CUDA tensors, or anywhere with TRITON_INTERPRET=1"
-    if x.dtype not in _DTYPES or any(t is not None and t.dtype != x.dtype for t in (weight, bias)):
+    if x.dtype not in _DTYPES or any(t is not None and t.dtype != x.dtype for t in (weight, bias, residual)):
         return "every tensor must be of one dtype: float32, float16 or bfloat16"
     pixels = x.numel() // x.shape[1]
     return f"{pixels} pixels are above {_MAX_PIXELS}" if pixels > _MAX_PIXELS else None
@@ -167,8 +171,9 @@ def forward(
     x: Tensor,  # [B, C, K_t - 1 + T, H, W]: the halo, then the chunk
     weight: Tensor,  # [C_out, C, K_t, K_h, K_w], odd K_h and K_w
     bias: Tensor | None,  # [C_out]
+    residual: Tensor | None,  # [B, C_out, T, H, W]
 ) -> Tensor:  # [B, C_out, T, H, W]
-    return _convolve(x, weight, bias, 0)
+    return _convolve(x, weight, bias, residual, 0)
 
 
 def backward(
@@ -176,14 +181,15 @@ def backward(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor | None]:  # of x, weight, bias
+    residual: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:  # of x, weight, bias, residual
     """The gradients; that of x, the halo's included, is a convolution of grad with the weight reversed."""
-    grad_x = _convolve(grad, weight.flip(2, 3, 4).transpose(0, 1), None, weight.shape[2] - 1)
+    grad_x = _convolve(grad, weight.flip(2, 3, 4).transpose(0, 1), None, None, weight.shape[2] - 1)
     grad_bias = None if bias is None else grad.sum((0, 2, 3, 4), dtype=torch.float32).to(bias.dtype)
-    return grad_x, _grad_weight(grad, x, weight), grad_bias
+    return grad_x, _grad_weight(grad, x, weight), grad_bias, grad
 
 
-def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, pad_t: int) -> Tensor:
+def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, pad_t: int) -> Tensor:
     """The convolution with `pad_t` frames of zeros on both sides of x."""
     x, weight = (t.contiguous(memory_format=torch.channels_last_3d) for t in (x, weight))
     b, c, frames_in, h, w = x.shape
@@ -195,11 +201,14 @@ def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, pad_t: int) -> Ten
         num_pixels = b * frames_out * h * w
         options = forward_options(c, c_out, k_t * k_h * k_w, x.dtype)
         grid = (triton.cdiv(num_pixels, options["BLOCK_M"]) * triton.cdiv(c_out, options["BLOCK_N"]),)
+        options |= {"HAS_BIAS": bias is not None, "HAS_RESIDUAL": residual is not None}
+        bias = weight if bias is None else bias.contiguous()
+        residual = weight if residual is None else residual.contiguous(memory_format=torch.channels_last_3d)
         with torch.cuda.device_of(x):
             forward_kernel[grid](
-                x, weight, weight if bias is None else bias.contiguous(), y,
+                x, weight, bias, residual, y,
                 num_pixels, frames_in, frames_out, h, w, c, c_out,
-                PAD_T=pad_t, K_T=k_t, K_H=k_h, K_W=k_w, HAS_BIAS=bias is not None, **options,
+                PAD_T=pad_t, K_T=k_t, K_H=k_h, K_W=k_w, **options,
             )  # fmt: skip
     return y
 

@@ -20,6 +20,7 @@ def make(
     kernel: tuple[int, int, int] = (3, 3, 3),
     bias: bool = True,
     still: bool = False,
+    residual: bool = False,
     *,
     dtype=torch.float32,
     device="cpu",
@@ -36,19 +37,20 @@ def make(
         x,
         normal(width, width_in, *kernel, std=taps**-0.5),
         normal(width) if bias else None,
+        normal(batch, width, frames, height, columns, std=scale) if residual else None,
     )
 
 
 SMALL = [
     partial(make, 2, 4, 6, 3, 5, 7),
-    partial(make, 1, 3, 5, 1, 4, 4, bias=False),
-    partial(make, 1, 16, 16, 2, 8, 8),
-    partial(make, 2, 3, 5, 4, 3, 6, still=True),
+    partial(make, 1, 3, 5, 1, 4, 4, bias=False, residual=True),
+    partial(make, 1, 16, 16, 2, 8, 8, residual=True),
+    partial(make, 2, 3, 5, 4, 3, 6, still=True, residual=True),
     partial(make, 1, 1, 1, 1, 1, 1),
     partial(make, 1, 5, 3, 2, 3, 4, kernel=(1, 1, 1)),
     partial(make, 1, 2, 3, 2, 3, 5, kernel=(2, 3, 1)),
-    partial(make, 0, 2, 3, 2, 3, 3),
-    partial(make, 1, 40, 136, 1, 9, 19, kernel=(1, 3, 3)),  # two and more of every tile, and ragged ends
+    partial(make, 0, 2, 3, 2, 3, 3, residual=True),
+    partial(make, 1, 40, 136, 1, 9, 19, kernel=(1, 3, 3), residual=True),  # two and more of every tile, and ragged ends
     partial(make, 2, 72, 24, 1, 3, 17, kernel=(2, 1, 3)),
     partial(make, 1, 2, 3, 1, 9, 20, kernel=(1, 9, 9)),
     partial(make, 1, 40, 3, 1, 2, 3, kernel=(1, 1, 1)),
@@ -58,6 +60,7 @@ SMALL = [
 REAL = {
     "decoder, 512 at 60 x 90": partial(make, 1, 512, 512, 2, 60, 90),
     "decoder, 256 at 240 x 360": partial(make, 1, 256, 256, 8, 240, 360),
+    "decoder, 512 at 60 x 90, second of a block": partial(make, 1, 512, 512, 2, 60, 90, residual=True),
     "decoder, 128 at 480 x 720": partial(make, 1, 128, 128, 8, 480, 720),
     "decoder, 128 at 480 x 720, first chunk": partial(make, 1, 128, 128, 9, 480, 720, still=True),
 }
@@ -71,6 +74,9 @@ ILLEGAL = [
     ("weight", lambda x: x[:0]),
     ("bias", lambda x: torch.ones(10**4)),
     ("bias", lambda x: 1.0),
+    ("residual", lambda x: torch.ones(10**4)),
+    ("residual", lambda x: torch.ones(1, 1, 1, 1, 97)),
+    ("residual", lambda x: 1.0),
 ]
 
 
@@ -86,6 +92,7 @@ def draw(rng: random.Random) -> partial:
         rng.choice([(3, 3, 3), (3, 3, 3), (1, 1, 1), (2, 1, 5), (4, 3, 3)]),
         rng.random() < 0.7,
         rng.random() < 0.3,
+        rng.random() < 0.5,
     )
 
 
@@ -98,9 +105,11 @@ def kernels(module: ModuleType, capability: int) -> Iterator[tuple]:
         name = "fp32" if dtype == torch.float32 else "bf16"
         sizes = dict.fromkeys(("num_pixels", "frames_in", "frames_out", "height", "width", "tiles_a_split"), "i32")
         sizes |= {n: "i32" if size % 16 else "i32:16" for n, size in (("num_in", num_in), ("num_out", num_out))}
-        values = dict.fromkeys(("x", "weight", "bias", "y", "grad"), f"*{name}:16") | {"partials": "*fp32:16"}
+        values = dict.fromkeys(("x", "weight", "bias", "residual", "y", "grad"), f"*{name}:16") | {
+            "partials": "*fp32:16"
+        }
         for pad_t in (0, 2):
-            constants = {"PAD_T": pad_t, "HAS_BIAS": pad_t == 0, **taps}
+            constants = {"PAD_T": pad_t, "HAS_BIAS": pad_t == 0, "HAS_RESIDUAL": pad_t == 0, **taps}
             yield _compiled(module.forward_kernel, sizes | values, constants,
                             module.forward_options(num_in, num_out, 27, dtype))  # fmt: skip
         yield _compiled(module.weight_kernel, sizes | values, taps, module.weight_options(num_in, num_out, 27, dtype))

@@ -46,4 +46,4 @@ def check_chunk(name: str, x: Tensor, halo: Tensor | None, num_groups: int, eps:
         check_shape(name, "halo", halo, B=b, C=c, num_halo=num_halo, H=h, W=w)
 
 
-_op = Op("group_norm_silu", reference, "native", "triton", check=_check, wide=("weight", "bias"))
+_op = Op("group_norm_silu", reference, "native", "cuda", "triton", check=_check, wide=("weight", "bias"))

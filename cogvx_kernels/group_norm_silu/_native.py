@@ -11,8 +11,6 @@ from .._halo import behind_halo, dense, gradient_of_halo, sums_dtype
 def why_not(
     x: Tensor, weight: Tensor, bias: Tensor, halo: Tensor | None, num_groups: int, eps: float, num_halo: int
 ) -> str | None:
-    if x.is_cuda:
-        return "group_norm_silu has no CUDA kernel yet"
     if weight.dtype != bias.dtype:
         return f"weight and bias must be of one dtype, not {weight.dtype} and {bias.dtype}"
     return _extension.why_not(x)

@@ -6,6 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import _triton_group_norm as shared
+from .._group_norm import finish_gradients
 from .._halo import behind_halo, dense, gradient_of_halo
 from .._triton_group_norm import load_channels, load_gradient, load_statistics, silu, silu_derivative, store_with_copies
 
@@ -147,7 +148,7 @@ def backward(
     with torch.cuda.device_of(x):
         stats = shared.statistics(x, num_groups, eps)
         sums_kernel[num_chunks, blocks, b](own, x, weight, bias, stats, partials, chunk, *sizes, **options)
-        grad_weight, grad_bias, ends = shared.finish_gradients(partials.sum(1), stats, weight, num_groups, num_pixels)
+        grad_weight, grad_bias, ends = finish_gradients(partials.sum(1), stats, weight, num_groups, num_pixels)
         grid = triton.cdiv(num_pixels, options["PIXELS"]), blocks, b
         gradient_kernel[grid](own, x, weight, bias, stats, ends, grad_x, *sizes, **options)
     return grad_x, grad_weight, grad_bias.to(bias.dtype), gradient_of_halo(grad, halo)

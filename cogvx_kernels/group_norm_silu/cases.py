@@ -45,6 +45,9 @@ SMALL = [
     partial(make, 1, 3, 2, 1, 1, 1, num_halo=1),
     partial(make, 2, 10, 1, 1, 1, 5, num_halo=3, halo=True),
     partial(make, 1, 34, 5, 7, 11, 17),
+    partial(make, 1, 256, 1, 9, 9, 32, halo=True),
+    partial(make, 1, 1040, 2, 2, 3, 4),
+    partial(make, 1, 258, 1, 1, 3, 2, num_halo=1),
     partial(make, 0, 4, 2, 3, 3, 2),
 ]
 

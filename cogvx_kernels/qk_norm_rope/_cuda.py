@@ -5,7 +5,8 @@ from torch import Tensor
 
 from .. import _extension
 from .._extension import DTYPES, cuda_place, rows, with_contiguous_rows
-from .arguments import addresses, heads, widened
+from . import compiled
+from .compiled import addresses, heads, widened
 
 FOR_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MAX_WIDTH = 256
@@ -29,29 +30,8 @@ def why_not(
     return _extension.why_not_cuda(qkv, FOR_DTYPES)
 
 
-def forward(
-    qkv: Tensor,  # [B, N, 3 A E], text first
-    q_weight: Tensor,  # [E]
-    q_bias: Tensor,  # [E]
-    k_weight: Tensor,  # [E]
-    k_bias: Tensor,  # [E]
-    cos: Tensor | None,  # [N - num_text, E]
-    sin: Tensor | None,  # [N - num_text, E]
-    num_text: int,
-    num_heads: int,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:  # [B, A, N, E] each
-    b, n, width = qkv.shape
-    e = width // (3 * num_heads)
-    parts = tuple(torch.empty(b, num_heads, n, e, dtype=qkv.dtype, device=qkv.device) for _ in range(3))
-    if qkv.numel():
-        qkv, *norms = map(with_contiguous_rows, (qkv, q_weight, q_bias, k_weight, k_bias))
-        cos, sin = widened(cos, qkv), widened(sin, qkv)
-        _extension.cuda().qk_norm_rope_forward(
-            cuda_place(qkv), DTYPES[qkv.dtype], (b, n, num_text, num_heads, e), eps,
-            rows(qkv), addresses(*norms), addresses(cos, sin), tuple(map(heads, parts)),
-        )  # fmt: skip
-    return parts
+def forward(qkv: Tensor, *args: Tensor | int | float | None) -> tuple[Tensor, Tensor, Tensor]:
+    return compiled.forward(_extension.cuda(), _extension.cuda_place(qkv), qkv, *args)
 
 
 def backward(

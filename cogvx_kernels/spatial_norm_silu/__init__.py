@@ -62,4 +62,4 @@ def _check(
     check_shape(name, "bias_b", bias_b, C=c)
 
 
-_op = Op("spatial_norm_silu", reference, "native", "triton", check=_check, wide=("weight", "bias"))
+_op = Op("spatial_norm_silu", reference, "native", "cuda", "triton", check=_check, wide=("weight", "bias"))

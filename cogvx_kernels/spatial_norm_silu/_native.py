@@ -24,8 +24,6 @@ def why_not(
     eps: float,
     num_halo: int,
 ) -> str | None:
-    if x.is_cuda:
-        return "spatial_norm_silu has no CUDA kernel yet"
     if weight.dtype != bias.dtype:
         return f"weight and bias must be of one dtype, not {weight.dtype} and {bias.dtype}"
     return _extension.why_not(x)

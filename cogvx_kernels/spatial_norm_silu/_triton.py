@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import _triton_group_norm as shared
+from .._group_norm import finish_gradients
 from .._halo import behind_halo, dense, gradient_of_halo, sums_dtype
 from .._triton_group_norm import load_channels, load_gradient, load_statistics, silu, silu_derivative, store_with_copies
 from . import projection
@@ -241,9 +242,7 @@ def backward(
                 own, x, *tensors, stats, *at_latent, partials, *firsts, *x.shape[3:], copies, c, *z.shape[2:],
                 z.shape[1], most, *strides, **of_sums,
             )  # fmt: skip
-            grad_weight, grad_bias, ends = shared.finish_gradients(
-                partials.sum(1), stats, weight, num_groups, num_pixels
-            )
+            grad_weight, grad_bias, ends = finish_gradients(partials.sum(1), stats, weight, num_groups, num_pixels)
             gradient_kernel[_grid(x)](
                 own, x, *tensors, stats, ends, grad_x, num_pixels, *x.shape[3:], copies, c, *_latent_sizes(x, z),
                 *strides, **options,

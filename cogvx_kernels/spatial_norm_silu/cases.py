@@ -51,6 +51,9 @@ SMALL = [
     partial(make, 1, 3, (5, 1, 1), 1, (3, 1, 1), 1, num_halo=1),
     partial(make, 1, 34, (3, 7, 11), 5, (3, 7, 11), 17),
     partial(make, 1, 32, (2, 3, 13), 6, (2, 3, 13), 4),
+    partial(make, 1, 136, (1, 1, 9), 18, (1, 1, 70), 4, num_halo=1),
+    partial(make, 1, 520, (2, 2, 5), 3, (2, 1, 5), 4, halo=True),
+    partial(make, 1, 2056, (1, 1, 2), 1, (1, 1, 1), 2, num_halo=1),
     partial(make, 0, 4, (2, 3, 3), 2, (1, 3, 3), 2),
 ]
 

@@ -1,17 +1,18 @@
-"""`upsample_conv` in CUDA C++: four phases of merged `taps`, on tensor cores, over channels-last memory.
+"""`upsample_conv` in CUDA C++: a transposed convolution with the merged `taps`, on tensor cores, channels last.
 
-y[2i + p, 2j + q] is a 2x2 convolution of x. The gradient of x is the same backwards: a sum of 2x2 convolutions of the
-gradient's four phases.
+Reversed, the 4x4 merged taps W give y[2i + k - 1] += x[i] W[k]: a phase of y is a 2x2 convolution of x. The gradient of
+x is the same backwards, grad_x[i] = sum over k of grad[2i + k - 1] W[k].
 """
 
 import torch
 from torch import Tensor
 
 from .. import _extension
-from .._convolution import block_of, in_tiles, in_vectors, splits_of
+from .._convolution import convolve, in_tiles_gathered, in_tiles_spread, weight_gradient
 from .taps import merge_taps, split_taps, sum_pairs
 
 FOR_DTYPES = (torch.bfloat16, torch.float16)
+_TAPS, _PADS = (1, 4, 4), (0, 1, 1)
 
 
 def why_not(x: Tensor, weight: Tensor, bias: Tensor, double_time: bool) -> str | None:
@@ -31,12 +32,9 @@ def forward(
     shape = (b, c_out, 2 * t - t % 2 if double_time else t, 2 * h, 2 * w)
     y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last_3d)
     if y.numel():
-        x, bias = in_vectors(x), bias.contiguous()
-        tiles = in_tiles(_by_phase(weight).permute(3, 5, 0, 2, 4, 1).reshape(4, c_out, 1, 1, 4, -1))
-        _extension.cuda().upsample_conv_forward(
-            _extension.cuda_place(x), _extension.DTYPES[x.dtype], (b, x.shape[1], c_out, t, h, w, block_of(c_out)),
-            double_time, x.data_ptr(), tiles.data_ptr(), bias.data_ptr(), y.data_ptr(),
-        )  # fmt: skip
+        tiles = in_tiles_spread(merge_taps(weight).flip(2, 3), pad=1)
+        kernel = _extension.cuda().upsample_conv_forward
+        convolve(kernel, x, tiles, y, _TAPS, _PADS, bias, repeated=double_time)
     return y
 
 
@@ -49,39 +47,14 @@ def backward(
     needs: list[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # of x, weight, bias
     grad_bias = grad.sum((0, 2, 3, 4), dtype=torch.float32).to(bias.dtype) if needs[2] else None
-    grad = in_vectors(sum_pairs(grad) if double_time else grad)
-    grad_x = _grad_x(grad, x, weight) if needs[0] else None
-    return grad_x, _grad_weight(grad, x, weight) if needs[1] else None, grad_bias
-
-
-def _by_phase(weight: Tensor) -> Tensor:  # [C_out, C, 3, 3] -> [C_out, C, a, p, e, q], M[p + 2a, q + 2e]
-    return merge_taps(weight).unflatten(3, (2, 2)).unflatten(2, (2, 2))
-
-
-def _grad_x(grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-    b, c, t, h, w = x.shape
-    grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last_3d)
-    if x.numel():
-        tiles = in_tiles(_by_phase(weight).flip(2, 4).permute(1, 3, 5, 2, 4, 0).reshape(1, c, 1, 4, 4, -1))
-        _extension.cuda().upsample_conv_input(
-            _extension.cuda_place(x), _extension.DTYPES[x.dtype], (b, grad.shape[1], c, t, h, w, block_of(c)),
-            grad.data_ptr(), tiles.data_ptr(), grad_x.data_ptr(),
-        )  # fmt: skip
-    return grad_x
-
-
-def _grad_weight(grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-    c_out, c = weight.shape[:2]
-    x = in_vectors(x)
-    b, num_left, t, h, w = x.shape
-    num_right = grad.shape[1]
-    a_split, num_splits = splits_of(x, num_left, num_right, 16)
-    partials = torch.empty(num_splits, num_left, 4, 4, num_right, dtype=torch.float32, device=x.device)
-    if num_splits:
-        _extension.cuda().upsample_conv_weight(
-            _extension.cuda_place(x), _extension.DTYPES[x.dtype],
-            (b, num_left, num_right, t, h, w, a_split, num_splits),
-            x.data_ptr(), grad.data_ptr(), partials.data_ptr(),
-        )  # fmt: skip
-    # A tap of the gradient's pixels is one of M reversed.
-    return split_taps(partials.sum(0)[:c, ..., :c_out].permute(3, 0, 1, 2).flip(2, 3)).to(weight.dtype)
+    grad = sum_pairs(grad) if double_time else grad
+    grad_x, grad_weight = None, None
+    if needs[0]:
+        grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last_3d)
+        if x.numel():
+            tiles = in_tiles_gathered(merge_taps(weight).flip(2, 3).transpose(0, 1), pad=1)
+            convolve(_extension.cuda().upsample_conv_input, grad, tiles, grad_x, _TAPS, _PADS)
+    if needs[1]:
+        merged = weight_gradient(_extension.cuda().upsample_conv_weight, x, grad, _TAPS, _PADS[1:], step=2)
+        grad_weight = split_taps(merged[:, 0].permute(3, 0, 1, 2).flip(2, 3)).to(weight.dtype)
+    return grad_x, grad_weight, grad_bias

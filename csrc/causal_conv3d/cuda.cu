@@ -5,7 +5,7 @@
 namespace cogvx::causal_conv3d {
 
 const char* forward_cuda(const Convolution& args, int device, uintptr_t stream) {
-  return convolve(args, device, stream);
+  return convolve<Sampling::none>(args, device, stream);
 }
 
 const char* weight_cuda(const WeightGradient& args, int device, uintptr_t stream) {

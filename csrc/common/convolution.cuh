@@ -22,14 +22,38 @@ constexpr int kStages = 4;  // of weights
 constexpr int kPitch = (kColumns + kConvolutionTaps - 1 + 7) / 8 * 8;
 constexpr int kMaxShared = 99 << 10;  // what every GPU from sm_80 on gives a block
 
-inline __host__ __device__ int patch_bytes(const Convolution& args) {
-  return (kRows + args.taps_h - 1) * kPitch * kRowBytes;
+// Along an axis: how many taps a phase has, and which pixel the first of them reads, from the pixel's own.
+struct Taps {
+  int number, first;
+};
+
+template <Sampling kSampling> __host__ __device__ Taps taps_of(int taps, int pad, int phase) {
+  if (kSampling == Sampling::none) return {taps, -pad};
+  const int least = (phase + pad) % 2, number = (taps + 1 - least) / 2;
+  return {number, kSampling == Sampling::gathered ? (least - pad - phase) / 2 : (phase + pad - least) / 2 - number + 1};
 }
 
-// Patches on their way: enough that each has kStages - 1 taps to land.
-inline __host__ __device__ int patches_ahead(const Convolution& args) {
-  const int taps = args.taps_h * args.taps_w;
-  return (kStages - 1 + taps - 1) / taps;
+// In shared memory: enough that each has kStages - 1 taps to land while those before it are at work.
+struct Patches {
+  int number, bytes;
+};
+
+template <Sampling kSampling> __host__ __device__ Patches patches_of(const Convolution& args, int phase) {
+  const int h = taps_of<kSampling>(args.taps_h, args.pad_h, phase / 2).number;
+  const int w = taps_of<kSampling>(args.taps_w, args.pad_w, phase % 2).number;
+  if (kSampling != Sampling::gathered)
+    return {1 + (kStages - 1 + h * w - 1) / (h * w), (kRows + h - 1) * kPitch * kRowBytes};
+  // The phases of x by turns: h w, h other_w, other_h w, other_h other_w.
+  const int other_h = args.taps_h - h, other_w = args.taps_w - w;
+  const int one = min(h, other_h) * min(w, other_w);
+  const int two = min(min(h, other_h) * args.taps_w, min(h * other_w + other_h * w, h * w + other_h * other_w));
+  const int ahead = one >= kStages - 1 ? 1 : two >= kStages - 1 ? 2 : kStages - 1;
+  return {1 + ahead, (kRows + max(h, other_h) - 1) * kPitch * kRowBytes};
+}
+
+// Of the rows or columns of y, or of those of one phase.
+template <Sampling kSampling> __host__ __device__ int tiles_along(int size, int of_a_tile) {
+  return ((kSampling == Sampling::spread ? (size + 1) / 2 : size) + of_a_tile - 1) / of_a_tile;
 }
 
 // Where 16 bytes of a row of kBytes lie, 64 or a multiple of 128: any eight rows that follow one another use all banks.
@@ -37,79 +61,83 @@ template <int kBytes> __device__ int swizzled(int row, int chunk) {
   return row * kBytes + ((kBytes == 64 ? chunk ^ (row >> 1 & 3) : chunk ^ (row & 7)) << 4);
 }
 
-template <class T, int kBlock> struct Block {
+template <class T, int kBlock, Sampling kSampling> struct Block {
+  static constexpr bool kSpread = kSampling == Sampling::spread, kGathered = kSampling == Sampling::gathered;
   static constexpr int kWarpsN = kBlock / 64 > 0 ? kBlock / 64 : 1, kWarpsM = kWarps / kWarpsN;
   static constexpr int kTilesM = kRows / kWarpsM, kTilesN = kBlock / kWarpsN / 8;  // of a warp
   static constexpr int kStageBytes = kBlock * kRowBytes, kStep = kBlock * kDepth;
+  static constexpr int kVectors = kBlock / 8;  // of a pixel's results
   static constexpr int kHalf = 32;  // flips the offset of a row's first 16 channels into that of its last
 
   const Convolution& args;
-  const int num_patches, bytes_a_patch, channel_chunks;
+  const int channel_chunks;
   const int lane = threadIdx.x % 32, warp_m = threadIdx.x / 32 % kWarpsM, warp_n = threadIdx.x / 32 / kWarpsM;
-  int b, t, row, column, tile_n, phase;  // of the tile
-  int num_groups;                        // of taps that read one patch
+  int b, t, row, column, tile_n, phase;  // of the tile; row and column of its phase
+  Patches patches;
 
   // What the copies are at: the next group, and the next tap of it.
-  int next_t, next_phase = 0, next_chunk = 0, next_patch = 0, groups_left;
+  int next_t, next_phase = 0, next_chunk = 0, next_patch = 0, groups_left;  // of taps that read one patch
   const T* next_weight;
   int next_stage = 0, steps_left;
   // What the products are at.
-  int tap_h = 0, tap_w = 0, patch = 0, stage = 0, pixel_offset, weight_offset;
+  int tap_h = 0, tap_w = 0, group_phase = 0, patch = 0, stage = 0, pixel_offset, weight_offset;
 
   float sums[kTilesM][kTilesN][4] = {};
   uint32_t pixels[2][kTilesM][4], factors[2][kTilesN][2];  // of two products of depth 16, by turns
 
-  __device__ explicit Block(const Convolution& a)
-      : args(a),
-        num_patches(patches_ahead(a) + 1),
-        bytes_a_patch(patch_bytes(a)),
-        channel_chunks((a.channels + kDepth - 1) / kDepth) {
+  __device__ explicit Block(const Convolution& a) : args(a), channel_chunks((a.channels + kDepth - 1) / kDepth) {
     const int tiles_n = (a.channels_out + kBlock - 1) / kBlock;
-    const int columns = (a.width + kColumns - 1) / kColumns, rows = (a.height + kRows - 1) / kRows;
+    const int columns = tiles_along<kSampling>(a.width, kColumns), rows = tiles_along<kSampling>(a.height, kRows);
     int i = blockIdx.x;  // neighbours share pixels
     tile_n = i % tiles_n, i /= tiles_n;
-    phase = a.spread ? i % 4 : 0, i /= a.spread ? 4 : 1;
+    phase = kSpread ? i % 4 : 0, i /= kSpread ? 4 : 1;
     column = i % columns * kColumns, i /= columns;
     row = i % rows * kRows, i /= rows;
     t = i % a.frames_out, b = i / a.frames_out;
     const int first = max(a.pad_t - t, 0), last = min(a.frames_in + a.pad_t - t, a.taps_t);  // taps inside the clip
-    const int groups = (a.gathered ? 4 : 1) * channel_chunks, steps = groups * a.taps_h * a.taps_w;
-    groups_left = num_groups = (last - first) * groups;
+    const int steps = channel_chunks * (kGathered ? a.taps_h * a.taps_w : taps_of_phase(phase));
+    groups_left = (last - first) * channel_chunks * (kGathered ? 4 : 1);
     steps_left = (last - first) * steps;
     next_t = b * a.frames_in + t + first - a.pad_t;
-    const int64_t tile = static_cast<int64_t>(phase) * tiles_n + tile_n;
-    next_weight = reinterpret_cast<const T*>(a.weight) + (tile * a.taps_t + first) * steps * kStep + threadIdx.x * 8;
+    int64_t weights_before = (static_cast<int64_t>(tile_n) * a.taps_t + first) * steps;
+    for (int p = 0; p < phase; ++p)
+      weights_before += static_cast<int64_t>(tiles_n) * a.taps_t * channel_chunks * taps_of_phase(p);
+    next_weight = reinterpret_cast<const T*>(a.weight) + weights_before * kStep + threadIdx.x * 8;
+    patches = patches_of<kSampling>(a, phase);
     aim();
   }
+
+  __device__ Taps taps_h(int of) const { return taps_of<kSampling>(args.taps_h, args.pad_h, of / 2); }
+  __device__ Taps taps_w(int of) const { return taps_of<kSampling>(args.taps_w, args.pad_w, of % 2); }
+  __device__ int taps_of_phase(int of) const { return taps_h(of).number * taps_w(of).number; }
 
   // Copies what the taps of the next group read: 32 channels of one phase of one frame, zeros outside.
   __device__ void fetch_patch() {
     if (groups_left == 0) return;
     --groups_left;
-    const int of = args.spread ? 3 - phase : next_phase, p = of / 2, q = of % 2;
-    const bool phased = args.spread || args.gathered;
-    const int step = args.gathered ? 2 : 1, channel = next_chunk * kDepth + threadIdx.x % 4 * 8;
+    const int of = kSpread ? phase : next_phase, p = kGathered ? of / 2 : 0, q = kGathered ? of % 2 : 0;
+    const Taps h = taps_h(of), w = taps_w(of);
+    const int step = kGathered ? 2 : 1, channel = next_chunk * kDepth + threadIdx.x % 4 * 8;
     int away_row = static_cast<int>(threadIdx.x) / 4 / kPitch, away = static_cast<int>(threadIdx.x) / 4 % kPitch;
-    const int top = row - (phased ? p : args.taps_h / 2), left = column - (phased ? q : args.taps_w / 2);
-    const int row_size = args.width * step * args.channels;
-    const T* x = reinterpret_cast<const T*>(args.x) + static_cast<int64_t>(next_t) * (args.height * step) * row_size;
-    const T* from = x + channel + (args.gathered ? p * row_size + q * args.channels : 0);
-    char* to = shared_memory() + next_patch * bytes_a_patch + swizzled<kRowBytes>(threadIdx.x / 4, threadIdx.x % 4);
-    while (away_row < kRows + args.taps_h - 1) {
-      const int r = top + away_row, s = left + away;
-      const bool inside = r >= 0 && r < args.height && s >= 0 && s < args.width && channel < args.channels;
-      const int place = r * step * row_size + s * step * args.channels;
-      if (away < kColumns + args.taps_w - 1) copy_async<16>(to, inside ? from + place : x, inside);
+    const int top = row + h.first, left = column + w.first;
+    const int row_size = args.width_in * args.channels;
+    const T* x = reinterpret_cast<const T*>(args.x) + static_cast<int64_t>(next_t) * args.height_in * row_size;
+    char* to = shared_memory() + next_patch * patches.bytes + swizzled<kRowBytes>(threadIdx.x / 4, threadIdx.x % 4);
+    while (away_row < kRows + h.number - 1) {
+      const int r = (top + away_row) * step + p, s = (left + away) * step + q;
+      const bool inside = r >= 0 && r < args.height_in && s >= 0 && s < args.width_in && channel < args.channels;
+      const int place = r * row_size + s * args.channels + channel;
+      if (away < kColumns + w.number - 1) copy_async<16>(to, x + (inside ? place : 0), inside);
       static_assert(kThreads / 4 % 8 == 0 && kThreads / 4 < 2 * kPitch, "the swizzle stays, and one carry is enough");
       to += kThreads / 4 * kRowBytes;
       away_row += kThreads / 4 / kPitch, away += kThreads / 4 % kPitch;
       if (away >= kPitch) away -= kPitch, ++away_row;
     }
-    next_patch = next_patch + 1 == num_patches ? 0 : next_patch + 1;
+    next_patch = next_patch + 1 == patches.number ? 0 : next_patch + 1;
+    if (kGathered && ++next_phase < 4) return;
+    next_phase = 0;
     if (++next_chunk < channel_chunks) return;
-    next_chunk = 0;
-    if (args.gathered && ++next_phase < 4) return;
-    next_phase = 0, ++next_t;
+    next_chunk = 0, ++next_t;
   }
 
   __device__ void fetch_weights() {
@@ -123,12 +151,12 @@ template <class T, int kBlock> struct Block {
     next_stage = (next_stage + 1) % kStages;
   }
 
-  __device__ char* weights() const { return shared_memory() + num_patches * bytes_a_patch; }
+  __device__ char* weights() const { return shared_memory() + patches.number * patches.bytes; }
 
   // Where this lane's operands of a tap begin.
   __device__ void aim() {
     const int first = (warp_m * kTilesM + tap_h) * kPitch + tap_w + lane % 16;
-    pixel_offset = patch * bytes_a_patch + swizzled<kRowBytes>(first, lane / 16);
+    pixel_offset = patch * patches.bytes + swizzled<kRowBytes>(first, lane / 16);
     const int n = warp_n * kTilesN * 8 + lane / 16 * 8 + lane % 8;
     weight_offset = stage * kStageBytes + swizzled<kRowBytes>(n, lane / 8 % 2);
   }
@@ -137,11 +165,13 @@ template <class T, int kBlock> struct Block {
   __device__ bool advance() {
     stage = (stage + 1) % kStages;
     bool first = false;
-    if (++tap_w == args.taps_w) {
+    const int of = kSpread ? phase : group_phase;
+    if (++tap_w == taps_w(of).number) {
       tap_w = 0;
-      if (++tap_h == args.taps_h) {
+      if (++tap_h == taps_h(of).number) {
         tap_h = 0, first = true;
-        patch = patch + 1 == num_patches ? 0 : patch + 1;
+        patch = patch + 1 == patches.number ? 0 : patch + 1;
+        if (kGathered) group_phase = (group_phase + 1) % 4;
       }
     }
     aim();
@@ -172,7 +202,7 @@ template <class T, int kBlock> struct Block {
   __device__ void accumulate() {
     const int num_steps = steps_left;
     for (int i = 0; i < kStages; ++i) {
-      if (i < num_patches) fetch_patch();
+      if (i < patches.number) fetch_patch();
       fetch_weights();
       commit_copies();
     }
@@ -195,10 +225,30 @@ template <class T, int kBlock> struct Block {
     }
   }
 
-  // Adds the bias and lays the tile out in shared memory, so that the stores are of 16 bytes side by side.
+  // Brings what is added to the tile to where the tile will lie, 16 bytes side by side.
+  __device__ void fetch_residual() const {
+    const int channels = (args.channels_out + 7) / 8 * 8;
+    const int64_t frame = static_cast<int64_t>(b) * args.frames_out + t;
+    const T* from = reinterpret_cast<const T*>(args.residual) + frame * args.height * args.width * channels;
+#pragma unroll 4
+    for (int i = threadIdx.x; i < kPixels * kVectors; i += kThreads) {
+      const int pixel = i / kVectors, chunk = i % kVectors, r = row + pixel / kColumns, s = column + pixel % kColumns;
+      const int n = tile_n * kBlock + chunk * 8;
+      const bool inside = r < args.height && s < args.width && n < channels;
+      const int64_t place = inside ? static_cast<int64_t>(r * args.width + s) * channels + n : 0;
+      copy_async<16>(shared_memory() + swizzled<kBlock * 2>(pixel, chunk), from + place, inside);
+    }
+    commit_copies();
+    wait_for_copies<0>();
+    __syncthreads();
+  }
+
+  // Adds bias and residual and lays the tile out in shared memory, so that the stores are of 16 bytes side by side.
   __device__ void lay_out() {
     wait_for_copies<0>();
     __syncthreads();
+    const bool has_residual = !kSpread && args.residual;
+    if (has_residual) fetch_residual();
     const T* bias = reinterpret_cast<const T*>(args.bias);
 #pragma unroll
     for (int j = 0; j < kTilesN; ++j) {
@@ -211,11 +261,10 @@ template <class T, int kBlock> struct Block {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           const int pixel = (warp_m * kTilesM + m) * kColumns + lane / 4 + half * 8;
-          Vec<T, 2> pair;
-#pragma unroll
-          for (int k = 0; k < 2; ++k) pair.v[k] = from_accumulator<T>(sums[m][j][half * 2 + k] + added[k]);
-          char* to = shared_memory() + swizzled<kBlock * 2>(pixel, tile) + lane % 4 * 4;
-          *reinterpret_cast<Vec<T, 2>*>(to) = pair;
+          auto& pair = *reinterpret_cast<Vec<T, 2>*>(shared_memory() + swizzled<kBlock * 2>(pixel, tile) + lane % 4 * 4);
+          float value[2] = {sums[m][j][half * 2] + added[0], sums[m][j][half * 2 + 1] + added[1]};
+          if (has_residual) value[0] += to_accumulator(pair.v[0]), value[1] += to_accumulator(pair.v[1]);
+          pair = {from_accumulator<T>(value[0]), from_accumulator<T>(value[1])};
         }
     }
     __syncthreads();
@@ -232,62 +281,70 @@ template <class T, int kBlock> struct Block {
   }
 
   __device__ void store() const {
-    const int step = args.spread ? 2 : 1, alone = args.frames_out % 2;
+    const int alone = args.frames_out % 2;
     const int frames = args.repeated ? 2 * args.frames_out - alone : args.frames_out;
     const int64_t frame = static_cast<int64_t>(b) * frames + (args.repeated ? 2 * t + 1 - alone : t);
     const bool twice = args.repeated && t >= alone;
-    const int64_t width = args.width * step, size = args.height * step * width;
-    const int64_t start = frame * size + phase / 2 * width + phase % 2;
-    constexpr int kVectors = kBlock / 8;
+    const int64_t size = static_cast<int64_t>(args.height) * args.width;
 #pragma unroll 4
     for (int i = threadIdx.x; i < kPixels * kVectors; i += kThreads) {
-      const int pixel = i / kVectors, chunk = i % kVectors, r = row + pixel / kColumns, s = column + pixel % kColumns;
-      const int n = tile_n * kBlock + chunk * 8;
+      const int pixel = i / kVectors, chunk = i % kVectors, n = tile_n * kBlock + chunk * 8;
+      int r = row + pixel / kColumns, s = column + pixel % kColumns;
+      if (kSpread) r = 2 * r + phase / 2, s = 2 * s + phase % 2;
       if (r >= args.height || s >= args.width || n >= args.channels_out) continue;
       const auto values = *reinterpret_cast<const Vec<T, 8>*>(shared_memory() + swizzled<kBlock * 2>(pixel, chunk));
-      T* y = reinterpret_cast<T*>(args.y) + (start + (r * width + s) * step) * args.channels_out + n;
+      T* y = reinterpret_cast<T*>(args.y) + (frame * size + r * args.width + s) * args.channels_out + n;
       store_vector(y, values, n);
       if (twice) store_vector(y - size * args.channels_out, values, n);
     }
   }
 };
 
-template <class T, int kBlock> __global__ void __launch_bounds__(kThreads, 2) kernel(Convolution args) {
-  Block<T, kBlock> block(args);
+template <class T, int kBlock, Sampling kSampling>
+__global__ void __launch_bounds__(kThreads, 2) kernel(Convolution args) {
+  Block<T, kBlock, kSampling> block(args);
   block.accumulate();
   block.lay_out();
   block.store();
 }
 
-template <class T, int kBlock> const char* launch_block(const Convolution& args, cudaStream_t stream) {
-  const int64_t tiles_n = (args.channels_out + kBlock - 1) / kBlock, phases = args.spread ? 4 : 1;
-  const int64_t rows = (args.height + kRows - 1) / kRows, columns = (args.width + kColumns - 1) / kColumns;
-  const int64_t blocks = rows * columns * args.batch * args.frames_out * phases * tiles_n;
+template <class T, int kBlock, Sampling kSampling>
+const char* launch_block(const Convolution& args, cudaStream_t stream) {
+  constexpr int kPhases = kSampling == Sampling::spread ? 4 : 1;
+  const int64_t tiles_n = (args.channels_out + kBlock - 1) / kBlock;
+  const int64_t tiles = tiles_along<kSampling>(args.height, kRows) * tiles_along<kSampling>(args.width, kColumns);
+  const int64_t blocks = tiles * args.batch * args.frames_out * kPhases * tiles_n;
   if (blocks == 0) return nullptr;
   if (blocks > 0x7fffffff) return "too many pixels";
-  const int input = (patches_ahead(args) + 1) * patch_bytes(args) + kStages * kBlock * kRowBytes;
-  const int bytes = max(input, kPixels * kBlock * 2);
+  int bytes = kPixels * kBlock * 2;
+  for (int phase = 0; phase < kPhases; ++phase) {
+    const Patches patches = patches_of<kSampling>(args, phase);
+    bytes = max(bytes, patches.number * patches.bytes + kStages * kBlock * kRowBytes);
+  }
   if (bytes > kMaxShared) return "the taps of a frame are too many for shared memory";
-  return launch<kernel<T, kBlock>>(static_cast<unsigned>(blocks), kThreads, bytes, stream, args);
+  return launch<kernel<T, kBlock, kSampling>>(static_cast<unsigned>(blocks), kThreads, bytes, stream, args);
 }
 
-template <class T> const char* launch_as(const Convolution& args, cudaStream_t stream) {
+template <class T, Sampling kSampling> const char* launch_as(const Convolution& args, cudaStream_t stream) {
   if (args.channels % 8) return "the channels must be a multiple of 8";
-  if (args.taps_h > kConvolutionTaps || args.taps_w > kConvolutionTaps) return "the taps of a frame are too many";
-  const int64_t height = args.height + 2 * kConvolutionTaps, width = args.width + 2 * kConvolutionTaps;
-  if (height * width * args.channels * (args.gathered ? 4 : 1) > 0x7fffffff) return "the frames are too large";
-  if (args.block == kConvolutionBlocks[0]) return launch_block<T, kConvolutionBlocks[0]>(args, stream);
-  if (args.block == kConvolutionBlocks[1]) return launch_block<T, kConvolutionBlocks[1]>(args, stream);
+  constexpr int kLeast = kSampling == Sampling::none ? 1 : 2;  // a tap for each phase
+  if (min(args.taps_h, args.taps_w) < kLeast) return "the taps of a frame are too few";
+  if (max(args.taps_h, args.taps_w) > kConvolutionTaps) return "the taps of a frame are too many";
+  const int64_t height = args.height_in + 4 * kConvolutionTaps, width = args.width_in + 4 * kConvolutionTaps;
+  if (height * width * args.channels > 0x7fffffff) return "the frames are too large";
+  if (static_cast<int64_t>(args.height) * args.width > 0x7fffffff) return "the frames are too large";
+  if (args.block == kConvolutionBlocks[0]) return launch_block<T, kConvolutionBlocks[0], kSampling>(args, stream);
+  if (args.block == kConvolutionBlocks[1]) return launch_block<T, kConvolutionBlocks[1], kSampling>(args, stream);
   return "a tile that is not compiled";
 }
 
 }  // namespace convolution
 
-inline const char* convolve(const Convolution& args, int device, uintptr_t stream_address) {
+template <Sampling kSampling> const char* convolve(const Convolution& args, int device, uintptr_t stream_address) {
   const DeviceGuard guard(device);
   const auto stream = reinterpret_cast<cudaStream_t>(stream_address);
-  if (args.dtype == DType::float16) return convolution::launch_as<__half>(args, stream);
-  if (args.dtype == DType::bfloat16) return convolution::launch_as<__nv_bfloat16>(args, stream);
+  if (args.dtype == DType::float16) return convolution::launch_as<__half, kSampling>(args, stream);
+  if (args.dtype == DType::bfloat16) return convolution::launch_as<__nv_bfloat16, kSampling>(args, stream);
   return "a dtype that is not compiled";
 }
 

@@ -1,4 +1,5 @@
-// A convolution of video frames on a GPU, as `causal_conv3d` and `upsample_conv` need it; every tensor channels-last.
+// Convolutions of video frames on a GPU, as `causal_conv3d`, `upsample_conv` and `downsample_conv` need them; every
+// tensor has its channels last.
 #pragma once
 
 #include <cstdint>
@@ -7,23 +8,27 @@
 
 namespace cogvx {
 
-// y[b, t, r, s] = bias + sum over k_t, k_h, k_w of x[b, t + k_t - pad_t, r + k_h - pad, s + k_w - pad] weight, zeros
-// outside the frames, pads half the taps. Where y is `spread`, each frame of it has twice the rows and columns: pixel
-// (2r + p, 2s + q) is that of phase (p, q), each phase with its own weight and pads 1 - p and 1 - q. Where x is
-// `gathered`, it is x that has twice the rows and columns: phase (p, q) of it is (2r + p, 2s + q), with its own weight
-// and pads p and q, and the phases are summed.
+// Which of x and y has pixels twice as dense. A tap of weights then meets one phase (p, q) of that tensor alone, the
+// pixels (2i + p, 2j + q): those whose number has the parity of phase + pad.
+enum class Sampling { none, spread, gathered };
+
+// y[b, t, r, s] = bias + residual + sum over k_t, k_h, k_w of x[b, t + k_t - pad_t, r', s'] weight, zeros outside the
+// frames. Along each axis r' = r + k - pad; where x is `gathered`, r' = 2r + k - pad; where y is `spread`, which is the
+// gradient of that, r' = (r + pad - k) / 2 for those k for which it is whole.
 struct Convolution {
   DType dtype;  // float16 or bfloat16
   int batch, channels, channels_out;  // `channels` is a multiple of 8
   int frames_in, frames_out, pad_t;
-  int height, width;           // of a phase
-  int taps_t, taps_h, taps_w;  // of a phase
-  int block;                   // output channels of a tile, one of kConvolutionBlocks
-  bool spread, gathered;
+  int height_in, width_in, height, width;  // of x, of y
+  int taps_t, taps_h, taps_w, pad_h, pad_w;
+  int block;      // output channels of a tile, one of kConvolutionBlocks
   bool repeated;  // every frame of y comes twice, in an odd number of frames_out the first comes once
   const char* x;
-  const char* weight;  // [phases of y, tiles, taps_t, phases of x, channels / 32, taps_h, taps_w, block, 32]
-  const char* bias;    // [channels_out] or nullptr
+  // [phases of y, tiles, taps_t, channels / 32, phases of x, taps of the phases along h and w, block, 32]; the taps in
+  // the order of the pixels that they read.
+  const char* weight;
+  const char* bias;      // [channels_out] or nullptr
+  const char* residual;  // as y, its channels filled up to a multiple of 8, or nullptr; not where y is spread
   char* y;
 };
 
@@ -31,7 +36,8 @@ struct Convolution {
 // r' = step r + k_h - pad_h and s' = step s + k_w - pad_w, zeros outside the frames: the gradient of a weight.
 struct WeightGradient {
   DType dtype;  // of left and right, float16 or bfloat16
-  int batch, frames, height, width;  // of left; right has `step` times the rows and columns, taps_t - 1 frames more
+  int batch, frames, height, width;  // of left; right has taps_t - 1 frames more
+  int height_right, width_right;
   int channels_left, channels_right;  // multiples of 8
   int taps_t, taps_h, taps_w, pad_h, pad_w, step;
   int patches_a_split, num_splits;  // patches of kWeightPatch pixels of left, frame by frame

@@ -51,9 +51,9 @@ template <class T, int kM, int kN> struct WeightBlock {
       --patches_left;
       char* to = shared_memory() + next_stage * kStageBytes;
       const int64_t frame = b * args.frames + t;
-      fetch_channels<kM>(to, args.left, frame, 1, 0, 0, first_m, args.channels_left);
-      fetch_channels<kN>(to + kLeftBytes, args.right, frame + b * (args.taps_t - 1) + away_t, args.step, away_h, away_w,
-                         first_n, args.channels_right);
+      fetch_channels<kM>(to, args.left, frame, args.height, args.width, 1, 0, 0, first_m, args.channels_left);
+      fetch_channels<kN>(to + kLeftBytes, args.right, frame + b * (args.taps_t - 1) + away_t, args.height_right,
+                         args.width_right, args.step, away_h, away_w, first_n, args.channels_right);
       next_stage = (next_stage + 1) % kStages;
       column += kPatchColumns;
       if (column >= args.width) column = 0, row += kPatchRows;
@@ -65,12 +65,12 @@ template <class T, int kM, int kN> struct WeightBlock {
 
   // Of each pixel (r, s) of the patch the channels of (step r + away_r, step s + away_s), zeros outside.
   template <int kChannels>
-  __device__ void fetch_channels(char* to, const char* source, int64_t frame, int step, int away_r, int away_s,
-                                 int first, int channels) const {
+  __device__ void fetch_channels(char* to, const char* source, int64_t frame, int height, int width, int step,
+                                 int away_r, int away_s, int first, int channels) const {
     constexpr int kVectors = kChannels / 8, kStride = kThreads / kVectors;  // pixels that are copied at once
     static_assert(kStride % 8 == 0 && kPatch % kStride == 0, "the swizzle stays");
     const int own = static_cast<int>(threadIdx.x) / kVectors, chunk = threadIdx.x % kVectors;
-    const int height = args.height * step, width = args.width * step, c = first + chunk * 8;
+    const int c = first + chunk * 8;
     const T* x = reinterpret_cast<const T*>(source) + frame * height * width * channels;
     char* target = to + swizzled<kChannels * 2>(own, chunk);
 #pragma unroll
@@ -166,8 +166,9 @@ template <class T, int kM, int kN> const char* launch_weight(const WeightGradien
 template <class T> const char* launch_weight_as(const WeightGradient& args, cudaStream_t stream) {
   constexpr int kWide = kConvolutionBlocks[0], kNarrow = kConvolutionBlocks[1];
   if (args.channels_left % 8 || args.channels_right % 8) return "the channels must be multiples of 8";
-  const int64_t pixels = static_cast<int64_t>(args.height) * args.width * args.step * args.step;
-  if (pixels * max(args.channels_left, args.channels_right) > 0x7fffffff) return "the frames are too large";
+  const int64_t left = static_cast<int64_t>(args.height) * args.width * args.channels_left;
+  const int64_t right = static_cast<int64_t>(args.height_right) * args.width_right * args.channels_right;
+  if (max(left, right) > 0x7fffffff) return "the frames are too large";
   if (args.channels_left <= kNarrow) return launch_weight<T, kNarrow, kWide>(args, stream);
   if (args.channels_right <= kNarrow) return launch_weight<T, kWide, kNarrow>(args, stream);
   return launch_weight<T, kWide, kWide>(args, stream);

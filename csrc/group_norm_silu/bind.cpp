@@ -4,6 +4,7 @@
 #include <array>
 
 #include "common/place.h"
+#include "group_norm_silu/bind_stage.h"
 #include "group_norm_silu/group_norm_silu.h"
 
 namespace py = pybind11;
@@ -68,6 +69,11 @@ namespace cogvx {
 void register_group_norm_silu(py::module_& m) {
   m.def("group_norm_silu_forward", &group_norm_silu::forward);
   m.def("group_norm_silu_backward", &group_norm_silu::backward);
+  m.def("group_norm_pieces", &group_norm_silu::pieces);
+  m.def("group_norm_statistics", COGVX_STAGE("group_norm_silu", group_norm_silu::statistics_cuda));
+  m.def("group_norm_silu_apply", COGVX_STAGE("group_norm_silu", group_norm_silu::apply_cuda));
+  m.def("group_norm_silu_sums", COGVX_STAGE("group_norm_silu", group_norm_silu::sums_cuda));
+  m.def("group_norm_silu_gradient", COGVX_STAGE("group_norm_silu", group_norm_silu::gradient_cuda));
 }
 
 }  // namespace cogvx

@@ -5,6 +5,7 @@
 #include <cmath>
 
 #include "common/place.h"
+#include "group_norm_silu/bind_stage.h"
 #include "spatial_norm_silu/spatial_norm_silu.h"
 
 namespace py = pybind11;
@@ -97,6 +98,27 @@ void backward(int threads, const DTypes& dtypes, const Sizes& x_sizes, const Siz
   COGVX_ON_THIS_CPU(backward(args, threads));
 }
 
+// Sizes are B T_z H_z W_z, C_z and C; tensors z, weight_y, bias_y, weight_b, bias_b and the result.
+void project(const PyPlace& where, const std::string& dtype, const std::array<int64_t, 3>& sizes,
+             const std::array<uintptr_t, 6>& tensors) {
+  LatentArgs args{};
+  args.dtype = parse_dtype(dtype);
+  args.pixels = sizes[0];
+  args.depth = sizes[1];
+  args.channels = sizes[2];
+  char** targets[] = {&args.z, &args.weight_y, &args.bias_y, &args.weight_b, &args.bias_b, &args.latent};
+  for (int i = 0; i < 6; ++i) *targets[i] = pointer(tensors[i]);
+  const Place at = place(where);
+  const py::gil_scoped_release release;
+  COGVX_ON_CUDA("spatial_norm_silu", project_cuda(args, at.device, at.stream));
+}
+
+// How many blocks of a sample have sums of their own.
+int64_t blocks(const group_norm_silu::StageSizes& sizes) {
+  const Stage stage = group_norm_silu::stage_of("float32", 1, sizes, {});
+  return stage.latent_frames * stage.latent_height * blocks_of_row(stage);
+}
+
 }  // namespace
 }  // namespace cogvx::spatial_norm_silu
 
@@ -105,6 +127,11 @@ namespace cogvx {
 void register_spatial_norm_silu(py::module_& m) {
   m.def("spatial_norm_silu_forward", &spatial_norm_silu::forward);
   m.def("spatial_norm_silu_backward", &spatial_norm_silu::backward);
+  m.def("spatial_norm_silu_project", &spatial_norm_silu::project);
+  m.def("spatial_norm_silu_blocks", &spatial_norm_silu::blocks);
+  m.def("spatial_norm_silu_apply", COGVX_STAGE("spatial_norm_silu", spatial_norm_silu::apply_cuda));
+  m.def("spatial_norm_silu_sums", COGVX_STAGE("spatial_norm_silu", spatial_norm_silu::sums_cuda));
+  m.def("spatial_norm_silu_gradient", COGVX_STAGE("spatial_norm_silu", spatial_norm_silu::gradient_cuda));
 }
 
 }  // namespace cogvx

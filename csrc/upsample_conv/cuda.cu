@@ -4,8 +4,12 @@
 
 namespace cogvx::upsample_conv {
 
-const char* convolve_cuda(const Convolution& args, int device, uintptr_t stream) {
-  return convolve(args, device, stream);
+const char* forward_cuda(const Convolution& args, int device, uintptr_t stream) {
+  return convolve<Sampling::spread>(args, device, stream);
+}
+
+const char* input_cuda(const Convolution& args, int device, uintptr_t stream) {
+  return convolve<Sampling::gathered>(args, device, stream);
 }
 
 const char* weight_cuda(const WeightGradient& args, int device, uintptr_t stream) {

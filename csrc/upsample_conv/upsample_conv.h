@@ -1,4 +1,4 @@
-// Nearest upsampling and a 3x3 convolution as four phases of 2x2 merged taps, and the gradients, on GPUs.
+// Nearest upsampling and a 3x3 convolution as one of 4x4 merged taps, transposed with step 2, and its gradients, on GPUs.
 #pragma once
 
 #include "common/convolution.h"
@@ -6,7 +6,8 @@
 
 namespace cogvx::upsample_conv {
 
-const char* convolve_cuda(const Convolution& args, int device, uintptr_t stream);  // forward, or the gradient of x
+const char* forward_cuda(const Convolution& args, int device, uintptr_t stream);
+const char* input_cuda(const Convolution& args, int device, uintptr_t stream);  // the gradient of x
 const char* weight_cuda(const WeightGradient& args, int device, uintptr_t stream);
 
 }  // namespace cogvx::upsample_conv

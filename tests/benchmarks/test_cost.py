@@ -91,13 +91,20 @@ def test_the_vae():
 
 def test_a_convolution_behind_copies_of_its_first_frame_saves_three_products_of_a_frame():
     with torch.device("meta"):
-        conv = [torch.empty(1, 8, 4, 5, 6), torch.empty(16, 8, 3, 3, 3), None]
+        conv = [torch.empty(1, 8, 4, 5, 6), torch.empty(16, 8, 3, 3, 3), None, None]
         whole = cost.of("causal_conv3d", conv).flops
         with cost.Count() as count:
             for _ in range(2):
                 torch.ops.cogvx.causal_conv3d(*conv)
     assert whole == 2 * 16 * 8 * 27 * 2 * 5 * 6
     assert count.total.flops == 2 * whole - whole // 2
+
+
+def test_a_residual_is_read_once_and_its_gradient_costs_nothing():
+    x, weight, residual = (torch.empty(shape) for shape in ((1, 8, 4, 5, 6), (16, 8, 3, 3, 3), (1, 16, 2, 5, 6)))
+    for count in (cost.of, cost.with_gradients):
+        more, less = (count("causal_conv3d", (x, weight, None, added)) for added in (residual, None))
+        assert (more.flops, more.bytes - less.bytes) == (less.flops, residual.nbytes)
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])

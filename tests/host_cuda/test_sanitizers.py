@@ -22,6 +22,7 @@ def run_with(sanitizer: str, options: list[str]) -> subprocess.CompletedProcess:
         "ASAN_OPTIONS": "detect_leaks=0",
         "TSAN_OPTIONS": "halt_on_error=1",
         "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",  # on a GPU nothing would run on the host
     }
     command = [sys.executable, "-m", "pytest", "tests/kernels/test_contract.py", "-q", "--require", "cuda", *options]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)

@@ -249,11 +249,12 @@ def test_channels_last_chunks_give_channels_last_results(name):
     torch.library.opcheck(opaque(name).default, leaves(args), test_utils="test_faketensor")
 
 
+@each_device
 @each_backend
-def test_autocast_gives_low_precision_and_full_precision_gradients(name, backend, run_on):
-    args = CASES[name].SMALL[0]()
-    run_on(name, backend, *CASES[name].SMALL[0](dtype=torch.bfloat16))
-    with use_backend(backend), torch.autocast("cpu", torch.bfloat16):
+def test_autocast_gives_low_precision_and_full_precision_gradients(name, backend, device, run_on):
+    args = CASES[name].SMALL[0](device=device)
+    run_on(name, backend, *CASES[name].SMALL[0](dtype=torch.bfloat16, device=device))
+    with use_backend(backend), torch.autocast(device, torch.bfloat16):
         for function in (opaque(name), public(name)):
             mixed = leaves(args)
             y = parts(function(*(x.bfloat16() if x is mixed[0] else x for x in mixed)))
@@ -281,14 +282,15 @@ def test_an_operator_without_gradients_refuses_them(name):
 
 
 @calls(50, 1000)
+@each_device
 @each_backend
-def test_legal_fuzz(name, backend, count, run_on, request):
+def test_legal_fuzz(name, backend, device, count, run_on, request):
     rng = random.Random(f"{name} {backend} legal")
     for i in range(request.config.getoption("--calls") or count):
         dtype, scale = rng.choice(OPS[name].dtypes(backend)), 10.0 ** rng.uniform(-3, 3)
         for _ in range(DRAWS):
             case = CASES[name].draw(rng)
-            args = case(dtype=dtype, seed=i, scale=scale)
+            args = case(dtype=dtype, device=device, seed=i, scale=scale)
             if takes(name, backend, args):
                 break
         if rng.random() < 0.3:

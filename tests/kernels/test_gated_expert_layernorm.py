@@ -37,13 +37,15 @@ def test_the_sum_is_the_formula_and_the_norm_is_its_norm():
 
 
 def test_a_hand_worked_row(backend):
-    x, y = torch.tensor([[[1.0, 2.0], [0.0, 0.0]]]), torch.tensor([[[2.0, 1.0], [4.0, 8.0]]])
-    gate = torch.tensor([[[0.0, 1.0], [0.5, -0.5]]])
-    shift, scale = torch.tensor([[[10.0, 0.0], [0.0, 20.0]]]), torch.tensor([[[0.0, 1.0], [2.0, 0.0]]])
-    weight, bias = torch.tensor([2.0, 1.0]), torch.zeros(2)
-    x_new, normed = gated_expert_layernorm(x, y, gate, weight, bias, shift, scale, 1, 1e-12)
-    assert torch.equal(x_new, torch.tensor([[[1.0, 3.0], [2.0, -4.0]]]))
-    torch.testing.assert_close(normed, torch.tensor([[[8.0, 2.0], [6.0, 19.0]]]))  # -1, 1 and 1, -1 behind the norm
+    def row(*values: float) -> torch.Tensor:  # eight times over, which no norm notices
+        return torch.tensor(values, dtype=torch.float32).repeat(8)
+
+    x, y = torch.stack([row(1, 2), row(0, 0)])[None], torch.stack([row(2, 1), row(4, 8)])[None]
+    gate = torch.stack([row(0, 1), row(0.5, -0.5)])[None]
+    shift, scale = torch.stack([row(10, 0), row(0, 20)])[None], torch.stack([row(0, 1), row(2, 0)])[None]
+    x_new, normed = gated_expert_layernorm(x, y, gate, row(2, 1), row(0, 0), shift, scale, 1, 1e-12)
+    assert torch.equal(x_new, torch.stack([row(1, 3), row(2, -4)])[None])
+    torch.testing.assert_close(normed, torch.stack([row(8, 2), row(6, 19)])[None])  # -1, 1 and 1, -1 behind the norm
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

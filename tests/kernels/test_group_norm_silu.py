@@ -1,10 +1,21 @@
 """`group_norm_silu` against a loop; its halo."""
 
 import numpy as np
+import pytest
 import torch
 
-from cogvx_kernels import group_norm_silu
+from cogvx_kernels import group_norm_silu, use_backend
+from cogvx_kernels._op import OPS
 from cogvx_kernels.group_norm_silu.cases import SMALL, make
+
+BACKENDS = ["reference", *OPS["group_norm_silu"].backends]
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request, run_on):
+    run_on("group_norm_silu", request.param, *make(1, 8, 3, 4, 5, 4))
+    with use_backend(request.param):
+        yield request.param
 
 
 def in_loops(x, weight, bias, halo, num_groups, eps, num_halo):
@@ -28,14 +39,14 @@ def test_it_is_the_formula():
         np.testing.assert_allclose(group_norm_silu(*args).numpy(), expected, rtol=1e-12, atol=1e-12)
 
 
-def test_the_halo_is_copied_and_does_not_enter_the_statistics():
+def test_the_halo_is_copied_and_does_not_enter_the_statistics(backend):
     x, weight, bias, halo, num_groups, eps, num_halo = make(1, 8, 3, 4, 5, 4, halo=True)
     y = group_norm_silu(x, weight, bias, halo, num_groups, eps, num_halo)
     assert torch.equal(y[:, :, :2], halo)
     assert torch.equal(y[:, :, 2:], group_norm_silu(x, weight, bias, None, num_groups, eps, 0))
 
 
-def test_without_a_halo_the_first_frame_stands_before_itself():
+def test_without_a_halo_the_first_frame_stands_before_itself(backend):
     x, weight, bias, _, num_groups, eps, _ = make(1, 8, 3, 4, 5, 4)
     y = group_norm_silu(x, weight, bias, None, num_groups, eps, 2)
     assert torch.equal(y[:, :, 0], y[:, :, 2])
@@ -47,7 +58,7 @@ def test_scale_and_offset_of_a_chunk_do_not_matter():
     torch.testing.assert_close(group_norm_silu(100 * x + 7, *rest), group_norm_silu(x, *rest), rtol=1e-5, atol=1e-5)
 
 
-def test_float32_weights_beside_a_low_precision_chunk():
+def test_float32_weights_beside_a_low_precision_chunk(backend):
     x, weight, bias, *rest = make(1, 8, 2, 4, 5, 4)
     y = group_norm_silu(x.bfloat16(), weight, bias, *rest)
     assert y.dtype == torch.bfloat16

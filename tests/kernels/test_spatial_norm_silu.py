@@ -1,12 +1,23 @@
 """`spatial_norm_silu` against a loop and against the plain norm."""
 
 import numpy as np
+import pytest
 import torch
 import torch.nn.functional as F
 
-from cogvx_kernels import group_norm_silu, spatial_norm_silu
+from cogvx_kernels import group_norm_silu, spatial_norm_silu, use_backend
+from cogvx_kernels._op import OPS
 from cogvx_kernels.spatial_norm_silu.cases import SMALL, make
 from cogvx_kernels.spatial_norm_silu.reference import resize_nearest
+
+BACKENDS = ["reference", *OPS["spatial_norm_silu"].backends]
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request, run_on):
+    run_on("spatial_norm_silu", request.param, *make(1, 8, (5, 6, 8), 4, (3, 3, 4), 4))
+    with use_backend(request.param):
+        yield request.param
 
 
 def in_loops(x, z, weight, bias, weight_y, bias_y, weight_b, bias_b, halo, num_groups, eps, num_halo):
@@ -43,7 +54,7 @@ def test_the_first_of_an_odd_number_of_frames_stands_alone():
     assert resize_nearest(z, (1, 1, 1)).flatten().tolist() == [0]
 
 
-def test_the_convolutions_at_the_latents_size_equal_those_at_full_size():
+def test_the_convolutions_at_the_latents_size_equal_those_at_full_size(backend):
     args = make(1, 8, (5, 6, 8), 4, (3, 3, 4), 4)
     x, z, weight, bias, weight_y, bias_y, weight_b, bias_b, _, num_groups, eps, _ = args
     full = resize_nearest(z, x.shape[2:])
@@ -53,9 +64,16 @@ def test_the_convolutions_at_the_latents_size_equal_those_at_full_size():
     torch.testing.assert_close(y, expected)
 
 
-def test_a_latent_that_says_nothing_leaves_the_plain_norm():
+def test_a_latent_that_says_nothing_leaves_the_plain_norm(backend):
     args = make(1, 8, (3, 4, 6), 3, (2, 2, 3), 4, halo=True)
     x, z, weight, bias, weight_y, bias_y, weight_b, bias_b, halo, *rest = args
     silent = torch.zeros_like(weight_y), torch.ones_like(bias_y), torch.zeros_like(weight_b), torch.zeros_like(bias_b)
     y = spatial_norm_silu(x, z, weight, bias, *silent, halo, *rest)
     torch.testing.assert_close(y, group_norm_silu(x, weight, bias, halo, *rest))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("backend", ["cuda", "triton"], indirect=True)
+def test_a_latent_resized_before_gives_the_same_bits(backend, dtype):
+    x, z, *rest = make(1, 8, (5, 6, 7), 4, (3, 3, 4), 4, dtype=dtype)
+    assert torch.equal(spatial_norm_silu(x, resize_nearest(z, x.shape[2:]), *rest), spatial_norm_silu(x, z, *rest))

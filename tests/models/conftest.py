@@ -1,5 +1,7 @@
 """Small random checkpoints that the diffusers library wrote, every parameter drawn, norms and modulation included."""
 
+import json
+import random
 from dataclasses import replace
 from pathlib import Path
 
@@ -61,3 +63,131 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
                       feed_forward_proj="gated-gelu")  # fmt: skip
     _randomized(T5EncoderModel(config), seed=3).save_pretrained(root / "text_encoder")
     return root
+
+
+@pytest.fixture(scope="session")
+def as_sat():
+    """`as_sat("vae", weights)`: tensors with diffusers' names as the official training code stores them, no prefix."""
+    return lambda part, weights: (_sat_vae if part == "vae" else _sat_transformer)(dict(weights))
+
+
+def _sat_transformer(w: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Every tensor of `w`, written out from the published list of names: fused q, k, v, and twelve chunks a block."""
+    sat = {}
+    for kind in ("weight", "bias"):
+        for theirs, ours in (
+            ("time_embed.0", "time_embedding.linear_1"),
+            ("time_embed.2", "time_embedding.linear_2"),
+            ("ofs_embed.0", "ofs_embedding.linear_1"),
+            ("ofs_embed.2", "ofs_embedding.linear_2"),
+            ("mixins.patch_embed.proj", "patch_embed.proj"),
+            ("mixins.patch_embed.text_proj", "patch_embed.text_proj"),
+            ("transformer.final_layernorm", "norm_final"),
+            ("mixins.final_layer.norm_final", "norm_out.norm"),
+            ("mixins.final_layer.adaLN_modulation.1", "norm_out.linear"),
+            ("mixins.final_layer.linear", "proj_out"),
+        ):
+            if f"{ours}.{kind}" in w:
+                sat[f"{theirs}.{kind}"] = w.pop(f"{ours}.{kind}")
+        for i in range(2):
+            block, layer = f"transformer_blocks.{i}", f"transformer.layers.{i}"
+            qkv = [w.pop(f"{block}.attn1.to_{part}.{kind}") for part in "qkv"]
+            sat[f"{layer}.attention.query_key_value.{kind}"] = torch.cat(qkv)
+            sat[f"{layer}.attention.dense.{kind}"] = w.pop(f"{block}.attn1.to_out.0.{kind}")
+            sat[f"{layer}.mlp.dense_h_to_4h.{kind}"] = w.pop(f"{block}.ff.net.0.proj.{kind}")
+            sat[f"{layer}.mlp.dense_4h_to_h.{kind}"] = w.pop(f"{block}.ff.net.2.{kind}")
+            sat[f"{layer}.input_layernorm.{kind}"] = w.pop(f"{block}.norm1.norm.{kind}")
+            sat[f"{layer}.post_attention_layernorm.{kind}"] = w.pop(f"{block}.norm2.norm.{kind}")
+            sat[f"mixins.adaln_layer.query_layernorm_list.{i}.{kind}"] = w.pop(f"{block}.attn1.norm_q.{kind}")
+            sat[f"mixins.adaln_layer.key_layernorm_list.{i}.{kind}"] = w.pop(f"{block}.attn1.norm_k.{kind}")
+            a, b = w.pop(f"{block}.norm1.linear.{kind}").chunk(2), w.pop(f"{block}.norm2.linear.{kind}").chunk(2)
+            sat[f"mixins.adaln_layer.adaLN_modulations.{i}.1.{kind}"] = torch.cat([a[0], b[0], a[1], b[1]])
+    if "patch_embed.pos_embedding" in w:
+        sat["mixins.pos_embed.pos_embedding"] = w.pop("patch_embed.pos_embedding")
+    assert not w
+    return sat
+
+
+def _sat_vae(w: dict[str, Tensor]) -> dict[str, Tensor]:
+    sat = {}
+    for name, tensor in w.items():
+        parts = name.replace("conv_shortcut", "nin_shortcut").split(".")
+        if parts[1] == "mid_block":
+            parts[1:4] = ["mid", f"block_{int(parts[3]) + 1}"]
+        elif parts[1] in ("down_blocks", "up_blocks"):
+            level = int(parts[2]) if parts[1] == "down_blocks" else 3 - int(parts[2])
+            inner = {"resnets": ["block", parts[4]], "downsamplers": ["downsample"], "upsamplers": ["upsample"]}
+            parts[1:5] = [parts[1].split("_")[0], str(level), *inner[parts[3]]]
+        sat[".".join(parts)] = tensor
+    return sat
+
+
+# What a file may hold instead of one of its values.
+ODDITIES = [
+    None,
+    True,
+    -1,
+    0,
+    1,
+    3,
+    2**31,
+    2**63,
+    10**30,
+    0.5,
+    1e308,
+    float("nan"),
+    "",
+    "x" * 5000,
+    "\0",
+    [],
+    {},
+    [[]],
+    "../x",
+]
+
+
+def _spoiled(content: bytes, suffix: str, rng: random.Random) -> bytes:
+    """The content with one to three accidents: of its JSON's values, or of its bytes."""
+    for _ in range(rng.choice((1, 1, 2, 3))):
+        if suffix == ".json" and rng.random() < 0.7:
+            try:
+                content = json.dumps(_spoiled_value(json.loads(content), rng)).encode()
+                continue
+            except ValueError:
+                pass
+        at, size = rng.randrange(len(content) + 1), rng.choice((1, 4, 60, 5000))
+        if rng.random() < 0.5:
+            at = min(at, rng.randrange(64))  # headers stand in front
+        kind = rng.randrange(5)
+        if kind == 0:
+            content = content[:at]
+        elif kind == 1:
+            content = content[:at] + rng.randbytes(size) + content[at:]
+        elif kind == 2:
+            content = content[:at] + content[at + size :]
+        elif kind == 3:
+            content = content[:at] + rng.randbytes(size) + content[at + size :]
+        elif at < len(content):
+            content = content[:at] + bytes([content[at] ^ 1 << rng.randrange(8)]) + content[at + 1 :]
+    return content
+
+
+def _spoiled_value(value, rng: random.Random):
+    if isinstance(value, dict) and value and rng.random() < 0.95:
+        key = rng.choice(list(value))
+        change = rng.randrange(8)
+        if change == 0:
+            return {k: v for k, v in value.items() if k != key}
+        if change == 1:
+            return value | {key + rng.choice("x_/"): value[key]}
+        return value | {key: _spoiled_value(value[key], rng)}
+    if isinstance(value, list) and value and rng.random() < 0.7:
+        at = rng.randrange(len(value))
+        return [*value[:at], _spoiled_value(value[at], rng), *value[at + 1 :]]
+    return rng.choice(ODDITIES)
+
+
+@pytest.fixture(scope="session")
+def spoiled():
+    """`spoiled(content, suffix, rng)`: what a file held, with one to three accidents."""
+    return _spoiled

@@ -85,6 +85,7 @@ inline float __uint_as_float(unsigned x) { return host_cuda_bits<float>(x); }
 inline int __float_as_int(float x) { return host_cuda_bits<int>(x); }
 inline float __int_as_float(int x) { return host_cuda_bits<float>(x); }
 template <class T> T __ldg(const T* address) { return *address; }
+template <class T> void __stwb(T* address, T value) { *address = value; }
 
 // Barriers and warps.
 inline void __syncthreads() { ::host_cuda::barrier(0, 0); }

@@ -1,0 +1,49 @@
+"""`qk_norm_rope` by the compiled extension, on CPUs and on GPUs: what is allocated, and what is handed over."""
+
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from .._extension import DTYPES, Place, rows, with_contiguous_rows
+
+
+def forward(
+    module: ModuleType,
+    place: Place,
+    qkv: Tensor,  # [B, N, 3 A E], text first
+    q_weight: Tensor,  # [E]
+    q_bias: Tensor,  # [E]
+    k_weight: Tensor,  # [E]
+    k_bias: Tensor,  # [E]
+    cos: Tensor | None,  # [N - num_text, E]
+    sin: Tensor | None,  # [N - num_text, E]
+    num_text: int,
+    num_heads: int,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # [B, A, N, E] each
+    b, n, _ = qkv.shape
+    e = q_weight.shape[0]
+    parts = tuple(torch.empty(b, num_heads, n, e, dtype=qkv.dtype, device=qkv.device) for _ in range(3))
+    if qkv.numel():
+        qkv, *norms = map(with_contiguous_rows, (qkv, q_weight, q_bias, k_weight, k_bias))
+        turns = widened(cos, qkv), widened(sin, qkv)
+        module.qk_norm_rope_forward(
+            place, DTYPES[qkv.dtype], (b, n, num_text, num_heads, e), eps,
+            rows(qkv), addresses(*norms), addresses(*turns), tuple(map(heads, parts)),
+        )  # fmt: skip
+    return parts
+
+
+def widened(angles: Tensor | None, like: Tensor) -> Tensor | None:
+    """cos or sin in the dtype that the kernel computes in for tensors like this."""
+    wide = torch.float64 if like.dtype == torch.float64 else torch.float32
+    return angles if angles is None else angles.to(wide).contiguous()
+
+
+def addresses(*tensors: Tensor | None) -> tuple[int, ...]:
+    return tuple(0 if x is None else x.data_ptr() for x in tensors)
+
+
+def heads(x: Tensor) -> tuple[int, int, int, int]:  # x [B, A, N, E] with contiguous rows
+    return x.data_ptr(), *x.stride()[:3]
