@@ -79,6 +79,10 @@ def _upsample(x: Tensor, weight: Tensor, bias: Tensor, double_time: bool, y: Ten
     return Cost(flops=2 * weight[..., :2, :2].numel() * 4 * _pixels(x))
 
 
+def _downsample(x: Tensor, weight: Tensor, bias: Tensor, y: Tensor) -> Cost:
+    return Cost(flops=2 * weight.numel() * _pixels(y))
+
+
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool, y: Tensor) -> Cost:
     return Cost(flops=2 * x.numel() * len(weight), exps=y.numel() if gelu else 0)
 
@@ -92,6 +96,7 @@ _COMPUTED: dict[str, Callable[..., Cost]] = {
     "int8_joint_attention": _int8_attention,
     "causal_conv3d": _conv,
     "upsample_conv": _upsample,
+    "downsample_conv": _downsample,
     "linear": _linear,
     "group_norm_silu": _silu,
     "spatial_norm_silu": _silu,

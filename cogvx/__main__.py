@@ -16,6 +16,7 @@ COMMANDS = {
     "replay": "make a video again and compare",
     "encode": "turn a video into latents",
     "decode": "turn latents into a video",
+    "extend": "go on where a video ends",
     "invert": "find the noise that a video is made from, and make it again",
     "verify": "check a checkpoint folder: names, shapes, hashes, a forward pass, parity with diffusers",
     "doctor": "print versions, devices, and which kernels run",

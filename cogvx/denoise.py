@@ -7,8 +7,10 @@ B clips, C latent channels, T latent frames, H W height and width of latents. Sa
 import torch
 from torch import Tensor
 
+from .config import TransformerConfig
 from .diffusion.guidance import guide
 from .diffusion.samplers import Denoiser
+from .diffusion.windows import windowed
 from .finite import check_finite
 from .models.choices import placement
 from .models.image_latents import with_image
@@ -27,19 +29,35 @@ def denoiser(
 ) -> Denoiser:
     """(latents [B, T, C, H, W], timestep, index of the step) to the guided velocity, in fp32.
 
+    Clips longer than trained are seen in windows that overlap by half, where the settings say so; in all but the first
+    an image model sees no first image, as when it was dropped in training.
+
     Raises NumericsError for a size that these numerics have no positions for.
     """
     guided, steps, dtype = len(text) > len(begin.noisy), begin.steps, transformer.proj_out.weight.dtype
     table = transformer.tabulate([step.timestep for step in steps], batch=len(text), ofs=settings.ofs)
-    places = placement(transformer.config, numerics, begin.noisy.shape[2:])
+    length, (num_latents, *size) = window_length(transformer.config), begin.noisy.shape[2:]
+    in_windows = settings.longer == "windows" and num_latents > length
+    grid = (length if in_windows else num_latents, *size)
+    places = placement(transformer.config, numerics, grid, settings.longer == "riflex")
 
-    def denoise(frames: Tensor, timestep: int, index: int) -> Tensor:
+    def denoise_view(frames: Tensor, timestep: int, index: int) -> Tensor:
         x = (torch.cat([frames, frames]) if guided else frames).transpose(1, 2)
-        x = x if begin.image is None else with_image(x, begin.image)
         inputs = x.to(dtype), text, torch.full((len(x),), timestep, device=x.device)
         v = transformer(*inputs, table.at(timestep), placement=places).float().transpose(1, 2)
         where = f"step {index + 1} of {len(steps)}"
         check_finite(v, where, transformer, lambda: transformer(*inputs, ofs=settings.ofs, placement=places))
         return guide(*v.chunk(2), settings.scale_at(timestep, index)) if guided else v
 
+    view = windowed(denoise_view, length, length // 2, dim=1) if in_windows else denoise_view
+
+    def denoise(frames: Tensor, timestep: int, index: int) -> Tensor:
+        x = frames if begin.image is None else with_image(frames.transpose(1, 2), begin.image).transpose(1, 2)
+        return view(x, timestep, index)
+
     return denoise
+
+
+def window_length(config: TransformerConfig) -> int:
+    """Latent frames of a window, as many as the model was trained on, in whole patches."""
+    return config.trained_grid[0] * config.patch[0]

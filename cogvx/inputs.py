@@ -108,7 +108,7 @@ def planned(settings: Settings, inputs: Inputs, configs: Configs, numerics: Nume
     elif settings.strength is None:
         raise SettingsError("strength is None; with a video it must be a number above 0, up to 1")
     elif settings.num_frames is None:
-        counts = configs.frame_counts
+        counts = settings.frame_counts(configs)
         settings = replace(settings, num_frames=counts[(min(len(inputs.video), counts[-1]) - 1) // counts.step])
     settings = settings.resolve(configs, numerics)
     inputs = inputs.fitted(settings)

@@ -153,6 +153,7 @@ class Pipeline:
         sampler: str | None = None,
         seed: int | None = None,
         ofs: float | None = None,
+        longer: str | None = None,
         latents: Tensor | None = None,  # [1, C, T, H, W], the noise to start from
         prompt_embeds: Tensor | None = None,  # [1, L, D]
         negative_prompt_embeds: Tensor | None = None,  # [1, L, D]
@@ -165,7 +166,8 @@ class Pipeline:
         which are scaled to cover the video and cut around the centre. video: what to start from, a file, an array or a
         Clip, of which as many frames are taken as are made; strength: how far it goes back towards noise first, from
         above 0 to 1, all the way. mask: an image for all frames or a video, white where the video is made anew; all
-        other pixels stay as they are.
+        other pixels stay as they are. longer: allows more frames than trained, seen by the model in overlapping
+        "windows", or all at once with positions after "riflex".
 
         Raises: SettingsError, a ValueError, that names an argument that does not fit, its value and the nearest valid
         one; NonFiniteError when a computation leaves the finite numbers, with the step and the module.
@@ -173,7 +175,7 @@ class Pipeline:
         settings, inputs = planned(
             Settings(
                 prompt, negative_prompt, num_frames, height, width, num_inference_steps, guidance_scale,
-                dynamic_guidance, sampler, seed, strength, ofs,
+                dynamic_guidance, sampler, seed, strength, ofs, longer,
             ),
             Inputs.read(image, last_image, video, mask), self.configs, self.numerics,
         )  # fmt: skip

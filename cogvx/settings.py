@@ -16,6 +16,8 @@ from .models.transformer import OFS
 from .numerics import DIFFUSERS, Numerics
 
 MAX_SEED = 2**63 - 1
+MAX_FRAMES = 2**14
+LONGER = ("windows", "riflex")  # overlapping windows in time; a lowered frequency of the positions in time
 
 
 class SettingsError(ValueError):
@@ -105,6 +107,7 @@ class Settings:
     seed: int | None = None  # None draws one
     strength: float | None = None  # of a video to start from: how far towards noise it goes, up to 1; None without one
     ofs: float | None = None  # of 1.5-5B-I2V; None for all others
+    longer: str | None = None  # one of LONGER: how a clip longer than trained is made; None allows none
 
     def resolve(self, configs: Configs, numerics: Numerics = DIFFUSERS) -> "Settings":
         """The same settings, complete. Raises SettingsError for one that does not fit."""
@@ -134,13 +137,14 @@ class Settings:
         return known
 
     def check_size(self, configs: Configs) -> None:
-        counts = configs.frame_counts
+        self.check_longer(configs)
+        counts = self.frame_counts(configs)
         check_int("num_frames", self.num_frames)
         if self.num_frames not in counts:
             nearest = min(counts, key=lambda n: abs(n - self.num_frames))
             raise SettingsError(
                 f"num_frames is {self.num_frames}; this model makes {counts.step}N+1 frames from 1 to {counts[-1]}, "
-                f"the nearest is {nearest}"
+                f"the nearest is {nearest}{'' if self.longer else '; for more see longer'}"
             )
         unit = configs.space_factor * configs.transformer.patch_size
         for name, size in (("height", self.height), ("width", self.width)):
@@ -149,6 +153,12 @@ class Settings:
                 nearest = max(unit, round(size / unit) * unit)
                 what = f"a multiple of {unit} pixels, the nearest is {nearest}"
                 raise SettingsError(f"{name} is {size}; it must be {what}")
+
+    def check_longer(self, configs: Configs) -> None:
+        if self.longer not in (None, *LONGER):
+            raise SettingsError(f"longer is {self.longer!r}; valid: None, {', '.join(map(repr, LONGER))}")
+        if self.longer == "riflex" and not configs.transformer.use_rotary_positional_embeddings:
+            raise SettingsError("longer is 'riflex'; this model has no rotary positions: use 'windows'")
 
     def check_sampling(self, configs: Configs) -> None:
         try:
@@ -195,6 +205,11 @@ class Settings:
             raise SettingsError(f"guidance_scale holds {len(scale)} scales; {what}")
         if form != "constant":
             raise SettingsError(f"dynamic_guidance is {form!r}; with a guidance_scale for each step it must be None")
+
+    def frame_counts(self, configs: Configs) -> range:
+        """How many frames are allowed."""
+        counts = configs.frame_counts
+        return counts if self.longer is None else range(1, MAX_FRAMES, counts.step)
 
     def latent_shape(self, configs: Configs) -> tuple[int, int, int, int]:
         """C, T, H, W of the latents that the transformer makes; T in whole patches."""

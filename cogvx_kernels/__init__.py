@@ -5,6 +5,7 @@
 
 from ._op import explain, use_backend
 from .causal_conv3d import causal_conv3d
+from .downsample_conv import downsample_conv
 from .expert_layernorm import expert_layernorm
 from .gated_expert_layernorm import gated_expert_layernorm
 from .group_norm_silu import group_norm_silu
@@ -17,6 +18,7 @@ from .upsample_conv import upsample_conv
 
 __all__ = [
     "causal_conv3d",
+    "downsample_conv",
     "expert_layernorm",
     "explain",
     "gated_expert_layernorm",

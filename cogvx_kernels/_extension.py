@@ -100,3 +100,20 @@ def rows(x: Tensor) -> tuple[int, int, int]:  # x [B, N, D] with contiguous rows
 def with_contiguous_rows(x: Tensor) -> Tensor:
     """`x`, or a copy of it where its last dimension is strided."""
     return x if x.shape[-1] < 2 or x.stride(-1) == 1 else x.contiguous()
+
+
+def heads(x: Tensor) -> tuple[int, int, int, int]:  # x [B, A, N, E] with contiguous rows
+    """Address and strides of a tensor of heads."""
+    return x.data_ptr(), *x.stride()[:3]
+
+
+def by_head(y: Tensor, num_heads: int) -> Tensor:  # [B, N, A E] as [B, A, N, E]
+    """A view of rows in which heads lie side by side."""
+    return y.unflatten(2, (num_heads, -1)).transpose(1, 2)
+
+
+def with_aligned_rows(x: Tensor) -> Tensor:
+    """`x`, or a copy of it where a row is strided or does not begin at a multiple of 16 bytes."""
+    piece = 16 // x.element_size()
+    aligned = x.data_ptr() % 16 == 0 and all(stride % piece == 0 for stride in x.stride()[:-1])
+    return x if aligned and x.stride(-1) == 1 else x.clone(memory_format=torch.contiguous_format)

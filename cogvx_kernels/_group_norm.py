@@ -17,11 +17,12 @@ _TENSORS = (
 class Stages:
     """The CUDA kernels of one call on a channels-last chunk: `stages("group_norm_silu_apply", x=x, y=y, ...)`."""
 
-    def __init__(self, x: Tensor, num_groups: int, eps: float, num_halo: int, num_copies: int, latent: Tensor | None):
+    def __init__(self, x: Tensor, num_groups: int, eps: float, num_halo: int, num_copies: int, latent: Tensor | None,
+                 in_double: bool = False):  # fmt: skip
         self.x, self.eps, self.groups = x, eps, (num_halo, num_copies, num_groups)
         b, c, t, h, w = x.shape
-        self.flat = b, c, t, 1, h * w, *self.groups, 0, 0, 0
-        self.sizes = self.flat if latent is None else (b, c, t, h, w, *self.groups, *latent.shape[1:4])
+        self.flat = b, c, t, 1, h * w, *self.groups, 0, 0, 0, in_double
+        self.sizes = self.flat if latent is None else (b, c, t, h, w, *self.groups, *latent.shape[1:4], in_double)
 
     def __call__(self, stage: str, sizes: tuple[int, ...] | None = None, **tensors: Tensor | None) -> None:
         tensors["x"] = self.x
@@ -36,7 +37,7 @@ class Stages:
     def statistics(self) -> Tensor:  # [B, 2, C]
         """Mean and 1 / sqrt(variance + eps) of every channel's group."""
         moments = self.partials(_extension.cuda().group_norm_pieces(self.flat))
-        result = self.x.new_empty(len(self.x), 2, self.x.shape[1], dtype=torch.float32)
+        result = self.x.new_empty(len(self.x), 2, self.x.shape[1], dtype=torch.float64)
         self("group_norm_statistics", self.flat, moments=moments, statistics=result)
         return result
 
@@ -59,5 +60,5 @@ def finish_gradients(
     grad_weight, grad_bias = (sums[:, 1] * rstd).sum(0), sums[:, 0].sum(0)
     means = (sums * weight.double()).unflatten(2, (num_groups, -1)).sum(3) / (c // num_groups * num_pixels)
     constant, slope = means.repeat_interleave(c // num_groups, dim=2).unbind(1)
-    ends = torch.stack([-rstd * constant, -(rstd**3) * slope], dim=1).float()
+    ends = torch.stack([-rstd * constant, -(rstd**3) * slope], dim=1).to(stats.dtype)
     return grad_weight.to(weight.dtype), grad_bias.to(weight.dtype), ends

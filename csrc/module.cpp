@@ -16,9 +16,11 @@ namespace py = pybind11;
 namespace cogvx {
 
 void register_causal_conv3d(py::module_& m);
+void register_downsample_conv(py::module_& m);
 void register_expert_layernorm(py::module_& m);
 void register_gated_expert_layernorm(py::module_& m);
 void register_group_norm_silu(py::module_& m);
+void register_int8_joint_attention(py::module_& m);
 void register_joint_attention(py::module_& m);
 void register_linear(py::module_& m);
 void register_qk_norm_rope(py::module_& m);
@@ -80,9 +82,11 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.def("built_with", &cogvx::built_with, "What the extension was compiled with, and which CPU variant runs here.");
   m.def("why_not_cuda", &cogvx::why_not_cuda_object, "Why a CUDA device cannot run the extension's kernels, or None.");
   cogvx::register_causal_conv3d(m);
+  cogvx::register_downsample_conv(m);
   cogvx::register_expert_layernorm(m);
   cogvx::register_gated_expert_layernorm(m);
   cogvx::register_group_norm_silu(m);
+  cogvx::register_int8_joint_attention(m);
   cogvx::register_joint_attention(m);
   cogvx::register_linear(m);
   cogvx::register_qk_norm_rope(m);

@@ -26,7 +26,7 @@ LAYERS = (
     ("start",),
     ("denoise",),
     ("pipeline",),
-    ("invert", "train", "eval"),
+    ("extend", "invert", "train", "eval"),
     ("commands",),
     ("__main__",),
 )

@@ -94,7 +94,7 @@ def test_the_public_face():
         "prompt": None, "image": None, "last_image": None, "video": None, "mask": None, "strength": 0.8,
         "negative_prompt": "", "num_frames": None, "height": None, "width": None,
         "num_inference_steps": 50, "guidance_scale": 6.0, "dynamic_guidance": None, "sampler": None, "seed": None,
-        "ofs": None, "latents": None, "prompt_embeds": None, "negative_prompt_embeds": None,
+        "ofs": None, "longer": None, "latents": None, "prompt_embeds": None, "negative_prompt_embeds": None,
         "callback_on_step_end": None, "progress": True,
     }  # fmt: skip
     assert list(face(Pipeline.batch))[:3] == ["prompts", "num_videos_per_prompt", "seed"]

@@ -40,7 +40,7 @@ def others(name: str, args: Sequence[Any]) -> Iterator[Contestant]:
         yield from _attentions(*args[:3])
     elif name == "causal_conv3d":
         yield from _convolutions(*args)
-    elif name == "upsample_conv":
+    elif name in ("upsample_conv", "downsample_conv"):
         plain = (args[0].contiguous(), *args[1:])
         yield "cuDNN, contiguous", partial(OPS[name].reference.forward, *plain)
     elif name in ("group_norm_silu", "spatial_norm_silu"):

@@ -25,7 +25,8 @@ from .record import Record, from_arguments
 
 DTYPE = torch.bfloat16
 ORDER = ("joint_attention", "causal_conv3d", "gated_expert_layernorm", "qk_norm_rope", "spatial_norm_silu",
-         "int8_joint_attention", "upsample_conv", "expert_layernorm", "group_norm_silu", "linear")  # fmt: skip
+         "int8_joint_attention", "upsample_conv", "downsample_conv", "expert_layernorm", "group_norm_silu",
+         "linear")  # fmt: skip
 LEAST_SECONDS = 2.0  # left to a stage, below which nothing new begins
 
 
@@ -188,6 +189,8 @@ def _part(name: str, args: Sequence[Any]) -> tuple[tuple, Callable[[Tensor], Ten
         return few, lambda y: y[..., :8, :8]
     if name == "upsample_conv":
         return (args[0][..., :9, :9], *args[1:]), lambda y: y[..., :16, :16]
+    if name == "downsample_conv":
+        return (args[0][..., :16, :16], *args[1:]), lambda y: y[..., :7, :7]
     return tuple(args), lambda y: y
 
 

@@ -30,6 +30,7 @@ def main(
     sampler: Literal["ddim", "dpmpp_2m_sde", "dpmpp_2m", "unipc"] | None = None,
     seed: int | None = None,
     ofs: float | None = None,
+    longer: Literal["windows", "riflex"] | None = None,
     numerics: Annotated[str, arg(metavar="{sat,diffusers}[,FIELD=CHOICE...]")] = "diffusers",
     dtype: DType | None = None,
     device: str | None = None,
@@ -61,6 +62,8 @@ def main(
         sampler: unset, what the numerics and the checkpoint say.
         seed: unset, a fresh one, which the file keeps.
         ofs: of CogVideoX 1.5's image to video; unset, the 2.0 of training.
+        longer: allows more frames than trained, which the model sees in overlapping windows, or all at once with its
+            positions in time stretched as in RIFLEx.
         numerics: whose arithmetic to follow, and changes to it, as in sat,null_text=encoded.
         dtype: unset, the stored one (fp16 is computed in fp32 on a CPU).
         device: unset, a GPU where there is one.
@@ -79,7 +82,7 @@ def main(
     choices = read_numerics(numerics)
     settings = Settings(
         prompt, negative_prompt, num_frames, height, width, num_inference_steps, read_scales(guidance_scale),
-        dynamic_guidance, sampler, seed, strength, ofs,
+        dynamic_guidance, sampler, seed, strength, ofs, longer,
     )  # fmt: skip
     files = {"image": image, "last_image": last_image, "video": video, "mask": mask}
     settings, _ = planned(settings, Inputs.read(**files), read_configs(model), choices)

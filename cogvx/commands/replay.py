@@ -12,7 +12,7 @@ from ._arguments import DType
 if TYPE_CHECKING:
     from ..settings import Settings
 
-SINCE = ("strength", "ofs")  # settings that older videos do not carry; those were made without
+SINCE = ("strength", "ofs", "longer")  # settings that older videos do not carry; those were made without
 
 
 def main(
@@ -49,11 +49,17 @@ def main(
     settings = recorded_settings(file, made, model)
     files = {"image": image, "last_image": last_image, "video": video, "mask": mask}
     check_inputs(file, made, files)
+    continued = recorded_pieces(file, made)
 
     from ..pipeline import Pipeline
 
     pipeline = Pipeline.from_pretrained(model or made["model"], torch_dtype(made["dtype"]), device, made["numerics"])
-    clip = pipeline(**settings.as_dict(), **files, progress=progress)
+    if continued is None:
+        clip = pipeline(**settings.as_dict(), **files, progress=progress)
+    else:
+        from ..extend import extend
+
+        clip = extend(pipeline, video, **settings.as_dict(), **continued, progress=progress)
     warn_of_differences(made, clip.metadata)
     clip.metadata["model"] = made["model"]  # the same weights may have moved
     clip.save(output)
@@ -93,6 +99,18 @@ def recorded_settings(file: Path, made: dict, model: str | None) -> "Settings":
         return settings.resolve(read_configs(model or made["model"]), numerics)
     except SettingsError as error:
         raise VideoError(f"{file} cannot be replayed with this model: {error}") from error
+
+
+def recorded_pieces(file: Path, made: dict) -> dict[str, int] | None:
+    """How an extended video was made, None for one that was not. Raises VideoError for metadata that do not say it."""
+    from ..data.video import VideoError
+
+    pieces = made.get("continued")
+    if pieces is None:
+        return None
+    if not isinstance(pieces, dict) or set(pieces) != {"num_pieces", "overlap"} or "video" not in made["inputs_sha256"]:
+        raise VideoError(f"{file} cannot be replayed: in its metadata continued is {str(pieces)[:60]!r}")
+    return pieces
 
 
 def check_inputs(file: Path, made: dict, files: dict[str, Path | None]) -> None:

@@ -48,7 +48,7 @@ def window_weights(num_frames: int, length: int, overlap: int) -> Tensor:  # [wi
 def windowed(denoise: Denoiser, length: int, overlap: int, dim: int = 2) -> Denoiser:
     """The denoiser, called on windows of `length` frames along `dim` and averaged where they overlap.
 
-    Latents of at most `length` frames pass through as they are.
+    It may take more channels than it gives back. Latents of at most `length` frames pass through as they are.
     """
 
     def denoise_windows(latents: Tensor, timestep: int, step_index: int) -> Tensor:
@@ -57,10 +57,14 @@ def windowed(denoise: Denoiser, length: int, overlap: int, dim: int = 2) -> Deno
         if len(starts) == 1:
             return denoise(latents, timestep, step_index)
         weights = window_weights(num_frames, length, overlap)
-        total = torch.zeros_like(latents, dtype=torch.float32)
+        total = None
         shape = [length if d == dim % latents.dim() else 1 for d in range(latents.dim())]
         for start, row in zip(starts, weights, strict=True):
             velocity = denoise(latents.narrow(dim, start, length), timestep, step_index).float()
+            if total is None:
+                sizes = list(velocity.shape)
+                sizes[dim] = num_frames
+                total = velocity.new_zeros(sizes)
             share = row[start : start + length].to(total).view(shape)
             total.narrow(dim, start, length).add_(share * velocity)
         return total

@@ -4,7 +4,7 @@ import math
 
 from ..config import TransformerConfig, VAEConfig
 from ..numerics import DIFFUSERS, Numerics, NumericsError
-from .embeddings import Placement, default_placement
+from .embeddings import Placement, default_placement, intrinsic_frequency
 from .image_latents import default_scaling
 
 
@@ -21,17 +21,23 @@ def last_norm_eps(config: TransformerConfig, numerics: Numerics) -> float:
     return config.norm_eps if chosen == DIFFUSERS.last_norm_eps else chosen
 
 
-def placement(config: TransformerConfig, numerics: Numerics, latents: tuple[int, int, int]) -> Placement:
-    """Where patches of latents T, H, W lie. Raises NumericsError where a sliced table is too short for them."""
-    usual = default_placement(config)
+def placement(
+    config: TransformerConfig, numerics: Numerics, latents: tuple[int, int, int], riflex: bool = False
+) -> Placement:
+    """Where patches of latents T, H, W lie, with `riflex` for clips longer than trained.
+
+    Raises NumericsError where a sliced table is too short for them.
+    """
+    usual, trained = default_placement(config), config.trained_grid
     rope = "sliced" if numerics.rope_positions == "sliced" else usual.rope
     table = "sliced" if numerics.sincos_table == "sliced" else usual.table
-    count, trained = math.prod(n // p for n, p in zip(latents, config.patch, strict=True)), config.trained_grid
+    count = math.prod(n // p for n, p in zip(latents, config.patch, strict=True))
     has_table = config.use_learned_positional_embeddings or not config.use_rotary_positional_embeddings
     if table == "sliced" and has_table and count > math.prod(trained):
         what = f"{count} patches, and the table that it slices has {math.prod(trained)}"
         raise NumericsError(f"sincos_table of numerics is 'sliced'; the video has {what}: choose 'recomputed'")
-    return Placement(rope, table)
+    longer = riflex and latents[0] // config.patch[0] > trained[0]
+    return Placement(rope, table, intrinsic_frequency(trained[0], config.attention_head_dim) if longer else None)
 
 
 def image_scaling(config: VAEConfig, numerics: Numerics) -> str:

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cogvx_kernels import causal_conv3d, group_norm_silu, spatial_norm_silu, upsample_conv
+from cogvx_kernels import causal_conv3d, downsample_conv, group_norm_silu, spatial_norm_silu, upsample_conv
 
 from ..config import VAEConfig
 from .loading import ConfigLike, load_model
@@ -268,8 +268,7 @@ class Downsample(nn.Module):
             alone = x.shape[2] % 2
             means = (x[:, :, alone::2] + x[:, :, alone + 1 :: 2]) / 2
             x = torch.cat([x[:, :, :1], means], dim=2) if alone else means
-        frames = F.pad(x.transpose(1, 2).flatten(0, 1), (0, 1, 0, 1))
-        return self.conv(frames).unflatten(0, (x.shape[0], -1)).transpose(1, 2)
+        return downsample_conv(x, self.conv.weight, self.conv.bias)
 
 
 class Upsample(nn.Module):

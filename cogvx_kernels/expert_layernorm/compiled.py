@@ -5,13 +5,23 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from .. import _extension
 from .._extension import DTYPES, Place, rows, with_contiguous_rows
+
+FOR_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # on GPUs
+FOR_SHAPES = "rows of 9 to 4096 channels"  # there; narrower ones must be summed in double, and nobody has them
 
 
 def why_not(x: Tensor, *others: Tensor) -> str | None:
     if any(other.dtype != x.dtype or other.device != x.device for other in others):
         return f"every tensor must be {x.dtype} on {x.device}, as x is"
     return None
+
+
+def why_not_cuda(x: Tensor, *others: Tensor) -> str | None:
+    if not 9 <= x.shape[-1] <= 4096:
+        return f"the CUDA kernel takes {FOR_SHAPES}, not {x.shape[-1]}"
+    return why_not(x, *others) or _extension.why_not_cuda(x, FOR_DTYPES)
 
 
 def forward(

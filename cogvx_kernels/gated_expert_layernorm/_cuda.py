@@ -3,8 +3,7 @@
 from torch import Tensor
 
 from .. import _extension
-from ..expert_layernorm._cuda import FOR_DTYPES, FOR_SHAPES, why_not_width
-from ..expert_layernorm.compiled import why_not as why_not_together
+from ..expert_layernorm.compiled import FOR_DTYPES, FOR_SHAPES, why_not_cuda
 from . import compiled
 
 __all__ = ["FOR_DTYPES", "FOR_SHAPES"]
@@ -21,11 +20,7 @@ def why_not(
     num_text: int,
     eps: float,
 ) -> str | None:
-    return (
-        why_not_together(x, y, gate, weight, bias, shift, scale)
-        or why_not_width(x.shape[-1])
-        or _extension.why_not_cuda(x, FOR_DTYPES)
-    )
+    return why_not_cuda(x, y, gate, weight, bias, shift, scale)
 
 
 def forward(x: Tensor, *args: Tensor | int | float) -> tuple[Tensor, Tensor]:

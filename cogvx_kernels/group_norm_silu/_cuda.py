@@ -5,7 +5,7 @@ from torch import Tensor
 
 from .. import _extension
 from .._group_norm import FOR_DTYPES, Stages, channels_last, finish_gradients
-from .._halo import behind_halo, gradient_of_halo
+from .._halo import behind_halo, gradient_of_halo, sums_dtype
 
 __all__ = ["FOR_DTYPES", "backward", "forward", "why_not"]
 
@@ -48,7 +48,8 @@ def backward(
     grad_x = torch.empty_like(x)
     if not x.numel():
         return grad_x, torch.zeros_like(weight), torch.zeros_like(bias), gradient_of_halo(grad, halo)
-    stages = Stages(x, num_groups, eps, num_halo, num_halo if halo is None else 0, None)
+    in_double = sums_dtype(x) == torch.float64
+    stages = Stages(x, num_groups, eps, num_halo, num_halo if halo is None else 0, None, in_double)
     partials = stages.partials(_extension.cuda().group_norm_pieces(stages.sizes))
     tensors = {"grad": grad, "weight": weight.float().contiguous(), "bias": bias.float().contiguous()}
     tensors["statistics"] = statistics = stages.statistics()

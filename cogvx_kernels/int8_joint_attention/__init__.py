@@ -36,4 +36,4 @@ def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
     check_shape(name, "v", v, B=b, A=a, N=n, E=e)
 
 
-_op = Op("int8_joint_attention", reference, "triton", check=_check, differentiable=False)
+_op = Op("int8_joint_attention", reference, "cuda", "triton", check=_check, differentiable=False)

@@ -26,6 +26,7 @@ SMALL = [
     partial(make, 1, 2, 13, 59),
     partial(make, 1, 1, 7, 111),
     partial(make, 1, 1, 131, 16),
+    partial(make, 1, 1, 194, 72),
     partial(make, 1, 2, 1, 8),
     partial(make, 1, 2, 0, 16),
     partial(make, 0, 2, 3, 16),

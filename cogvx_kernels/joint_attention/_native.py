@@ -3,11 +3,11 @@
 The gradient runs the forward pass again for the sums of its rows; no matrix of scores is ever written out.
 """
 
-import torch
 from torch import Tensor
 
 from .. import _extension
-from .._extension import DTYPES, with_contiguous_rows
+from .._extension import place, with_contiguous_rows
+from . import compiled
 
 
 def why_not(q: Tensor, k: Tensor, v: Tensor, lengths: list[int] | None) -> str | None:
@@ -22,15 +22,8 @@ def forward(
     v: Tensor,  # [B, A, N, E]
     lengths: list[int] | None,
 ) -> Tensor:  # [B, N, A E]
-    b, a, n, e = q.shape
-    y = torch.empty(b, n, a * e, dtype=q.dtype, device=q.device)
-    if y.numel():
-        q, k, v = map(with_contiguous_rows, (q, k, v))
-        _extension._C.joint_attention_forward(
-            torch.get_num_threads(), DTYPES[q.dtype], (b, a, n, e), lengths or [n],
-            _heads(q), _heads(k), _heads(v), _heads(_by_head(y, a)),
-        )  # fmt: skip
-    return y
+    q, k, v = map(with_contiguous_rows, (q, k, v))
+    return compiled.forward(_extension._C, place(q), _samples(q, lengths), q, k, v)
 
 
 def backward(
@@ -41,21 +34,9 @@ def backward(
     lengths: list[int] | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # of q, k, v
     """The gradients, the same whatever the number of threads: one thread sums a head of a sample, in one order."""
-    grads = tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-    b, a, n, e = q.shape
-    if q.numel():
-        grad, q, k, v = map(with_contiguous_rows, (grad, q, k, v))
-        _extension._C.joint_attention_backward(
-            torch.get_num_threads(), DTYPES[q.dtype], (b, a, n, e), lengths or [n],
-            _heads(q), _heads(k), _heads(v), _heads(_by_head(grad, a)), *map(_heads, grads),
-        )  # fmt: skip
-    return grads
+    grad, q, k, v = map(with_contiguous_rows, (grad, q, k, v))
+    return compiled.backward(_extension._C, place(q), _samples(q, lengths), grad, q, k, v)
 
 
-def _by_head(y: Tensor, num_heads: int) -> Tensor:  # [B, N, A E] as [B, A, N, E]
-    return y.unflatten(2, (num_heads, -1)).transpose(1, 2)
-
-
-def _heads(x: Tensor) -> tuple[int, int, int, int]:  # x [B, A, N, E] with contiguous rows
-    """Address and strides."""
-    return x.data_ptr(), *x.stride()[:3]
+def _samples(q: Tensor, lengths: list[int] | None) -> compiled.Tokens:
+    return lengths or [q.shape[2]], 0, 0

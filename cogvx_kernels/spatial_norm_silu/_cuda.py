@@ -74,12 +74,12 @@ def backward(
     grad_weight, grad_bias = torch.zeros_like(weight), torch.zeros_like(weight)
     if x.numel():
         latent = _project(z, weight_y, bias_y, weight_b, bias_b)
-        stages = Stages(x, num_groups, eps, num_halo, num_halo if halo is None else 0, latent)
+        copies = num_halo if halo is None else 0
+        stages = Stages(x, num_groups, eps, num_halo, copies, latent, dtype == torch.float64)
         partials = stages.partials(_extension.cuda().spatial_norm_silu_blocks(stages.sizes))
         tensors = {"grad": grad, "weight": weight.float().contiguous(), "bias": bias.float().contiguous()}
         tensors |= {"latent": latent, "statistics": (statistics := stages.statistics())}
-        sums = "spatial_norm_silu_sums_in_double" if dtype == torch.float64 else "spatial_norm_silu_sums"
-        stages(sums, partials=partials, grad_latent=at_latent, **tensors)
+        stages("spatial_norm_silu_sums", partials=partials, grad_latent=at_latent, **tensors)
         num_pixels = x[0, 0].numel()
         grad_weight, grad_bias, ends = finish_gradients(partials.sum(1), statistics, weight, num_groups, num_pixels)
         stages("spatial_norm_silu_gradient", ends=ends, grad_x=grad_x, **tensors)

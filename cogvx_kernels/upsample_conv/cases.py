@@ -81,13 +81,15 @@ def kernels(module: ModuleType, capability: int) -> Iterator[tuple]:
     for dtype, c in ((torch.bfloat16, 512), (torch.float32, 256)):
         name = "fp32" if dtype == torch.float32 else "bf16"
         types = dict.fromkeys(("num_pixels", "num_frames", "height", "width", "tiles_a_split"), "i32")
-        types |= dict.fromkeys(("num_in", "num_out"), "i32:16") | {"partials": "*fp32:16"}
-        types |= dict.fromkeys(("x", "weight", "bias", "y", "grad", "grad_x"), f"*{name}:16")
+        types |= dict.fromkeys(("height_in", "width_in", "height_right", "width_right"), "i32")
+        types |= dict.fromkeys(("num_in", "num_out", "num_left", "num_right"), "i32:16") | {"partials": "*fp32:16"}
+        types |= dict.fromkeys(("x", "weight", "bias", "y", "left", "right"), f"*{name}:16")
+        gathered, taps = module.gathered, {"K": 4, "PAD": 1}
         for kernel, constants, options in (
             (module.forward_kernel, {"DOUBLE": True}, module.pixel_options(c, c, 4, dtype)),
             (module.forward_kernel, {"DOUBLE": False}, module.pixel_options(c, c, 4, dtype)),
-            (module.input_kernel, {}, module.pixel_options(c, c, 16, dtype)),
-            (module.weight_kernel, {}, module.weight_options(c, c, dtype)),
+            (gathered.gathered_kernel, taps | {"HAS_BIAS": False}, module.pixel_options(c, c, 16, dtype)),
+            (gathered.weight_kernel, taps, gathered.weight_options(c, c, 16, dtype)),
         ):
-            constants |= {name: options.pop(name) for name in kernel.arg_names if name in options}
+            constants = constants | {name: options.pop(name) for name in kernel.arg_names if name in options}
             yield kernel, {name: types[name] for name in kernel.arg_names if name in types}, constants, options

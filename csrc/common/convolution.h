@@ -1,5 +1,5 @@
-// Convolutions of video frames on a GPU, as `causal_conv3d` and `upsample_conv` need them; every tensor has its channels
-// last.
+// Convolutions of video frames on a GPU, as `causal_conv3d`, `upsample_conv` and `downsample_conv` need them; every
+// tensor has its channels last.
 #pragma once
 
 #include <cstdint>

@@ -9,7 +9,7 @@
 
 namespace cogvx::group_norm_silu {
 
-using StageSizes = std::array<int64_t, 11>;     // from batch to latent_width, in the order of Stage
+using StageSizes = std::array<int64_t, 12>;     // from batch to in_double, in the order of Stage
 using StageTensors = std::array<uintptr_t, 12>;  // from x to grad_latent
 
 inline Stage stage_of(const std::string& dtype, double eps, const StageSizes& sizes, const StageTensors& tensors) {
@@ -18,7 +18,7 @@ inline Stage stage_of(const std::string& dtype, double eps, const StageSizes& si
   stage.eps = eps;
   int64_t* numbers[] = {&stage.batch, &stage.channels, &stage.frames, &stage.height, &stage.width, &stage.num_halo,
                         &stage.num_copies, &stage.num_groups, &stage.latent_frames, &stage.latent_height,
-                        &stage.latent_width};
+                        &stage.latent_width, &stage.in_double};
   for (size_t i = 0; i < sizes.size(); ++i) *numbers[i] = sizes[i];
   const auto as_floats = [](uintptr_t address) { return reinterpret_cast<float*>(address); };
   const auto as_doubles = [](uintptr_t address) { return reinterpret_cast<double*>(address); };
@@ -27,12 +27,12 @@ inline Stage stage_of(const std::string& dtype, double eps, const StageSizes& si
   stage.weight = as_floats(tensors[2]);
   stage.bias = as_floats(tensors[3]);
   stage.moments = as_doubles(tensors[4]);
-  stage.statistics = as_floats(tensors[5]);
+  stage.statistics = as_doubles(tensors[5]);
   stage.latent = pointer(tensors[6]);
   stage.grad = pointer(tensors[7]);
   stage.grad_x = pointer(tensors[8]);
   stage.partials = as_doubles(tensors[9]);
-  stage.ends = as_floats(tensors[10]);
+  stage.ends = as_doubles(tensors[10]);
   stage.grad_latent = pointer(tensors[11]);
   return stage;
 }

@@ -4,15 +4,15 @@ namespace cogvx::group_norm_silu {
 namespace {
 
 // Moments of every channel over one piece. Differences from some value of the channel: a large mean costs no accuracy.
-template <class T, int kVec> __global__ void __launch_bounds__(kThreads, 2) moments_kernel(Stage stage) {
+template <class T, class A, int kVec> __global__ void __launch_bounds__(kThreads, 2) moments_kernel(Stage stage) {
   constexpr int kAhead = 4;  // pixels on their way together
   const Place<kVec> place(stage);
   const int64_t b = blockIdx.z, channels = stage.channels;
   const Piece piece = piece_at(stage, blockIdx.x, Grain::coarse);
   const T* first = row_of<T>(stage, piece, stage.x, 0, b, 0) + piece.first * channels;
-  float shift[kVec], sum[kVec], squares[kVec];
+  A shift[kVec], sum[kVec], squares[kVec];
 #pragma unroll
-  for (int k = 0; k < kVec; ++k) shift[k] = sum[k] = squares[k] = 0.0f;
+  for (int k = 0; k < kVec; ++k) shift[k] = sum[k] = squares[k] = 0;
   if (place.is_inside) {
     const T* x = first + place.channel;
     const int step = pixels_at_once<kVec>(stage), count = piece.last - piece.first;
@@ -29,7 +29,7 @@ template <class T, int kVec> __global__ void __launch_bounds__(kThreads, 2) mome
       for (int i = 0; i < kAhead; ++i) {
 #pragma unroll
         for (int k = 0; k < kVec; ++k) {
-          const float d = to_accumulator(values[i].v[k]) - shift[k];
+          const A d = to_accumulator(values[i].v[k]) - shift[k];
           sum[k] += d;
           squares[k] += d * d;
         }
@@ -79,35 +79,37 @@ __global__ void __launch_bounds__(kThreads) finish_kernel(Stage stage) {
       each([mean](double n, double m, double within) { return within + n * (m - mean) * (m - mean); });
   const double rstd = 1.0 / sqrt(squares / count + stage.eps);
   for (int64_t c = threadIdx.x; c < width; c += kThreads) {
-    stage.statistics[b * 2 * channels + first + c] = static_cast<float>(mean);
-    stage.statistics[(b * 2 + 1) * channels + first + c] = static_cast<float>(rstd);
+    stage.statistics[b * 2 * channels + first + c] = mean;
+    stage.statistics[(b * 2 + 1) * channels + first + c] = rstd;
   }
 }
 
 // Sums of d = dL/dv and of d * (x - mean) of every channel over one piece.
-template <class T, int kVec> __global__ void __launch_bounds__(kThreads, 2) sums_kernel(Stage stage) {
+template <class T, class A, int kVec> __global__ void __launch_bounds__(kThreads, 2) sums_kernel(Stage stage) {
   const Place<kVec> place(stage);
-  const int64_t b = blockIdx.z, channels = stage.channels, frame = stage.height * stage.width * channels;
+  const int64_t b = blockIdx.z, frame = stage.height * stage.width * stage.channels;
+  const int channels = static_cast<int>(stage.channels);
   const Piece piece = piece_at(stage, blockIdx.x, Grain::coarse);
-  float sum_d[kVec], sum_d_x[kVec];
+  A sum_d[kVec], sum_d_x[kVec];
 #pragma unroll
-  for (int k = 0; k < kVec; ++k) sum_d[k] = sum_d_x[k] = 0.0f;
+  for (int k = 0; k < kVec; ++k) sum_d[k] = sum_d_x[k] = 0;
   if (place.is_inside) {
-    const Channels<kVec> of(stage, b, place.channel);
+    const Channels<kVec, A> of(stage, b, place.channel);
     const T* x = row_of<T>(stage, piece, stage.x, 0, b, place.channel);
     const T* grad = row_of<T>(stage, piece, stage.grad, stage.num_halo, b, place.channel);
     const int step = pixels_at_once<kVec>(stage);
-    const int64_t num_copies = piece.frame == 0 ? stage.num_copies : 0;
-    const auto add = [&](const Vec<T, kVec>& values, const float(&g)[kVec], int) {
+    const int num_copies = piece.frame == 0 ? static_cast<int>(stage.num_copies) : 0;
+    const auto add = [&](const Vec<T, kVec>& values, const A(&g)[kVec], int) {
 #pragma unroll
       for (int k = 0; k < kVec; ++k) {
-        const float centered = to_accumulator(values.v[k]) - of.mean[k];
-        const float d = product(g[k], silu_derivative<T>(centered * of.factor[k] + of.offset[k]));
+        const A centered = A{to_accumulator(values.v[k])} - of.mean[k];
+        const A d = product(g[k], silu_derivative<T>(centered * of.factor[k] + of.offset[k]));
         sum_d[k] += d;
         sum_d_x[k] += d * centered;
       }
     };
-    each_gradient<2, T, kVec>(x, grad, piece.first + place.pixel, piece.last, step, channels, num_copies, frame, add);
+    const int start = piece.first + place.pixel;
+    each_gradient<2, T, A, kVec>(x, grad, start, piece.last, step, channels, num_copies, frame, add);
   }
   double* partials = stage.partials + (b * gridDim.x + blockIdx.x) * 2 * channels;
   add_pixels(stage, place, sum_d, sum_d_x, [=](int channel, double d, double d_x) {
@@ -119,7 +121,10 @@ template <class T, int kVec> __global__ void __launch_bounds__(kThreads, 2) sums
 struct Moments {
   template <class T, int kVec> const char* operator()(const Stage& stage, cudaStream_t stream) const {
     const dim3 grid = grid_of<kVec>(stage, num_pieces(stage, Grain::coarse));
-    const char* error = launch<moments_kernel<T, kVec>>(grid, kThreads, kSumsBytes<kVec>, stream, stage);
+    const char* error = in_arithmetic<T>(stage, [&](auto zero) {
+      using A = decltype(zero);
+      return launch<moments_kernel<T, A, kVec>>(grid, kThreads, kSumsBytes<kVec, A>, stream, stage);
+    });
     if (error) return error;
     const dim3 groups(static_cast<unsigned>(stage.num_groups), static_cast<unsigned>(stage.batch));
     return launch<finish_kernel>(groups, kThreads, kThreads * sizeof(double), stream, stage);
@@ -129,7 +134,10 @@ struct Moments {
 struct Sums {
   template <class T, int kVec> const char* operator()(const Stage& stage, cudaStream_t stream) const {
     const dim3 grid = grid_of<kVec>(stage, num_pieces(stage, Grain::coarse));
-    return launch<sums_kernel<T, kVec>>(grid, kThreads, kSumsBytes<kVec>, stream, stage);
+    return in_arithmetic<T>(stage, [&](auto zero) {
+      using A = decltype(zero);
+      return launch<sums_kernel<T, A, kVec>>(grid, kThreads, kSumsBytes<kVec, A>, stream, stage);
+    });
   }
 };
 

@@ -71,6 +71,12 @@ template <class T, class A, int kVec> __device__ void load_widened(const T* from
   for (int k = 0; k < kVec; ++k) values[k] = to_accumulator(packed.v[k]);
 }
 
+template <class A, int kVec> __device__ void load_narrowed(const double* from, A (&values)[kVec]) {
+  const Vec<double, kVec> packed = load_vector<double, kVec>(from);
+#pragma unroll
+  for (int k = 0; k < kVec; ++k) values[k] = static_cast<A>(packed.v[k]);
+}
+
 // Stores of 16 bytes, where there is more than one value.
 template <class A, int kVec> __device__ void store_vector(A* to, const A (&values)[kVec]) {
   constexpr int kWidth = kVec == 1 ? 1 : 16 / sizeof(A);
@@ -84,14 +90,13 @@ template <class A, int kVec> __device__ void store_vector(A* to, const A (&value
 }
 
 // GroupNorm(x) = (x - mean) * factor + offset.
-template <int kVec> struct Channels {
-  float mean[kVec], factor[kVec], offset[kVec];
+template <int kVec, class A = float> struct Channels {
+  A mean[kVec], factor[kVec], offset[kVec];
 
   __device__ Channels(const Stage& stage, int64_t b, int channel) {
-    const float* statistics = stage.statistics + b * 2 * stage.channels + channel;
-    float weight[kVec];
-    load_widened(statistics, mean);
-    load_widened(statistics + stage.channels, factor);
+    A weight[kVec];
+    load_narrowed(stage.statistics + b * 2 * stage.channels + channel, mean);
+    load_narrowed(stage.statistics + (b * 2 + 1) * stage.channels + channel, factor);
     load_widened<float>(stage.weight + channel, weight);
     load_widened<float>(stage.bias + channel, offset);
 #pragma unroll
@@ -181,13 +186,12 @@ template <class T, int kVec, bool kIsSpatial> __global__ void __launch_bounds__(
 }
 
 // The gradient of y's pixel: `own`, that of the frame itself at `grad`, and of its copies where there are some.
-template <class T, int kVec>
-__device__ void add_copies(const Vec<T, kVec>& own, const T* grad, int64_t num_copies, int64_t frame,
-                           float (&g)[kVec]) {
+template <class T, class A, int kVec>
+__device__ void add_copies(const Vec<T, kVec>& own, const T* grad, int num_copies, int64_t frame, A (&g)[kVec]) {
 #pragma unroll
   for (int k = 0; k < kVec; ++k) g[k] = to_accumulator(own.v[k]);
 #pragma unroll 1
-  for (int64_t copy = 1; copy <= num_copies; ++copy) {
+  for (int copy = 1; copy <= num_copies; ++copy) {
     const Vec<T, kVec> other = load_vector<T, kVec>(grad - copy * frame);
 #pragma unroll
     for (int k = 0; k < kVec; ++k) g[k] += to_accumulator(other.v[k]);
@@ -195,9 +199,9 @@ __device__ void add_copies(const Vec<T, kVec>& own, const T* grad, int64_t num_c
 }
 
 // f(x's pixel, g, column) for the columns first, first + step, ... before `last`; kAhead of them on their way together.
-template <int kAhead, class T, int kVec, class F>
-__device__ void each_gradient(const T* x, const T* grad, int first, int last, int step, int64_t channels,
-                              int64_t num_copies, int64_t frame, F f) {
+template <int kAhead, class T, class A, int kVec, class F>
+__device__ void each_gradient(const T* x, const T* grad, int first, int last, int step, int channels, int num_copies,
+                              int64_t frame, F f) {
 #pragma unroll 1
   for (int start = first; start < last; start += kAhead * step) {
     Vec<T, kVec> values[kAhead], own[kAhead];
@@ -205,58 +209,60 @@ __device__ void each_gradient(const T* x, const T* grad, int first, int last, in
     for (int i = 0; i < kAhead; ++i) {
       const int column = start + i * step;
       if (column >= last) break;
-      values[i] = load_vector<T, kVec>(x + column * channels);
-      own[i] = load_vector<T, kVec>(grad + column * channels);
+      values[i] = load_vector<T, kVec>(x + static_cast<int64_t>(column) * channels);
+      own[i] = load_vector<T, kVec>(grad + static_cast<int64_t>(column) * channels);
     }
 #pragma unroll
     for (int i = 0; i < kAhead; ++i) {
       const int column = start + i * step;
       if (column >= last) break;
-      float g[kVec];
-      add_copies(own[i], grad + column * channels, num_copies, frame, g);
+      A g[kVec];
+      add_copies(own[i], grad + static_cast<int64_t>(column) * channels, num_copies, frame, g);
       f(values[i], g, column);
     }
   }
 }
 
 // dL/dx = d * factor + constant + (x - mean) * slope, with d = dL/dv times scale.
-template <class T, int kVec, bool kIsSpatial>
+template <class T, class A, int kVec, bool kIsSpatial>
 __global__ void __launch_bounds__(kThreads, 2) gradient_kernel(Stage stage) {
   const Place<kVec> place(stage);
   if (!place.is_inside) return;
-  const int64_t b = blockIdx.z, channels = stage.channels, frame = stage.height * stage.width * channels;
+  const int64_t b = blockIdx.z, frame = stage.height * stage.width * stage.channels;
+  const int channels = static_cast<int>(stage.channels);
   const Piece piece = piece_at(stage, gridDim.x - 1 - blockIdx.x, Grain::fine);
-  const Channels<kVec> of(stage, b, place.channel);
-  float constant[kVec], slope[kVec];
-  load_widened<float>(stage.ends + b * 2 * channels + place.channel, constant);
-  load_widened<float>(stage.ends + (b * 2 + 1) * channels + place.channel, slope);
+  const Channels<kVec, A> of(stage, b, place.channel);
+  A constant[kVec], slope[kVec];
+  load_narrowed(stage.ends + b * 2 * channels + place.channel, constant);
+  load_narrowed(stage.ends + (b * 2 + 1) * channels + place.channel, slope);
   const T* x = row_of<T>(stage, piece, stage.x, 0, b, place.channel);
   const T* grad = row_of<T>(stage, piece, stage.grad, stage.num_halo, b, place.channel);
   T* grad_x = row_of<T>(stage, piece, stage.grad_x, 0, b, place.channel);
   const T* latent = kIsSpatial ? latent_of<T>(stage, piece, b, place.channel) : nullptr;
   const int step = pixels_at_once<kVec>(stage);
-  const int64_t num_copies = piece.frame == 0 ? stage.num_copies : 0;
-  const auto each = [&](Vec<T, kVec> values, const float(&g)[kVec], int column) {
+  const int num_copies = piece.frame == 0 ? static_cast<int>(stage.num_copies) : 0;
+  const auto each = [&](Vec<T, kVec> values, const A(&g)[kVec], int column) {
     Latent<T, kVec> by;
     if (kIsSpatial) by.load(stage, latent, column);
 #pragma unroll
     for (int k = 0; k < kVec; ++k) {
-      const float centered = to_accumulator(values.v[k]) - of.mean[k];
-      const float scale = kIsSpatial ? to_accumulator(by.scale.v[k]) : 1.0f;
-      float v = centered * of.factor[k] + of.offset[k];
+      const A centered = A{to_accumulator(values.v[k])} - of.mean[k];
+      const A scale = kIsSpatial ? to_accumulator(by.scale.v[k]) : 1.0f;
+      A v = centered * of.factor[k] + of.offset[k];
       if (kIsSpatial) v = v * scale + to_accumulator(by.shift.v[k]);
-      const float d = product(product(g[k], silu_derivative<T>(v)), scale);
-      values.v[k] = from_accumulator<T>(product(d, of.factor[k]) + (constant[k] + product(centered, slope[k])));
+      const A d = product(product(g[k], silu_derivative<T>(v)), scale);
+      const A result = product(d, of.factor[k]) + (constant[k] + product(centered, slope[k]));
+      values.v[k] = from_accumulator<T>(static_cast<float>(result));
     }
-    *reinterpret_cast<Vec<T, kVec>*>(grad_x + column * channels) = values;
+    *reinterpret_cast<Vec<T, kVec>*>(grad_x + static_cast<int64_t>(column) * channels) = values;
   };
-  constexpr int kAhead = kIsSpatial ? 1 : 2;
+  constexpr int kAhead = kIsSpatial || sizeof(T) == 2 ? 1 : 2;  // what registers allow
   const int first = piece.first + place.pixel;
-  each_gradient<kAhead, T, kVec>(x, grad, first, piece.last, step, channels, num_copies, frame, each);
+  each_gradient<kAhead, T, A, kVec>(x, grad, first, piece.last, step, channels, num_copies, frame, each);
 }
 
 // f(channel, a, b) for every channel of a block: the sums of its threads' a and b, in the order of their pixels.
-template <int kVec, class A = float> constexpr size_t kSumsBytes = 2 * kThreads * kVec * sizeof(A);
+template <int kVec, class A> constexpr size_t kSumsBytes = 2 * kThreads * kVec * sizeof(A);
 
 template <int kVec, class A, class F>
 __device__ void add_pixels(const Stage& stage, const Place<kVec>& place, const A (&a)[kVec], const A (&b)[kVec], F f) {
@@ -317,6 +323,13 @@ template <class Launch> const char* run(const Stage& stage, int device, uintptr_
   return "a dtype that is not compiled";
 }
 
+// Calls launch(zero) with a zero of the type in which sums and gradients are made.
+template <class T, class Launch> const char* in_arithmetic(const Stage& stage, Launch launch) {
+  if constexpr (sizeof(T) == sizeof(float))
+    if (stage.in_double) return launch(double{});
+  return launch(float{});
+}
+
 template <bool kIsSpatial> struct Apply {
   template <class T, int kVec> const char* operator()(const Stage& stage, cudaStream_t stream) const {
     const dim3 grid = grid_of<kVec>(stage, num_pieces(stage, Grain::fine));
@@ -327,7 +340,9 @@ template <bool kIsSpatial> struct Apply {
 template <bool kIsSpatial> struct Gradient {
   template <class T, int kVec> const char* operator()(const Stage& stage, cudaStream_t stream) const {
     const dim3 grid = grid_of<kVec>(stage, num_pieces(stage, Grain::fine));
-    return launch<gradient_kernel<T, kVec, kIsSpatial>>(grid, kThreads, 0, stream, stage);
+    return in_arithmetic<T>(stage, [&](auto zero) {
+      return launch<gradient_kernel<T, decltype(zero), kVec, kIsSpatial>>(grid, kThreads, 0, stream, stage);
+    });
   }
 };
 

@@ -21,15 +21,16 @@ struct Stage {
   int64_t batch, channels, frames, height, width;
   int64_t num_halo, num_copies, num_groups;  // num_copies is 0 or num_halo
   int64_t latent_frames, latent_height, latent_width;
+  int64_t in_double;     // 1: float32 is summed and differentiated in double; else 0
   char *x, *y;           // T and num_halo + T frames
   float *weight, *bias;  // [C]
   double* moments;       // [B, pieces, 2, C]: mean and summed squared differences from it
-  float* statistics;     // [B, 2, C]: mean and 1 / sqrt(variance + eps) of each channel's group
+  double* statistics;    // [B, 2, C]: mean and 1 / sqrt(variance + eps) of each channel's group
   char* latent;          // [B, T_z, H_z, W_z, 2 C]: scale and shift
   char *grad, *grad_x;   // backward alone: of y, of x
   double* partials;      // [B, pieces, 2, C]: sums of d and d * (x - mean), with d = dL/dv times scale
-  float* ends;           // [B, 2, C]: constant and slope of dL/dx = d * rstd * weight + constant + (x - mean) * slope
-  char* grad_latent;     // [B, T_z, H_z, W_z, 2 C] in float, or in double
+  double* ends;          // [B, 2, C]: constant and slope of dL/dx = d * rstd * weight + constant + (x - mean) * slope
+  char* grad_latent;     // [B, T_z, H_z, W_z, 2 C] in float, or in_double
 };
 
 // Consecutive pixels of one row. Their number depends on the sizes alone, and so do all sums.

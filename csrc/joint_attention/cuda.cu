@@ -38,7 +38,7 @@ forward_kernel(Args args) {
   pipeline.prefetch(start);
   wait_for_copies<S::kStages - 1>();
   __syncthreads();
-  const InRegisters<kBlocks, kWidth> queries(keys(S::kStages - 1), row);
+  const InRegisters<T, kBlocks, kWidth> queries(keys(S::kStages - 1), row);
 
   Sums<kBlocks, kWidth> sums;
   clear<kBlocks, kWidth>(sums);

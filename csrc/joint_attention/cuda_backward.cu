@@ -1,32 +1,39 @@
 // The gradients, without a matrix of scores in memory. With p the weights and ds = p * (grad v^T - delta) / sqrt(E):
 // grad_q = ds k, grad_k = ds^T q, grad_v = p^T grad. Two kernels, so that each sum has one owner: a block that owns
 // queries visits keys and values, one that owns keys visits queries and the gradients of their results.
+#include <type_traits>
+
 #include "joint_attention/owner.cuh"
 #include "joint_attention/softmax.cuh"
 
 namespace cogvx::joint_attention {
 namespace {
 
-constexpr int kVisited = 64;  // rows of a tile
-
-template <int kWidth> struct Sizes {
-  static constexpr int kBlocks = kWidth <= 64 ? 2 : 1;  // of 16 owned rows a warp: as many as registers hold
-  static constexpr int kThreads = kOwned / (16 * kBlocks) * 32, kPerProcessor = kWidth <= 64 ? 2 : 1;
-  static constexpr int kColumns = 16;  // scores a row that are in registers at once
-  static constexpr int kStages = kWidth <= 64 ? 3 : 2;  // 99 KiB of shared memory hold them, and owned rows with them
+template <int kWidth> struct Sizes {  // what fits into registers and 99 KiB of shared memory
+  static constexpr bool kIsNarrow = kWidth <= 64;
+  static constexpr int kBlocks = kIsNarrow ? 2 : 1;  // of 16 owned rows a warp
+  static constexpr int kThreads = kOwned / (16 * kBlocks) * 32, kPerProcessor = kIsNarrow ? 2 : 1;
+  static constexpr int kVisited = kIsNarrow ? 64 : 32;  // rows of a tile
+  static constexpr int kColumns = 16;                   // scores a row that are in registers at once
+  static constexpr int kStages = kIsNarrow ? 3 : 2;
+  static constexpr int kOwnedBytes = kOwned * kWidth * 2;
 };
 
-// Two matrices' tiles and the statistics of their rows; an owned tile is as large as two visited ones.
+// Two matrices' tiles and the statistics of their rows.
 template <class T, int kWidth> struct Stage {
-  static constexpr int kBytes = (2 * kVisited * kWidth) * 2 + kVisited * 16;
-  static_assert(kOwned * kWidth * 2 <= kBytes);
+  static constexpr int kNumbers = Sizes<kWidth>::kVisited * kWidth;
+  static constexpr int kBytes = 2 * kNumbers * 2 + Sizes<kWidth>::kVisited * 16;
   char* data;
-  __device__ Tile<T, kWidth> owned() const { return {reinterpret_cast<T*>(data)}; }
   __device__ Tile<T, kWidth> first() const { return {reinterpret_cast<T*>(data)}; }
-  __device__ Tile<T, kWidth> second() const { return {reinterpret_cast<T*>(data) + kVisited * kWidth}; }
-  __device__ float4* statistics() const { return reinterpret_cast<float4*>(data + 2 * kVisited * kWidth * 2); }
+  __device__ Tile<T, kWidth> second() const { return {reinterpret_cast<T*>(data) + kNumbers}; }
+  __device__ float4* statistics() const { return reinterpret_cast<float4*>(data + 2 * kNumbers * 2); }
   __device__ Stage at(int stage) const { return {data + stage * kBytes}; }
 };
+
+// A tile of owned rows; where it does not stay, stages lie there later.
+template <class T, int kWidth> __device__ Tile<T, kWidth> owned(int i) {
+  return {reinterpret_cast<T*>(shared_memory() + i * Sizes<kWidth>::kOwnedBytes)};
+}
 
 template <class T, int kWidth>
 __device__ void start_owned(const Owner& owner, const Heads& x, int width, Tile<T, kWidth> to) {
@@ -44,6 +51,7 @@ __device__ inline void land() {
 template <class T, int kWidth, class More, class Visit>
 __device__ void visit_all(const Owner& owner, const Heads& x, const Heads& y, int width, Stage<T, kWidth> stages,
                           More more, Visit visit) {
+  constexpr int kVisited = Sizes<kWidth>::kVisited;
   using Visited = Reader<T, kWidth, kVisited, Sizes<kWidth>::kThreads>;
   Visited of_x(owner.head(x), x.stride_n, owner.start, owner.end, width);
   Visited of_y(owner.head(y), y.stride_n, owner.start, owner.end, width);
@@ -130,14 +138,15 @@ __device__ inline float4* statistics_of(const Args& args, const Owner& owner) {
 // well, but rounded otherwise: where one key takes all the weight, ds must be nothing, not noise.
 template <class T, int kWidth>
 __global__ void __launch_bounds__(Sizes<kWidth>::kThreads, Sizes<kWidth>::kPerProcessor) queries_kernel(Args args) {
-  constexpr int kBlocks = Sizes<kWidth>::kBlocks, kColumns = Sizes<kWidth>::kColumns;
+  using S = Sizes<kWidth>;
+  constexpr int kBlocks = S::kBlocks, kColumns = S::kColumns;
   const Stage<T, kWidth> stages{shared_memory()};
   const Owner owner = owner_of(args);
   const int width = static_cast<int>(args.width), row = threadIdx.x / 32 * (16 * kBlocks);  // the warp's first
-  start_owned(owner, args.q, width, stages.at(0).owned());
-  start_owned(owner, args.grad, width, stages.at(1).owned());
+  start_owned(owner, args.q, width, owned<T, kWidth>(0));
+  start_owned(owner, args.grad, width, owned<T, kWidth>(1));
   land();
-  const InRegisters<kBlocks, kWidth> queries(stages.at(0).owned(), row), grads(stages.at(1).owned(), row);
+  const InRegisters<T, kBlocks, kWidth> queries(owned<T, kWidth>(0), row), grads(owned<T, kWidth>(1), row);
   __syncthreads();
 
   const float scale = 1.0f / sqrtf(static_cast<float>(width)), bits = kBits * scale;
@@ -152,7 +161,7 @@ __global__ void __launch_bounds__(Sizes<kWidth>::kThreads, Sizes<kWidth>::kPerPr
   Statistics<kBlocks> of;
   visit_all(owner, args.k, args.v, width, stages, nothing, [&](const Stage<T, kWidth>& stage, int first) {
 #pragma unroll 1
-    for (int column = 0; column < kVisited; column += kColumns) {
+    for (int column = 0; column < S::kVisited; column += kColumns) {
       multiply(stage, first, column);
       of.template add<kColumns>(scores, of_weights, bits);
     }
@@ -164,7 +173,7 @@ __global__ void __launch_bounds__(Sizes<kWidth>::kThreads, Sizes<kWidth>::kPerPr
   clear<kBlocks, kWidth>(sums);
   visit_all(owner, args.k, args.v, width, stages, nothing, [&](const Stage<T, kWidth>& stage, int first) {
 #pragma unroll 1
-    for (int column = 0; column < kVisited; column += kColumns) {
+    for (int column = 0; column < S::kVisited; column += kColumns) {
       multiply(stage, first, column);
 #pragma unroll
       for (int i = 0; i < kBlocks; ++i)
@@ -181,29 +190,32 @@ __global__ void __launch_bounds__(Sizes<kWidth>::kThreads, Sizes<kWidth>::kPerPr
   float ones[kBlocks][2];
 #pragma unroll
   for (int i = 0; i < 2 * kBlocks; ++i) ones[i / 2][i % 2] = 1.0f;
-  store_rows<kBlocks>(sums, ones, stages.at(0).owned(), row, owner.at<T>(args.grad_q, owner.row + row),
+  store_rows<kBlocks>(sums, ones, owned<T, kWidth>(0), row, owner.at<T>(args.grad_q, owner.row + row),
                       args.grad_q.stride_n, owner.end - owner.row - row, width);
 }
+
+template <int kWidth> constexpr int kResident = Sizes<kWidth>::kIsNarrow ? 1 : 2;  // owned tiles that stay: of v, of k
 
 // Scores are transposed here: rows are keys.
 template <class T, int kWidth>
 __global__ void __launch_bounds__(Sizes<kWidth>::kThreads, Sizes<kWidth>::kPerProcessor) keys_kernel(Args args) {
-  constexpr int kBlocks = Sizes<kWidth>::kBlocks, kColumns = Sizes<kWidth>::kColumns;
-  const Stage<T, kWidth> stages{shared_memory()};
+  using S = Sizes<kWidth>;
+  constexpr int kBlocks = S::kBlocks, kColumns = S::kColumns;
+  const Stage<T, kWidth> stages{shared_memory() + kResident<kWidth> * S::kOwnedBytes};
   const Owner owner = owner_of(args);
   const int width = static_cast<int>(args.width), row = threadIdx.x / 32 * (16 * kBlocks);
-  const Tile<T, kWidth> own_values = stages.at(Sizes<kWidth>::kStages).owned();  // stays there
-  start_owned(owner, args.k, width, stages.at(0).owned());
-  start_owned(owner, args.v, width, own_values);
+  start_owned(owner, args.v, width, owned<T, kWidth>(0));
+  start_owned(owner, args.k, width, owned<T, kWidth>(1));
   land();
-  const InRegisters<kBlocks, kWidth> keys(stages.at(0).owned(), row);
-  const InShared<T, kWidth> values{own_values, row};
+  using Keys = std::conditional_t<kResident<kWidth> == 1, InRegisters<T, kBlocks, kWidth>, InShared<T, kWidth>>;
+  const InShared<T, kWidth> values{owned<T, kWidth>(0), row};
+  const Keys keys{owned<T, kWidth>(1), row};
   __syncthreads();
 
   const float4* const statistics = statistics_of(args, owner);
   const auto start_statistics = [&](const Stage<T, kWidth>& stage, int first) {  // 0 for a query that is not there
     const int i = threadIdx.x;
-    if (i < kVisited) copy_async<16>(stage.statistics() + i, statistics + first + i, first + i < owner.end);
+    if (i < S::kVisited) copy_async<16>(stage.statistics() + i, statistics + first + i, first + i < owner.end);
   };
   const float scale = 1.0f / sqrtf(static_cast<float>(width)), bits = kBits * scale;
   Sums<kBlocks, kWidth> sums_k, sums_v;
@@ -212,7 +224,7 @@ __global__ void __launch_bounds__(Sizes<kWidth>::kThreads, Sizes<kWidth>::kPerPr
   visit_all(
       owner, args.q, args.grad, width, stages, start_statistics, [&](const Stage<T, kWidth>& stage, int) {
 #pragma unroll 1
-        for (int column = 0; column < kVisited; column += kColumns) {
+        for (int column = 0; column < S::kVisited; column += kColumns) {
           Sums<kBlocks, kColumns> weights, of_weights;
           multiply_by_rows<kBlocks, kColumns>(weights, keys, stage.first(), column);
           multiply_by_rows<kBlocks, kColumns>(of_weights, values, stage.second(), column);
@@ -238,22 +250,26 @@ __global__ void __launch_bounds__(Sizes<kWidth>::kThreads, Sizes<kWidth>::kPerPr
 #pragma unroll
   for (int i = 0; i < 2 * kBlocks; ++i) ones[i / 2][i % 2] = 1.0f;
   const int count = owner.end - owner.row - row;
-  store_rows<kBlocks>(sums_k, ones, stages.at(0).owned(), row, owner.at<T>(args.grad_k, owner.row + row),
+  store_rows<kBlocks>(sums_k, ones, owned<T, kWidth>(0), row, owner.at<T>(args.grad_k, owner.row + row),
                       args.grad_k.stride_n, count, width);
-  store_rows<kBlocks>(sums_v, ones, stages.at(1).owned(), row, owner.at<T>(args.grad_v, owner.row + row),
+  store_rows<kBlocks>(sums_v, ones, owned<T, kWidth>(1), row, owner.at<T>(args.grad_v, owner.row + row),
                       args.grad_v.stride_n, count, width);
 }
 
 template <class T, int kWidth> struct Queries {
   static const char* run(const Args& args, unsigned blocks, cudaStream_t stream) {
-    constexpr int kBytes = Sizes<kWidth>::kStages * Stage<T, kWidth>::kBytes;
+    constexpr int kOwnedBytes = 2 * Sizes<kWidth>::kOwnedBytes;
+    constexpr int kStageBytes = Sizes<kWidth>::kStages * Stage<T, kWidth>::kBytes;
+    constexpr int kBytes = kOwnedBytes > kStageBytes ? kOwnedBytes : kStageBytes;
     return launch<queries_kernel<T, kWidth>>(blocks, Sizes<kWidth>::kThreads, kBytes, stream, args);
   }
 };
 
 template <class T, int kWidth> struct Keys {
   static const char* run(const Args& args, unsigned blocks, cudaStream_t stream) {
-    constexpr int kBytes = Sizes<kWidth>::kStages * Stage<T, kWidth>::kBytes + kOwned * kWidth * 2;
+    using S = Sizes<kWidth>;
+    constexpr int kBytes = kResident<kWidth> * S::kOwnedBytes + S::kStages * Stage<T, kWidth>::kBytes;
+    static_assert(2 * S::kOwnedBytes <= kBytes);
     return launch<keys_kernel<T, kWidth>>(blocks, Sizes<kWidth>::kThreads, kBytes, stream, args);
   }
 };

@@ -15,6 +15,12 @@ struct Heads {
   int64_t stride_b, stride_a, stride_n;
 };
 
+using PyHeads = std::tuple<uintptr_t, int64_t, int64_t, int64_t>;  // address, strides
+
+inline Heads heads(const PyHeads& from) {
+  return {pointer(std::get<0>(from)), std::get<1>(from), std::get<2>(from), std::get<3>(from)};
+}
+
 // Consecutive tokens that see one another.
 struct Sample {
   int64_t first, count;

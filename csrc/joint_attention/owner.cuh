@@ -32,8 +32,9 @@ __device__ inline Owner owner_of(const Args& args) {
   return owner;
 }
 
-// Runs launch_as<T, kWidth> of a class for the arguments' dtype and the smallest width that holds theirs.
-template <template <class, int> class Kernel> const char* launch_for(const Args& args, int device, uintptr_t address) {
+// Runs a Kernel<T, kWidth> for the arguments' dtype and the smallest width that holds theirs.
+template <template <class, int> class Kernel, class SomeArgs>
+const char* launch_for(const SomeArgs& args, int device, uintptr_t address) {
   const int64_t blocks = args.num_tiles * args.num_heads * args.batch;
   if (args.width < 1 || args.width > 128 || args.width % 8) return "the head width must be a multiple of 8 up to 128";
   if (args.num_tokens > 0x7fffffff - 256 || blocks > 0x7fffffff) return "there are too many tokens, heads or samples";

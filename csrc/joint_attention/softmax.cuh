@@ -10,7 +10,7 @@ constexpr float kBits = 1.44269504f;  // turns an exponent to e into one to 2
 constexpr float kInfinity = __builtin_huge_valf();
 
 // Every so many exponentials are computed by the units that multiply and add: those for exponentials are the scarcest.
-constexpr int kEmulatedEvery = 4;
+constexpr int kEmulatedEvery = 8;
 
 // 2^f for |f| <= 1/2: to 1.0e-4, a twentieth of what rounding a weight to bfloat16 costs, and to 2.8e-6 for float16.
 __device__ inline float exp2_of_fraction(float f, __nv_bfloat16) {
@@ -57,7 +57,8 @@ template <int kBlocks, int kColumns> __device__ void mask(Sums<kBlocks, kColumns
 // A weight is 2^(score * bits - peak * bits). A peak is a score that was the largest, and stays while later ones are
 // not much larger: what was added up under it need not be scaled. A NaN among the scores becomes the peak.
 template <class T, int kBlocks> struct Softmax {
-  static constexpr float kSlack = 8.0f;  // bits; a weight of 2^8 is far from the limit of float16
+  static constexpr float kSlack = 8.0f;       // bits; a weight of 2^8 is far from the limit of float16
+  static constexpr float kLarge = 4194304.0f;  // 2^22
   float peaks[kBlocks][2], totals[kBlocks][2];  // of rows g and g + 8; of a total, this lane's part
 
   __device__ Softmax() {
@@ -92,14 +93,7 @@ template <class T, int kBlocks> struct Softmax {
 #pragma unroll
     for (int i = 0; i < kBlocks; ++i)
 #pragma unroll
-      for (int j = 0; j < kColumns / 8; ++j)
-#pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          // Subtracted first, the peak itself gets a weight of exactly 1, however large it is.
-          const float x = (scores[i][j][e] - finite(peaks[i][e / 2])) * bits;
-          scores[i][j][e] = (j + e) % kEmulatedEvery == 0 ? exp2_emulated<T>(x) : exp2_approximate(x);
-          totals[i][e / 2] += scores[i][j][e];
-        }
+      for (int half = 0; half < 2; ++half) weigh_row(scores[i], half, bits, finite(peaks[i][half]), totals[i][half]);
   }
 
   __device__ void inverse_totals(float (&inverses)[kBlocks][2]) const {
@@ -108,6 +102,24 @@ template <class T, int kBlocks> struct Softmax {
   }
 
  private:
+  // One instruction takes a score to its exponent. What rounding the peak's product adds to all exponents alike divides
+  // out, as long as it is small: a peak so large that floats near it lie further apart than its neighbours' exponents
+  // could tell gets a power of two, whose products are exact.
+  template <int kVectors>
+  static __device__ void weigh_row(float (&scores)[kVectors][4], int half, float bits, float peak, float& total) {
+    const float own_bits = fabsf(peak) < kLarge ? bits : __uint_as_float(__float_as_uint(bits) & 0xff800000u);
+    const float peak_bits = peak * own_bits;
+#pragma unroll
+    for (int j = 0; j < kVectors; ++j)
+#pragma unroll
+      for (int c = 0; c < 2; ++c) {
+        float& score = scores[j][2 * half + c];
+        const float x = __fmaf_rn(score, own_bits, -peak_bits);
+        score = (j + 2 * half + c) % kEmulatedEvery == 0 ? exp2_emulated<T>(x) : exp2_approximate(x);
+        total += score;
+      }
+  }
+
   template <int kVectors> __device__ void scale(float (&sums)[kBlocks][kVectors][4], const float (&by)[kBlocks][2]) {
 #pragma unroll
     for (int i = 0; i < kBlocks; ++i) {

@@ -13,10 +13,12 @@ template <class T, int kWidth> struct Tile {
   static_assert(kPieces == 4 || kPieces % 8 == 0);
   T* data;
 
-  __device__ T* at(int row, int piece) const {
+  static __device__ int place(int row, int piece) {
     const int turn = kPieces == 4 ? row / 2 % 4 : row % 8;
-    return data + row * kWidth + (piece ^ turn) * kPiece;
+    return row * kWidth + (piece ^ turn) * kPiece;
   }
+
+  __device__ T* at(int row, int piece) const { return data + place(row, piece); }
 
   // The left operand of a product: 16 rows from `row` on, two pieces of each.
   __device__ void left(uint32_t (&a)[4], int row, int piece) const {
@@ -53,30 +55,30 @@ template <class T, int kWidth> struct Tile {
 template <class T, int kWidth, int kRows, int kThreads> class Reader {
   using Target = Tile<T, kWidth>;
   static constexpr int kStep = kThreads / Target::kPieces;
-  static_assert(kThreads % Target::kPieces == 0 && kRows % kStep == 0);
+  static_assert(kThreads % Target::kPieces == 0 && kRows % kStep == 0 && kStep % 8 == 0);
 
  public:
   // From row `first` on; rows from `end` on and columns from `width` on are zeros.
-  __device__ Reader(const char* data, int64_t stride, int first, int end, int width)
-      : row_(threadIdx.x / Target::kPieces),
-        piece_(threadIdx.x % Target::kPieces),
-        left_(piece_ * Target::kPiece < width ? end - first - row_ : 0),
-        from_(reinterpret_cast<const T*>(data) + (first + row_) * stride + piece_ * Target::kPiece),
-        step_(kStep * stride) {}
+  __device__ Reader(const char* data, int64_t stride, int first, int end, int width) : step_(kStep * stride) {
+    const int row = threadIdx.x / Target::kPieces, piece = threadIdx.x % Target::kPieces;
+    from_ = reinterpret_cast<const T*>(data) + (first + row) * stride + piece * Target::kPiece;
+    left_ = piece * Target::kPiece < width ? end - first - row : 0;
+    place_ = Target::place(row, piece);
+  }
 
   __device__ void start(Target to) {
 #pragma unroll
     for (int i = 0; i < kRows / kStep; ++i) {
-      copy_async<16>(to.at(row_ + i * kStep, piece_), from_, left_ > i * kStep);
+      copy_async<16>(to.data + place_ + i * kStep * kWidth, from_, left_ > i * kStep);
       from_ += step_;
     }
     left_ -= kRows;
   }
 
  private:
-  int row_, piece_, left_;
   const T* from_;
   int64_t step_;
+  int left_, place_;
 };
 
 // Runs `count` steps whose data is copied kStages - 1 steps ahead: start(stage) copies for the next step, and
@@ -128,14 +130,15 @@ template <int kBlocks, int kColumns> __device__ void clear(Sums<kBlocks, kColumn
       for (int e = 0; e < 4; ++e) sums[i][j][e] = 0.0f;
 }
 
-template <int kBlocks, int kWidth> struct InRegisters {  // the warp's rows, as left operands
-  uint32_t lefts[kBlocks][kWidth / 16][4];
+template <class T, int kBlocks, int kWidth> struct InRegisters {  // the warp's rows, as left operands
+  static constexpr int kSteps = Tile<T, kWidth>::kPieces / 2;
+  uint32_t lefts[kBlocks][kSteps][4];
 
-  template <class T> __device__ InRegisters(Tile<T, kWidth> tile, int row) {
+  __device__ InRegisters(Tile<T, kWidth> tile, int row) {
 #pragma unroll
     for (int i = 0; i < kBlocks; ++i)
 #pragma unroll
-      for (int k = 0; k < kWidth / 16; ++k) tile.left(lefts[i][k], row + 16 * i, 2 * k);
+      for (int k = 0; k < kSteps; ++k) tile.left(lefts[i][k], row + 16 * i, 2 * k);
   }
   __device__ void get(uint32_t (&a)[4], int i, int k) const {
 #pragma unroll
@@ -149,12 +152,23 @@ template <class T, int kWidth> struct InShared {  // the same, where registers a
   __device__ void get(uint32_t (&a)[4], int i, int k) const { tile.left(a, row + 16 * i, 2 * k); }
 };
 
-// The inner products of the warp's rows with kColumns rows of a tile, from `row` on.
-template <int kBlocks, int kColumns, class Own, class T, int kWidth>
-__device__ void multiply_by_rows(Sums<kBlocks, kColumns>& products, const Own& own, Tile<T, kWidth> tile, int row) {
-  clear<kBlocks, kColumns>(products);
+using cogvx::multiply_add;
+__device__ inline void multiply_add(int32_t (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], int8_t) {
+  cogvx::multiply_add(d, a, b);
+}
+
+// The inner products of the warp's rows with kColumns rows of a tile, from `row` on, all added to `initial`.
+template <int kBlocks, int kColumns, class Sum, class Own, class T, int kWidth>
+__device__ void multiply_by_rows(Sum (&products)[kBlocks][kColumns / 8][4], const Own& own, Tile<T, kWidth> tile,
+                                 int row, Sum initial = 0) {
 #pragma unroll
-  for (int k = 0; k < kWidth / 16; ++k) {
+  for (int i = 0; i < kBlocks; ++i)
+#pragma unroll
+    for (int j = 0; j < kColumns / 8; ++j)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) products[i][j][e] = initial;
+#pragma unroll
+  for (int k = 0; k < Tile<T, kWidth>::kPieces / 2; ++k) {
     uint32_t a[kBlocks][4];
 #pragma unroll
     for (int i = 0; i < kBlocks; ++i) own.get(a[i], i, k);

@@ -131,7 +131,6 @@ void register_spatial_norm_silu(py::module_& m) {
   m.def("spatial_norm_silu_blocks", &spatial_norm_silu::blocks);
   m.def("spatial_norm_silu_apply", COGVX_STAGE("spatial_norm_silu", spatial_norm_silu::apply_cuda));
   m.def("spatial_norm_silu_sums", COGVX_STAGE("spatial_norm_silu", spatial_norm_silu::sums_cuda));
-  m.def("spatial_norm_silu_sums_in_double", COGVX_STAGE("spatial_norm_silu", spatial_norm_silu::sums_in_double_cuda));
   m.def("spatial_norm_silu_gradient", COGVX_STAGE("spatial_norm_silu", spatial_norm_silu::gradient_cuda));
 }
 

@@ -35,28 +35,29 @@ __device__ Range frames_of(const Stage& stage, int latent_frame) {
 template <class T, class A, int kVec> struct PixelSums {
   A d[kVec], d_x[kVec];
 
-  __device__ void add(const Stage& stage, const Channels<kVec>& of, int64_t b, int channel, const Range& frames,
+  __device__ void add(const Stage& stage, const Channels<kVec, A>& of, int64_t b, int channel, const Range& frames,
                       const Range& rows, const Range& columns, const A (&scale)[kVec], const A (&shift)[kVec]) {
-    const int64_t channels = stage.channels, frame = stage.height * stage.width * channels;
+    const int channels = static_cast<int>(stage.channels);
+    const int64_t frame = stage.height * stage.width * channels;
 #pragma unroll
     for (int k = 0; k < kVec; ++k) d[k] = d_x[k] = 0;
-    const auto each = [&](const Vec<T, kVec>& values, const float(&g)[kVec], int) {
+    const auto each = [&](const Vec<T, kVec>& values, const A(&g)[kVec], int) {
 #pragma unroll
       for (int k = 0; k < kVec; ++k) {
         const A centered = A{to_accumulator(values.v[k])} - of.mean[k];
         const A v = (centered * of.factor[k] + of.offset[k]) * scale[k] + shift[k];
-        const A found = product(A{g[k]}, silu_derivative<T>(v));
+        const A found = product(g[k], silu_derivative<T>(v));
         d[k] += found;
         d_x[k] += found * centered;
       }
     };
     for (int t = frames.first; t < frames.last; ++t) {
-      const int64_t num_copies = t == 0 ? stage.num_copies : 0;
+      const int num_copies = t == 0 ? static_cast<int>(stage.num_copies) : 0;
       for (int h = rows.first; h < rows.last; ++h) {
         const Piece row{t, h, 0, 0};
         const T* x = row_of<T>(stage, row, stage.x, 0, b, channel);
         const T* grad = row_of<T>(stage, row, stage.grad, stage.num_halo, b, channel);
-        each_gradient<4, T, kVec>(x, grad, columns.first, columns.last, 1, channels, num_copies, frame, each);
+        each_gradient<4, T, A, kVec>(x, grad, columns.first, columns.last, 1, channels, num_copies, frame, each);
       }
     }
   }
@@ -73,7 +74,7 @@ template <class T, class A, int kVec> __global__ void __launch_bounds__(kThreads
 #pragma unroll
   for (int k = 0; k < kVec; ++k) sum_d[k] = sum_d_x[k] = 0;
   if (place.is_inside) {
-    const Channels<kVec> of(stage, b, place.channel);
+    const Channels<kVec, A> of(stage, b, place.channel);
     const Range frames = frames_of(stage, static_cast<int>(line / stage.latent_height));
     const Range rows = pixels_of(stage.height, stage.latent_height, static_cast<int>(line % stage.latent_height));
     const int64_t row = (b * stage.latent_frames * stage.latent_height + line) * stage.latent_width;
@@ -102,13 +103,13 @@ template <class T, class A, int kVec> __global__ void __launch_bounds__(kThreads
   });
 }
 
-template <class A> struct Sums {
+struct Sums {
   template <class T, int kVec> const char* operator()(const Stage& stage, cudaStream_t stream) const {
-    if constexpr (sizeof(A) == sizeof(double) && sizeof(T) == 2) return "16 bits are added up in float";
-    else {
-      const dim3 grid = grid_of<kVec>(stage, stage.latent_frames * stage.latent_height * blocks_of_row(stage));
+    const dim3 grid = grid_of<kVec>(stage, stage.latent_frames * stage.latent_height * blocks_of_row(stage));
+    return in_arithmetic<T>(stage, [&](auto zero) {
+      using A = decltype(zero);
       return launch<sums_kernel<T, A, kVec>>(grid, kThreads, kSumsBytes<kVec, A>, stream, stage);
-    }
+    });
   }
 };
 
@@ -118,10 +119,7 @@ const char* apply_cuda(const Stage& stage, int device, uintptr_t stream) {
   return run(stage, device, stream, Apply<true>{});
 }
 const char* sums_cuda(const Stage& stage, int device, uintptr_t stream) {
-  return run(stage, device, stream, Sums<float>{});
-}
-const char* sums_in_double_cuda(const Stage& stage, int device, uintptr_t stream) {
-  return run(stage, device, stream, Sums<double>{});
+  return run(stage, device, stream, Sums{});
 }
 const char* gradient_cuda(const Stage& stage, int device, uintptr_t stream) {
   return run(stage, device, stream, Gradient<true>{});

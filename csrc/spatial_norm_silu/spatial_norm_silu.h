@@ -64,9 +64,8 @@ COGVX_HOST_DEVICE static inline int64_t blocks_of_row(const Stage& stage) {
 
 // Each returns nullptr, or what went wrong.
 const char* project_cuda(const LatentArgs& args, int device, uintptr_t stream);
-const char* apply_cuda(const Stage& stage, int device, uintptr_t stream);           // y
-const char* sums_cuda(const Stage& stage, int device, uintptr_t stream);            // grad_latent, partials
-const char* sums_in_double_cuda(const Stage& stage, int device, uintptr_t stream);  // of float32
-const char* gradient_cuda(const Stage& stage, int device, uintptr_t stream);        // grad_x
+const char* apply_cuda(const Stage& stage, int device, uintptr_t stream);     // y
+const char* sums_cuda(const Stage& stage, int device, uintptr_t stream);      // grad_latent, partials
+const char* gradient_cuda(const Stage& stage, int device, uintptr_t stream);  // grad_x
 
 }  // namespace cogvx::spatial_norm_silu

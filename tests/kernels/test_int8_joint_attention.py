@@ -13,15 +13,22 @@ from cogvx_kernels.int8_joint_attention.cases import make
 from cogvx_kernels.int8_joint_attention.reference import KEYS, QUERIES, quantize
 from cogvx_kernels.testing import Normal
 
-BACKENDS = ["reference", *OPS["int8_joint_attention"].backends]
+OP = OPS["int8_joint_attention"]
+BACKENDS = ["reference", *OP.backends]
+BACKENDS_AND_DTYPES = [(backend, dtype) for backend in BACKENDS for dtype in OP.dtypes(backend)]
 DISTANCE, COSINE = 2e-2, 0.999  # to exact attention
 
 
 @pytest.fixture(params=BACKENDS)
 def backend(request, run_on):
-    run_on("int8_joint_attention", request.param, *make(1, 1, 4, 8))
+    run_on("int8_joint_attention", request.param, *make(1, 1, 4, 8, dtype=OP.dtypes(request.param)[0]))
     with use_backend(request.param):
         yield request.param
+
+
+@pytest.fixture
+def dtype(backend):
+    return OP.dtypes(backend)[0]
 
 
 def round_in_loops(x, size):
@@ -52,10 +59,11 @@ def test_it_is_the_formula():
         np.testing.assert_allclose(int8_joint_attention(*args).numpy(), expected, rtol=1e-6, atol=1e-6)
 
 
-def test_whole_numbers_up_to_127_are_exact(backend):
-    q = torch.tensor([[127.0, 3.0], [-2.0, 50.0], [0.0, 1.0]])[None, None] / 32
-    k = torch.tensor([[127.0, -9.0], [-100.0, 4.0], [-27.0, 5.0]])[None, None] / 32  # of mean zero
-    v = torch.randn(1, 1, 3, 2, generator=torch.Generator().manual_seed(0))
+def test_whole_numbers_up_to_127_are_exact(backend, dtype):
+    q = torch.tensor([[127.0, 3.0], [-2.0, 50.0], [0.0, 1.0]], dtype=dtype)[None, None].repeat(1, 1, 1, 4) / 32
+    k = torch.tensor([[127.0, -9.0], [-100.0, 4.0], [-27.0, 5.0]], dtype=dtype)[None, None].repeat(1, 1, 1, 4) / 32
+    v = torch.randn(1, 1, 3, 8, generator=torch.Generator().manual_seed(0)).to(dtype)
+    assert not k.sum(2).any()  # of mean zero
     torch.testing.assert_close(int8_joint_attention(q, k, v), joint_attention(q, k, v))
 
 
@@ -74,7 +82,7 @@ def to_exact(y, q, k, v):
 
 
 @pytest.mark.parametrize("mean", [0, 1, 30])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("backend", "dtype"), BACKENDS_AND_DTYPES, indirect=["backend"], ids=str)
 def test_it_is_close_to_exact_attention(backend, dtype, mean):
     q, k, v = with_means(300, 64, mean, dtype)
     distance, cosine = to_exact(int8_joint_attention(q, k, v), q, k, v)
@@ -95,14 +103,14 @@ def test_without_smoothing_the_bar_is_missed():
     assert cosine < COSINE
 
 
-def test_a_vector_added_to_every_key_changes_nothing(backend):
-    q, k, v = make(1, 1, 128, 16)
-    k = (k * 256).round() / 256  # so that the sums and, of 128 keys, the means are exact
+def test_a_vector_added_to_every_key_changes_nothing(backend, dtype):
+    q, k, v = make(1, 1, 128, 16, dtype=dtype)
+    k = (k * 2).round() / 2  # so that the sums and, of 128 keys, the means are exact
     torch.testing.assert_close(int8_joint_attention(q, k + 64, v), int8_joint_attention(q, k, v))
 
 
-def test_groups_of_zeros_and_equal_keys_average_the_values(backend):
-    q, k, v = make(1, 1, 70, 8)
+def test_groups_of_zeros_and_equal_keys_average_the_values(backend, dtype):
+    q, k, v = make(1, 1, 70, 8, dtype=dtype)
     expected = v.mean(dim=2).flatten(1)[:, None].expand(1, 70, 8)
     torch.testing.assert_close(int8_joint_attention(torch.zeros_like(q), k, v), expected)
     torch.testing.assert_close(int8_joint_attention(q, torch.ones_like(k), v), expected)
@@ -111,15 +119,15 @@ def test_groups_of_zeros_and_equal_keys_average_the_values(backend):
 @pytest.mark.parametrize("name", BACKENDS[1:])  # torch's own attention takes a NaN in q for a row that sees nothing
 def test_a_kernel_hides_no_nan(name, run_on):
     for argument in range(3):
-        args = make(1, 1, 9, 8)
+        args = make(1, 1, 9, 8, dtype=OP.dtypes(name)[0])
         args[argument][0, 0, 4, 2] = float("nan")
         run_on("int8_joint_attention", name, *args)
         with use_backend(name):
             assert int8_joint_attention(*args)[0, 4].isnan().any()
 
 
-def test_a_gradient_is_refused(backend):
-    q, k, v = (x.requires_grad_() for x in make(1, 1, 5, 8))
+def test_a_gradient_is_refused(backend, dtype):
+    q, k, v = (x.requires_grad_() for x in make(1, 1, 5, 8, dtype=dtype))
     y = int8_joint_attention(q, k, v)
     with pytest.raises(RuntimeError, match="int8_joint_attention is for inference: it has no gradient"):
         y.sum().backward()
