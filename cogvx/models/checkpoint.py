@@ -289,5 +289,5 @@ def check_device(device: torch.device | str | None) -> torch.device:
 def _pickle_message(path: Path) -> str:
     return (
         f"{path} is a pickle, which can run any code when it is read; only safetensors files are loaded. "
-        f"Of a SAT file, this makes what can be: cogvx convert {path.name} OUTPUT --to diffusers"
+        f"Of a SAT file, this makes what can be: cogvx convert {path.name} OUTPUT --to diffusers (a LoRA: --to lora)"
     )

@@ -77,9 +77,14 @@ def save_sat(model: nn.Module, file: str | Path) -> None:
     """Write a transformer or VAE as SAT does: complete or not there, however the process ends."""
     component = next(name for name, config in CONFIGS.items() if isinstance(model.config, config))
     weights = to_sat(component, {name: tensor.detach() for name, tensor in model.state_dict().items()})
-    # Copies, because torch stores all of what a view looks at.
-    named = {PREFIXES[component] + name: tensor.clone().contiguous() for name, tensor in weights.items()}
+    named = {PREFIXES[component] + name: alone(tensor) for name, tensor in weights.items()}
     write_pickle({"module": named} if component == "transformer" else {"state_dict": named}, Path(file))
+
+
+def alone(tensor: Tensor) -> Tensor:
+    """The tensor without what else its memory holds: torch would store that too."""
+    whole = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
+    return tensor if whole else tensor.clone(memory_format=torch.contiguous_format)
 
 
 def write_pickle(content: Any, file: Path) -> None:

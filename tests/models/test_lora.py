@@ -262,6 +262,16 @@ def test_a_lora_of_the_official_training_is_converted(published, transformer, ru
     assert status == 2 and "holds no transformer or vae of CogVideoX" in err
 
 
+def test_the_same_file_twice_has_two_names(transformer, run, file, relative_error):
+    file(peft(drawn()), "good")
+    names = [load_lora(transformer, file(peft(drawn()), "good"), weight=0.5) for _ in range(2)]
+    both = run()
+    assert names == ["good", "good_2"] and list(transformer.loras) == names
+    unload_lora(transformer, "good")
+    set_lora_weight(transformer, "good_2", 1.0)
+    assert relative_error(run(), both) <= 1e-5
+
+
 def test_what_else_is_refused(transformer, file, tmp_path):
     good = file(peft(drawn()), "good")
     for options, message in (
@@ -279,7 +289,7 @@ def test_what_else_is_refused(transformer, file, tmp_path):
         load_lora(transformer, tmp_path / "x.pt")
     load_lora(transformer, good)
     with pytest.raises(ValueError, match=r"name is 'good'; it must be .* not in use"):
-        load_lora(transformer, good)
+        load_lora(transformer, good, name="good")
     with pytest.raises(ValueError, match="name is 'other'; loaded are good"):
         unload_lora(transformer, "other")
     fuse_lora(transformer)
