@@ -48,9 +48,13 @@ def build() -> Path:
 
 
 def run(*command: str, isa: str = "") -> subprocess.CompletedProcess:
-    library = subprocess.run(["gcc", "-print-file-name=libasan.so"], capture_output=True, text=True).stdout.strip()
+    # The library of C++ beside it: the sanitizer stands before its exceptions, and looks for them when it starts.
+    libraries = [
+        subprocess.run(["gcc", f"-print-file-name={name}"], capture_output=True, text=True).stdout.strip()
+        for name in ("libasan.so", "libstdc++.so")
+    ]
     environment = os.environ | {
-        "LD_PRELOAD": library,
+        "LD_PRELOAD": ":".join(libraries),
         "ASAN_OPTIONS": "detect_leaks=0",
         "PYTHONPATH": str(HERE),
         "SANITIZED": str(build()),
