@@ -36,8 +36,8 @@ def build() -> Path:
     with open(FOLDER / "lock", "w") as lock:  # tests run in several processes
         fcntl.flock(lock, fcntl.LOCK_EX)
         settings = {
-            "CMAKE_BUILD_TYPE": "None",
-            "CMAKE_CXX_FLAGS": "-fsanitize=address -g1",
+            "CMAKE_BUILD_TYPE": "Debug",
+            "CMAKE_CXX_FLAGS_DEBUG": "-fsanitize=address -g1",
             "Python_EXECUTABLE": sys.executable,
             "pybind11_DIR": host_cuda.pybind11_folder(),
         }
