@@ -54,6 +54,7 @@ SMALL = [
     partial(make, 2, 72, 24, 1, 3, 17, kernel=(2, 1, 3)),
     partial(make, 1, 2, 3, 1, 9, 20, kernel=(1, 9, 9)),
     partial(make, 1, 40, 3, 1, 2, 3, kernel=(1, 1, 1)),
+    partial(make, 1, 3, 40, 1, 4, 5, kernel=(2, 3, 1)),
     partial(make, 1, 3, 5, 1, 35, 17, kernel=(1, 3, 1)),  # pixels for several sums of the weight's gradient
 ]
 

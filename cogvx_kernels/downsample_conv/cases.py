@@ -41,6 +41,7 @@ SMALL = [
     partial(make, 0, 2, 3, 2, 4, 4),
     partial(make, 1, 40, 136, 2, 5, 36),  # two and more of every tile, and ragged ends
     partial(make, 1, 136, 24, 1, 19, 6),
+    partial(make, 1, 24, 40, 1, 5, 6),
     partial(make, 1, 3, 5, 1, 70, 35),  # pixels for several sums of the weight's gradient
 ]
 
@@ -85,7 +86,7 @@ def kernels(module: ModuleType, capability: int) -> Iterator[tuple]:
         types |= dict.fromkeys(("x", "weight", "bias", "y", "left", "right", "grad", "grad_x"), f"*{name}:16")
         for kernel, constants, options in (
             (gathered.gathered_kernel, taps | {"HAS_BIAS": True}, module.pixel_options(c, c, 9, dtype)),
-            (module.input_kernel, {}, module.pixel_options(c, c, 4, dtype)),
+            (module.input_kernel, {}, module.input_options(c, c, dtype)),
             (gathered.weight_kernel, taps, gathered.weight_options(c, c, 9, dtype)),
         ):
             constants = constants | {name: options.pop(name) for name in kernel.arg_names if name in options}

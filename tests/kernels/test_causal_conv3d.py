@@ -137,9 +137,10 @@ def test_the_residual_gets_the_gradient_itself_and_is_not_kept():
 def test_the_sum_with_the_residual_is_rounded_once_on_gpus(backend, run_on):
     if backend in ON_CPUS:
         return
-    x, weight, bias, residual = make(1, 16, 8, 1, 5, 18, residual=True, dtype=torch.bfloat16)
+    # Triton's interpreter cuts bfloat16 off, but rounds float16.
+    x, weight, bias, residual = make(1, 16, 8, 1, 5, 18, residual=True, dtype=torch.float16)
     run_on("causal_conv3d", backend, x, weight, bias, residual)
     exact = reference.forward(*(t.double() for t in (x, weight, bias, residual)))
     with use_backend(backend):
         error = (causal_conv3d(x, weight, bias, residual) - exact).abs()
-    assert (error <= exact.abs() * 2**-8 + 1e-5).all()
+    assert (error <= exact.abs() * 2**-11 + 1e-5).all()
