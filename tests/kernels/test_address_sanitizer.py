@@ -31,7 +31,7 @@ _extension._C.group_norm_silu_forward(
 
 
 def build() -> Path:
-    """The extension, compiled for AddressSanitizer where it is out of date: 20 minutes on two cores, then seconds."""
+    """The extension, compiled for AddressSanitizer where it is out of date: two minutes on two cores, then seconds."""
     FOLDER.mkdir(parents=True, exist_ok=True)
     with open(FOLDER / "lock", "w") as lock:  # tests run in several processes
         fcntl.flock(lock, fcntl.LOCK_EX)
