@@ -54,6 +54,7 @@ SMALL = [
     partial(make, 1, 136, (1, 1, 9), 18, (1, 1, 70), 4, num_halo=1),
     partial(make, 1, 520, (2, 2, 5), 3, (2, 1, 5), 4, halo=True),
     partial(make, 1, 2056, (1, 1, 2), 1, (1, 1, 1), 2, num_halo=1),
+    partial(make, 1, 3, (1, 105, 105), 2, (1, 15, 21), 1, num_halo=1),  # large enough for sums in float32
     partial(make, 0, 4, (2, 3, 3), 2, (1, 3, 3), 2),
 ]
 
