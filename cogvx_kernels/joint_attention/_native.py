@@ -3,11 +3,14 @@
 The gradient runs the forward pass again for the sums of its rows; no matrix of scores is ever written out.
 """
 
+import torch
 from torch import Tensor
 
 from .. import _extension
 from .._extension import place, with_contiguous_rows
 from . import compiled
+
+_NARROW = 8  # channels; in narrower heads all of a gradient can cancel, and few errors average out: they take double
 
 
 def why_not(q: Tensor, k: Tensor, v: Tensor, lengths: list[int] | None) -> str | None:
@@ -22,6 +25,8 @@ def forward(
     v: Tensor,  # [B, A, N, E]
     lengths: list[int] | None,
 ) -> Tensor:  # [B, N, A E]
+    if q.shape[3] < _NARROW and q.dtype != torch.float64:
+        return forward(q.double(), k.double(), v.double(), lengths).to(q.dtype)
     q, k, v = map(with_contiguous_rows, (q, k, v))
     return compiled.forward(_extension._C, place(q), _samples(q, lengths), q, k, v)
 
@@ -34,6 +39,8 @@ def backward(
     lengths: list[int] | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # of q, k, v
     """The gradients, the same whatever the number of threads: one thread sums a head of a sample, in one order."""
+    if q.shape[3] < _NARROW and q.dtype != torch.float64:
+        return tuple(g.to(q.dtype) for g in backward(grad.double(), q.double(), k.double(), v.double(), lengths))
     grad, q, k, v = map(with_contiguous_rows, (grad, q, k, v))
     return compiled.backward(_extension._C, place(q), _samples(q, lengths), grad, q, k, v)
 
