@@ -154,7 +154,7 @@ def _spoiled(content: bytes, suffix: str, rng: random.Random) -> bytes:
                 content = json.dumps(_spoiled_value(json.loads(content), rng)).encode()
                 continue
             except ValueError:
-                pass
+                pass  # an accident before this one left no JSON: its bytes are damaged further
         at, size = rng.randrange(len(content) + 1), rng.choice((1, 4, 60, 5000))
         if rng.random() < 0.5:
             at = min(at, rng.randrange(64))  # headers stand in front
