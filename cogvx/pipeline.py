@@ -20,8 +20,8 @@ from .data.pixels import to_frames
 from .denoise import denoiser
 from .diffusion.samplers import SAMPLERS
 from .diffusion.schedule import Step, sampling_steps
-from .finite import NonFiniteError, all_finite, check_finite
-from .inputs import NAMES, Inputs, Picture, Video, planned
+from .finite import NonFiniteError, check_finite
+from .inputs import NAMES, Inputs, Noise, Picture, Video, checked, planned
 from .machine import computable, environment, peak_memory, pick_device
 from .models.checkpoint import CheckpointError, resolve_folder
 from .models.choices import decode_chunks, last_norm_eps, num_text_tokens
@@ -154,7 +154,7 @@ class Pipeline:
         seed: int | None = None,
         ofs: float | None = None,
         longer: str | None = None,
-        latents: Tensor | None = None,  # [1, C, T, H, W], the noise to start from
+        latents: Noise | None = None,  # [1, C, T, H, W], or a file of it: the noise to start from
         prompt_embeds: Tensor | None = None,  # [1, L, D]
         negative_prompt_embeds: Tensor | None = None,  # [1, L, D]
         callback_on_step_end: OnStepEnd | None = None,
@@ -177,9 +177,9 @@ class Pipeline:
                 prompt, negative_prompt, num_frames, height, width, num_inference_steps, guidance_scale,
                 dynamic_guidance, sampler, seed, strength, ofs, longer,
             ),
-            Inputs.read(image, last_image, video, mask), self.configs, self.numerics,
+            Inputs.read(image, last_image, video, mask, latents), self.configs, self.numerics,
         )  # fmt: skip
-        given = {"latents": latents, "prompt_embeds": prompt_embeds, "negative_prompt_embeds": negative_prompt_embeds}
+        given = {"prompt_embeds": prompt_embeds, "negative_prompt_embeds": negative_prompt_embeds}
         self.check_given(settings, given)
         return self.generate([settings], inputs, given, callback_on_step_end, progress)[0]
 
@@ -235,13 +235,12 @@ class Pipeline:
         """The five steps, for resolved settings that differ in prompt and seed alone."""
         began, settings, parts = time.perf_counter(), batch[0], (self.vae, self.configs, self.numerics)
         text = self.encode_text(batch, given)
-        begin = prepare(batch, inputs, given.get("latents"), self.steps(settings.num_inference_steps), *parts)
+        begin = prepare(batch, inputs, self.steps(settings.num_inference_steps), *parts)
         latents = self.sample(settings, begin, text, callback, progress)
         frames = self.decode(latents[:, :, settings.surplus_latents(self.configs) :])
         seconds = (time.perf_counter() - began) / len(batch)
         reasons = [name for name, value in {**given, "callback_on_step_end": callback}.items() if value is not None]
         reasons += [] if self.folder else ["model"]
-        reasons += [*files_beside(self.transformer, self.vae)]
         described = [self.describe(s, inputs, reasons, len(batch)) for s in batch]
         frames = [inputs.pasted(f) for f in frames]
         return [Clip(f, about["fps"], about, seconds) for f, about in zip(frames, described, strict=True)]
@@ -311,14 +310,13 @@ class Pipeline:
             raise SettingsError("prompt is None and so is prompt_embeds; give one of them")
         config = self.configs.transformer
         text = (1, self.text_encoder.max_length, config.text_embed_dim)
-        shapes = {"prompt_embeds": text, "negative_prompt_embeds": text}
-        shapes["latents"] = (1, *settings.latent_shape(self.configs))
         for name, value in given.items():
             if value is not None:
-                checked(name, value, shapes[name])
+                checked(name, value, text)
 
     def describe(self, settings: Settings, inputs: Inputs, reasons: list[str], batch_size: int) -> dict:
         """What the mp4 carries: how the clip was made, and whether that makes it again."""
+        vae_dtype = next(self.vae.parameters()).dtype
         return {
             **settings.as_dict(),
             "inputs_sha256": inputs.hashes,
@@ -329,6 +327,7 @@ class Pipeline:
             **files_beside(self.transformer, self.vae),
             "numerics": self.numerics.as_dict(),
             "dtype": str(self.dtype).removeprefix("torch."),
+            **({} if vae_dtype == self.dtype else {"vae_dtype": str(vae_dtype).removeprefix("torch.")}),
             "not_replayable_because_of": reasons,
             "environment": environment(self.device),
         }
@@ -354,17 +353,6 @@ def check_folder(folder: Path, configs: Configs, transformer: Any = None, vae: A
     if width != configs.transformer.text_embed_dim:
         wanted = configs.transformer.text_embed_dim
         raise CheckpointError(f"{folder}: the text encoder is {width} wide, the transformer takes {wanted}")
-
-
-def checked(name: str, value: object, shape: Sequence[int]) -> Tensor:
-    """`value`, if it is a tensor of that shape with finite values. Raises SettingsError otherwise."""
-    if not isinstance(value, Tensor):
-        raise SettingsError(f"{name} is of type {type(value).__name__}; it must be a tensor")
-    if tuple(value.shape) != tuple(shape):
-        raise SettingsError(f"{name} has shape {list(value.shape)}; here it must be {list(shape)}")
-    if not all_finite(value):
-        raise SettingsError(f"{name} holds values that are not finite; it must hold finite numbers alone")
-    return value
 
 
 __all__ = ["NonFiniteError", "Pipeline"]

@@ -48,7 +48,6 @@ class Start:
 def prepare(
     batch: list[Settings],  # resolved; they differ in prompt and seed alone
     inputs: Inputs,  # at the size of the settings
-    latents: Tensor | None,  # [1, C, T, H, W], noise in the place of what would be drawn
     steps: list[Step],
     vae: CausalVAE,
     configs: Configs,
@@ -60,7 +59,7 @@ def prepare(
     shape, device = batch[0].latent_shape(configs), next(vae.parameters()).device
     image = image_latents(inputs, shape[1], vae, numerics, generators)
     clip = video_latents(inputs, shape[1], vae, numerics, generators)
-    noise = torch.cat([draw_noise(shape, g) for g in generators]) if latents is None else latents
+    noise = torch.cat([draw_noise(shape, g) for g in generators]) if inputs.latents is None else inputs.latents
     noise, steps = noise.to(device, torch.float32), steps[-batch[0].num_moves :]
     if clip is None:
         return Start(noise, steps, generators, image)
