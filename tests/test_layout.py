@@ -23,7 +23,7 @@ LAYERS = (
     ("data",),
     ("clip", "settings"),
     ("inputs", "machine"),
-    ("start",),
+    ("parts", "start"),
     ("denoise",),
     ("pipeline",),
     ("extend", "invert", "train", "eval"),

@@ -9,6 +9,7 @@ result. Submodule names are those of the published checkpoints. In memory channe
 Source: "CogVideoX" (arXiv 2408.06072), section 2.1, and the released configurations.
 """
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -64,7 +65,12 @@ class CausalVAE(nn.Module):
 
     def encode(self, video: Tensor, chunks: list[int] | None = None) -> "Posterior":
         """The distribution of latents behind a video [B, 3, T, H, W] in [-1, 1]; chunks of None are `encode_chunks`."""
-        moments = in_chunks(self.encoder, video, chunks or encode_chunks(video.shape[2]))
+        lengths = chunks or encode_chunks(video.shape[2])
+        return self.encode_each(video.split(lengths, dim=2), len(lengths))
+
+    def encode_each(self, parts: Iterable[Tensor], num_parts: int) -> "Posterior":
+        """The distribution of latents behind a video that comes in its chunks, [B, 3, t, H, W] each."""
+        moments = joined(in_chunks(self.encoder, parts, num_parts))
         return Posterior(*moments.contiguous().chunk(2, dim=1))
 
     def decode(self, latents: Tensor, chunks: list[int] | None = None) -> Tensor:
@@ -72,7 +78,12 @@ class CausalVAE(nn.Module):
 
         chunks of None are `decode_chunks`.
         """
-        return in_chunks(self.decoder, latents, chunks or decode_chunks(latents.shape[2])).contiguous()
+        return joined(self.decode_each(latents, chunks)).contiguous()
+
+    def decode_each(self, latents: Tensor, chunks: list[int] | None = None) -> Iterator[Tensor]:
+        """What `decode` gives, chunk by chunk [B, 3, t, H, W], each as soon as it is there; none is held here."""
+        lengths = chunks or decode_chunks(latents.shape[2])
+        return in_chunks(self.decoder, latents.split(lengths, dim=2), len(lengths))
 
 
 @dataclass(frozen=True)
@@ -99,12 +110,16 @@ class Posterior:
         return 0.5 * (self.mean.square() + self.logvar.exp() - 1.0 - self.logvar).flatten(1).sum(1)
 
 
-def in_chunks(model: nn.Module, x: Tensor, lengths: list[int]) -> Tensor:
-    """The results of a half of the VAE over chunks of these lengths, one after another, joined along time."""
-    halos, parts = Halos(), []
-    for i, chunk in enumerate(x.split(lengths, dim=2)):
-        halos.last = i == len(lengths) - 1
-        parts.append(model(chunk, halos))
+def in_chunks(model: nn.Module, chunks: Iterable[Tensor], num_chunks: int) -> Iterator[Tensor]:
+    """The results of a half of the VAE over the chunks of a clip, one after another, as each is ready."""
+    halos = Halos()
+    for i, chunk in enumerate(chunks):
+        halos.last = i == num_chunks - 1
+        yield model(chunk, halos)
+
+
+def joined(chunks: Iterable[Tensor]) -> Tensor:
+    parts = list(chunks)
     return torch.cat(parts, dim=2) if len(parts) > 1 else parts[0]
 
 
