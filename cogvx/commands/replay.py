@@ -81,7 +81,8 @@ def main(
 
 def load_again(file: Path, made: dict, model: str | None, device: str | None, beside: "Beside") -> "Pipeline":
     """The pipeline that a video was made with."""
-    from ..pipeline import Pipeline, load_part
+    from ..parts import load_part
+    from ..pipeline import Pipeline
     from ._arguments import torch_dtype
 
     dtype, parts = torch_dtype(made["dtype"]), {part: source.path for part, source in beside.parts.items()}
