@@ -50,9 +50,12 @@ class Inputs:
         }
         return cls(**read, fps=fps, hashes={name: _hash(x) for name, x in read.items() if x is not None})
 
-    def pasted(self, frames: np.ndarray) -> np.ndarray:  # [T, H, W, 3]
-        """Frames with the video's own pixels outside of the mask."""
-        return frames if self.mask is None else np.where(self.mask[..., None], frames, self.video)
+    def pasted(self, frames: np.ndarray, start: int = 0) -> np.ndarray:  # [T, H, W, 3]
+        """Frames, the first of which is frame `start` of the video, with the video's own pixels outside of the mask."""
+        if self.mask is None:
+            return frames
+        here = slice(start, start + len(frames))
+        return np.where(self.mask[here if len(self.mask) > 1 else slice(None), ..., None], frames, self.video[here])
 
     def check(self, configs: Configs) -> None:
         """Raises SettingsError for inputs that this model cannot take, or that miss each other."""

@@ -3,27 +3,27 @@
 import logging
 import os
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from .clip import Clip
-from .config import Published
+from .clip import Clip, Written
 from .data.pixels import to_frames
+from .data.video import write_video
 from .denoise import denoiser
 from .diffusion.samplers import SAMPLERS
 from .diffusion.schedule import Step, sampling_steps
 from .finite import NonFiniteError, all_finite, check_finite
 from .inputs import NAMES, Inputs, Picture, Video, planned
-from .machine import computable, environment, peak_memory, pick_device
-from .models.checkpoint import CheckpointError, resolve_folder
+from .machine import environment, peak_memory, pick_device
+from .models.checkpoint import resolve_folder
 from .models.choices import decode_chunks, last_norm_eps, num_text_tokens
 from .models.files import files_beside
 from .models.saving import content_hash, new_folder, write_json
@@ -31,6 +31,7 @@ from .models.text import TextEncoder
 from .models.transformer import ExpertTransformer
 from .models.vae import CausalVAE
 from .numerics import DIFFUSERS, Numerics, differences, followed, read_numerics
+from .parts import check_folder, load_part
 from .settings import Configs, Settings, SettingsError, read_configs
 from .start import Start, prepare
 
@@ -233,18 +234,54 @@ class Pipeline:
         progress: bool,
     ) -> list[Clip]:
         """The five steps, for resolved settings that differ in prompt and seed alone."""
-        began, settings, parts = time.perf_counter(), batch[0], (self.vae, self.configs, self.numerics)
-        text = self.encode_text(batch, given)
-        begin = prepare(batch, inputs, given.get("latents"), self.steps(settings.num_inference_steps), *parts)
-        latents = self.sample(settings, begin, text, callback, progress)
-        frames = self.decode(latents[:, :, settings.surplus_latents(self.configs) :])
+        began = time.perf_counter()
+        latents = self.make_latents(batch, inputs, given, callback, progress)
+        frames = self.decode(latents)
         seconds = (time.perf_counter() - began) / len(batch)
         reasons = [name for name, value in {**given, "callback_on_step_end": callback}.items() if value is not None]
-        reasons += [] if self.folder else ["model"]
-        reasons += [*files_beside(self.transformer, self.vae)]
         described = [self.describe(s, inputs, reasons, len(batch)) for s in batch]
         frames = [inputs.pasted(f) for f in frames]
         return [Clip(f, about["fps"], about, seconds) for f, about in zip(frames, described, strict=True)]
+
+    def make_latents(
+        self,
+        batch: list[Settings],
+        inputs: Inputs,
+        given: dict[str, Tensor | None],
+        callback: OnStepEnd | None,
+        progress: bool,
+    ) -> Tensor:
+        """All but the last step: the scaled latents of the clips, [B, C, T, H, W]."""
+        settings, parts = batch[0], (self.vae, self.configs, self.numerics)
+        text = self.encode_text(batch, given)
+        begin = prepare(batch, inputs, given.get("latents"), self.steps(settings.num_inference_steps), *parts)
+        latents = self.sample(settings, begin, text, callback, progress)
+        return latents[:, :, settings.surplus_latents(self.configs) :]
+
+    @torch.inference_mode()
+    def write(
+        self, output: str | os.PathLike, prompt: str, seed: int | None = None, progress: bool = True, **settings
+    ) -> Written:
+        """Make a video of the prompt and write its frames to an mp4 as they are decoded: no clip is ever held whole.
+
+        The file is the one that `pipeline(...).save(output)` writes. Takes the settings of a single call as keywords
+        beside, and raises what that does; where it raises, no file is left.
+        """
+        began = time.perf_counter()
+        inputs = Inputs.read(**{name: settings.pop(name, None) for name in NAMES})
+        settings.setdefault("strength", 0.8)
+        known, inputs = planned(Settings(prompt, seed=seed, **settings), inputs, self.configs, self.numerics)
+        latents = self.make_latents([known], inputs, {}, None, progress)
+        about, start = self.describe(known, inputs, [], 1), 0
+
+        def parts() -> Iterator[np.ndarray]:
+            nonlocal start
+            for part in self.decode_each(latents):
+                yield inputs.pasted(part[0], start)
+                start += len(part[0])
+
+        write_video(output, parts(), about["fps"], about)
+        return Written(Path(output), about, time.perf_counter() - began)
 
     def encode_text(self, batch: list[Settings], given: dict[str, Tensor | None]) -> Tensor:
         """Embeddings of the prompts, [B, L, D]; with guidance behind those of the negative prompt, [2B, L, D]."""
@@ -299,11 +336,16 @@ class Pipeline:
 
     def decode(self, latents: Tensor) -> list[np.ndarray]:
         """Frames of each clip, uint8 [T, H, W, 3], from scaled latents [B, C, T, H, W]."""
+        return list(np.concatenate(list(self.decode_each(latents)), axis=1))
+
+    @torch.inference_mode()
+    def decode_each(self, latents: Tensor) -> Iterator[np.ndarray]:
+        """What `decode` gives, chunk by chunk, uint8 [B, t, H, W, 3], each as soon as it is there."""
         z = (latents.to(self.dtype) / self.configs.vae.scaling_factor).to(next(self.vae.parameters()).dtype)
         chunks = decode_chunks(z.shape[2], self.numerics)
-        video = self.vae.decode(z, chunks)
-        check_finite(video, "decoding", self.vae, lambda: self.vae.decode(z, chunks))
-        return list(to_frames(video))
+        for video in self.vae.decode_each(z, chunks):
+            check_finite(video, "decoding", self.vae, lambda: deque(self.vae.decode_each(z, chunks), 0))
+            yield to_frames(video)
 
     def check_given(self, settings: Settings, given: dict[str, Tensor | None]) -> None:
         """Raises ValueError for tensors that this model and these settings cannot take."""
@@ -319,6 +361,7 @@ class Pipeline:
 
     def describe(self, settings: Settings, inputs: Inputs, reasons: list[str], batch_size: int) -> dict:
         """What the mp4 carries: how the clip was made, and whether that makes it again."""
+        reasons = [*reasons, *([] if self.folder else ["model"]), *files_beside(self.transformer, self.vae)]
         return {
             **settings.as_dict(),
             "inputs_sha256": inputs.hashes,
@@ -332,28 +375,6 @@ class Pipeline:
             "not_replayable_because_of": reasons,
             "environment": environment(self.device),
         }
-
-
-def load_part(
-    part: type, folder: Path, file: str | os.PathLike | None, config: Published, dtype: Any, device: Any
-) -> Any:
-    """The transformer or VAE of a folder, or of a single file in its place."""
-    beside = {} if file is None else {"config": config}
-    return computable(part.from_pretrained(file or folder, dtype=dtype, device=device, **beside), dtype)
-
-
-def check_folder(folder: Path, configs: Configs, transformer: Any = None, vae: Any = None) -> None:
-    """Raises CheckpointError if any part of a checkpoint lacks a tensor or has a wrong one; reads no weights.
-
-    Where a file takes the place of the folder's transformer or VAE, that file is checked.
-    """
-    load_part(ExpertTransformer, folder, transformer, configs.transformer, torch.float32, "meta")
-    load_part(CausalVAE, folder, vae, configs.vae, torch.float32, "meta")
-    text_encoder = TextEncoder.from_pretrained(folder, configs.transformer.max_text_seq_length, device="meta")
-    width = text_encoder.model.config.d_model
-    if width != configs.transformer.text_embed_dim:
-        wanted = configs.transformer.text_embed_dim
-        raise CheckpointError(f"{folder}: the text encoder is {width} wide, the transformer takes {wanted}")
 
 
 def checked(name: str, value: object, shape: Sequence[int]) -> Tensor:

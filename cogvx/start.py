@@ -16,7 +16,8 @@ from .finite import check_finite
 from .inputs import Inputs
 from .models.choices import encode_chunks, image_scaling
 from .models.image_latents import encode_image, in_frames
-from .models.vae import CausalVAE
+from .models.vae import CausalVAE, Posterior
+from .models.vae import encode_chunks as eights
 from .numerics import Numerics
 from .settings import Configs, Settings
 
@@ -102,10 +103,15 @@ def video_latents(
     """
     if inputs.video is None:
         return None
-    pixels = to_tensor(inputs.video).to(next(vae.parameters()))
-    chunks = encode_chunks(len(inputs.video), numerics)
-    posterior = vae.encode(pixels, chunks)
-    check_finite(posterior.mean, "encoding the video", vae, lambda: vae.encode(pixels, chunks))
+    weight, count = next(vae.parameters()), len(inputs.video)
+    lengths = encode_chunks(count, numerics) or eights(count)
+
+    def encoded() -> Posterior:  # a chunk of pixels is a tensor no longer than it is needed
+        parts = np.split(inputs.video, np.cumsum(lengths)[:-1])
+        return vae.encode_each((to_tensor(part).to(weight) for part in parts), len(parts))
+
+    posterior = encoded()
+    check_finite(posterior.mean, "encoding the video", vae, encoded)
     drawn = [posterior.mode()] if generators is None else [posterior.sample(g) for g in generators]
     latents = torch.cat(drawn) * vae.config.scaling_factor
     surplus = num_latents - latents.shape[2]

@@ -93,9 +93,8 @@ def main(
 
     pipeline = Pipeline.from_pretrained(model, torch_dtype(dtype), device, choices, transformer, vae)
     load_loras(pipeline.transformer, lora, lora_weight)
-    clip = pipeline(**settings.as_dict(), **files, progress=progress)
-    clip.save(output)
-    print(f"{output}  ({clip.seconds:.1f} s, seed {clip.metadata['seed']})")
+    made = pipeline.write(output, **settings.as_dict(), **files, progress=progress)
+    print(f"{output}  ({made.seconds:.1f} s, seed {made.metadata['seed']})")
 
 
 def load_loras(transformer: "ExpertTransformer", files: tuple[Path, ...], weights: tuple[float, ...]) -> None:
