@@ -36,7 +36,7 @@ def main(
         video: any file that the codecs read.
         prompt: what the video shows.
         output: the mp4 to write.
-        model: a checkpoint folder, a hub name, or "tiny"; one for images goes on from the last frame alone.
+        model: a checkpoint folder, a hub name, "tiny" or "tiny-i2v"; one for images goes on from the last frame alone.
         num_pieces: how many times to go on.
         overlap: how many of the last frames a text-to-video model goes on from, 8N+1; unset, half a piece.
         negative_prompt: what it should not show.

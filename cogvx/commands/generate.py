@@ -45,7 +45,7 @@ def main(
     Args:
         prompt: what the video shows.
         output: the mp4 to write.
-        model: a checkpoint folder, a hub name, or "tiny", the checkpoint inside the package.
+        model: a checkpoint folder, a hub name, or one inside the package: "tiny", or "tiny-i2v" for images.
         image: the first frame, for a model that takes images; scaled to cover the video and cut around the centre.
         last_image: the last frame, likewise.
         video: what to start from, instead of noise alone; as many of its frames are taken as are made.
