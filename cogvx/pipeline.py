@@ -79,7 +79,7 @@ class Pipeline:
         transformer: str | os.PathLike | None = None,
         vae: str | os.PathLike | None = None,
     ) -> "Pipeline":
-        """Load a published folder, a hub name, or "tiny", the checkpoint inside this package.
+        """Load a published folder, a hub name, or a checkpoint inside this package: "tiny", or "tiny-i2v" for images.
 
         dtype: None keeps the stored one, except that fp16 is computed in fp32 on a CPU. device: None takes a GPU where
         there is one. numerics: "sat", what the weights were trained with, "diffusers", or the choices one by one, a
