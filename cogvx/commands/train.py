@@ -18,7 +18,7 @@ def main(
 
     Args:
         kind: all of the transformer, or a LoRA beside it, which diffusers loads too.
-        options: a TOML file, and words that change it, such as data=clips out=runs/a optimiser.lr=1e-4.
+        options: a TOML file, and words that change it, such as data=clips out=runs/a optimiser.lr=1e-4; before flags.
         dry_run: check options, model and data, say what would be done, and stop.
         print_config: print every option and its value as TOML, and stop.
     """

@@ -18,6 +18,7 @@ from ..models.text import TextEncoder
 from ..models.transformer import ExpertTransformer
 from ..models.vae import CausalVAE
 from ..settings import Configs, read_configs
+from .lora import ATTENTION, targeted
 from .options import TrainingError
 from .sampling import Draws, Example
 
@@ -39,7 +40,7 @@ class Optimiser:
 class LoRAOptions:
     rank: int = 128
     alpha: float = 64.0
-    targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
+    targets: tuple[str, ...] = ATTENTION  # ends of the names of layers
 
 
 @dataclass(frozen=True)
@@ -102,13 +103,19 @@ def unit_of(configs: Configs) -> tuple[int, int]:
 
 
 def load_transformer(run: Finetuning, configs: Configs) -> ExpertTransformer:
-    """The transformer to train: fp32, but for the weights under a LoRA in bf16 where that is the precision."""
+    """The transformer to train: fp32, but for the weights under a LoRA in bf16 where that is the precision.
+
+    Raises TrainingError for layers that it does not have.
+    """
     device = pick_device(run.device)
     if run.start == "scratch":
         torch.manual_seed(run.seed)
         return ExpertTransformer(configs.transformer).init_for_training().to(device)
     dtype = torch.bfloat16 if run.kind == "lora" and run.precision == "bf16" else torch.float32
-    return ExpertTransformer.from_pretrained(run.model, dtype=dtype, device=device)
+    model = ExpertTransformer.from_pretrained(run.model, dtype=dtype, device=device)
+    if run.kind == "lora":
+        targeted(model, run.lora.targets)  # before anything is computed
+    return model
 
 
 def examples_of(run: Finetuning, clips: list[Clip], configs: Configs) -> tuple[list[Example], Draws]:

@@ -38,6 +38,17 @@ class LearningLinear(Linear):
         return F.gelu(y, approximate="tanh") if gelu else y
 
 
+def targeted(model: ExpertTransformer, targets: Sequence[str]) -> list[str]:
+    """The layers whose names end in one of `targets`. Raises TrainingError for a target that no layer has."""
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    found = {target: [name for name in linear if f".{name}".endswith(f".{target}")] for target in targets}
+    for target in targets:
+        if not found[target]:
+            ends = sorted({name.split(".", 2)[-1] for name in linear if name.startswith("transformer_blocks.0.")})
+            raise TrainingError(f"lora.targets holds {target!r}, which no layer is called; there are {', '.join(ends)}")
+    return sorted({name for names in found.values() for name in names})
+
+
 def add_lora(
     model: ExpertTransformer, rank: int, alpha: float, targets: Sequence[str] = ATTENTION
 ) -> dict[str, nn.Parameter]:
@@ -45,15 +56,10 @@ def add_lora(
 
     All other weights stop learning. Returns what learns, by name. Raises TrainingError for a target that no layer has.
     """
-    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    for target in targets:
-        if not any(name == target or name.endswith(f".{target}") for name in linear):
-            ends = sorted({name.split(".", 2)[-1] for name in linear if name.startswith("transformer_blocks.0.")})
-            raise TrainingError(f"lora.targets holds {target!r}, which no layer is called; there are {', '.join(ends)}")
+    names = targeted(model, targets)
     model.requires_grad_(False)
-    for name in linear:
-        if any(name == target or name.endswith(f".{target}") for target in targets):
-            model.set_submodule(name, LearningLinear(model.get_submodule(name), rank, alpha))
+    for name in names:
+        model.set_submodule(name, LearningLinear(model.get_submodule(name), rank, alpha))
     return {name: p for name, p in model.named_parameters() if name.endswith((".down", ".up"))}
 
 
