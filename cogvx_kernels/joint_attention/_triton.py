@@ -222,13 +222,11 @@ def queries_backward_kernel(
         queries, grads, grad, q, k, v, grad_n, q_n, k_n, v_n, row, last, end, scale, peak, total, delta,
         QUERIES, KEYS, WIDTH, BLOCK, CHUNK, False,
     )  # fmt: skip
-    head = (b * num_heads + a) * num_tokens
-    target = head + row + tl.arange(0, QUERIES)
-    inside = tl.arange(0, QUERIES) < end - row
     share = 1.0 / total
     delta *= share
     if grad_lse is not None:
-        delta -= tl.load(grad_lse + target, mask=inside, other=0.0)
+        grad_lse += (b * num_heads + a) * num_tokens + row
+        delta -= tl.load(grad_lse + tl.arange(0, QUERIES), mask=tl.arange(0, QUERIES) < end - row, other=0.0)
     sums = tl.zeros([QUERIES, BLOCK], tl.float32)
     for first in range(start, last, KEYS):
         sums = _visit_keys_for_gradient(
@@ -239,6 +237,9 @@ def queries_backward_kernel(
         queries, grads, peak, share, delta, grad, q, k, v, grad_n, q_n, k_n, v_n, row, last, end, scale, sums,
         QUERIES, KEYS, WIDTH, BLOCK, CHUNK, False,
     )  # fmt: skip
+    head = (b * num_heads + a) * num_tokens
+    target = head + row + tl.arange(0, QUERIES)
+    inside = tl.arange(0, QUERIES) < end - row
     tl.store(peaks + target, peak, mask=inside)
     tl.store(shares + target, share, mask=inside)
     tl.store(deltas + target, delta, mask=inside)
