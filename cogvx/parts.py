@@ -9,10 +9,18 @@ import torch
 from .config import Published
 from .machine import computable
 from .models.checkpoint import CheckpointError
+from .models.saving import new_folder, write_json
 from .models.text import TextEncoder
 from .models.transformer import ExpertTransformer
 from .models.vae import CausalVAE
 from .settings import Configs
+
+MODEL_INDEX = {
+    "text_encoder": ["transformers", "T5EncoderModel"],
+    "tokenizer": ["transformers", "T5Tokenizer"],
+    "transformer": ["diffusers", "CogVideoXTransformer3DModel"],
+    "vae": ["diffusers", "AutoencoderKLCogVideoX"],
+}
 
 
 def load_part(
@@ -35,3 +43,23 @@ def check_folder(folder: Path, configs: Configs, transformer: Any = None, vae: A
     if width != configs.transformer.text_embed_dim:
         wanted = configs.transformer.text_embed_dim
         raise CheckpointError(f"{folder}: the text encoder is {width} wide, the transformer takes {wanted}")
+
+
+def save_parts(
+    folder: str | os.PathLike,
+    transformer: ExpertTransformer,
+    vae: CausalVAE,
+    text_encoder: TextEncoder,
+    configs: Configs,
+) -> None:
+    """Write the published folder layout of a pipeline."""
+    with new_folder(folder) as partial:
+        transformer.save_pretrained(partial / "transformer")
+        vae.save_pretrained(partial / "vae")
+        text_encoder.save_pretrained(partial)
+        (partial / "scheduler").mkdir()
+        scheduler = configs.schedule.to_dict()
+        write_json(partial / "scheduler" / "scheduler_config.json", scheduler)
+        name = "CogVideoXImageToVideoPipeline" if configs.takes_image else "CogVideoXPipeline"
+        index = {"_class_name": name, **MODEL_INDEX, "scheduler": ["diffusers", scheduler["_class_name"]]}
+        write_json(partial / "model_index.json", index)

@@ -5,6 +5,7 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -15,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .clip import Clip, Written
-from .data.pixels import to_frames
+from .data.pixels import to_levels
 from .data.video import write_video
 from .denoise import denoiser
 from .diffusion.samplers import SAMPLERS
@@ -23,26 +24,21 @@ from .diffusion.schedule import Step, sampling_steps
 from .finite import NonFiniteError, check_finite
 from .inputs import NAMES, Inputs, Noise, Picture, Video, checked, planned
 from .machine import environment, peak_memory, pick_device
+from .memory.placed import Placed
+from .memory.plan import Plan
 from .models.checkpoint import resolve_folder
 from .models.choices import decode_chunks, last_norm_eps, num_text_tokens
 from .models.files import files_beside
-from .models.saving import content_hash, new_folder, write_json
+from .models.saving import content_hash
 from .models.text import TextEncoder
 from .models.transformer import ExpertTransformer
 from .models.vae import CausalVAE
 from .numerics import DIFFUSERS, Numerics, differences, followed, read_numerics
-from .parts import check_folder, load_part
+from .parts import check_folder, load_part, save_parts
 from .settings import Configs, Settings, SettingsError, read_configs
-from .start import Start, prepare
+from .start import Start, checked, prepare
 
 logger = logging.getLogger(__name__)
-
-MODEL_INDEX = {
-    "text_encoder": ["transformers", "T5EncoderModel"],
-    "tokenizer": ["transformers", "T5Tokenizer"],
-    "transformer": ["diffusers", "CogVideoXTransformer3DModel"],
-    "vae": ["diffusers", "AutoencoderKLCogVideoX"],
-}
 
 # (pipeline, step index, timestep, {"latents": ...}) -> a dict that may hold other latents to go on with, or None
 OnStepEnd = Callable[["Pipeline", int, int, dict], dict | None]
@@ -60,10 +56,15 @@ class Pipeline:
         source: str = "",
         folder: Path | None = None,
         numerics: Numerics = DIFFUSERS,
+        plan: Plan | None = None,
+        device: torch.device | None = None,  # that a plan is for
     ):
         self.transformer, self.vae, self.text_encoder = transformer.eval(), vae.eval(), text_encoder
         self.configs, self.source, self.folder = configs, source, folder
-        self.numerics = followed(numerics)
+        self.numerics, self.placed = followed(numerics), None
+        if plan is not None:
+            parts = {"text_encoder": text_encoder.model, "transformer": self.transformer, "vae": self.vae}
+            self.placed = Placed(plan, parts, device or self.device)
         self.transformer.norm_out.norm.eps = last_norm_eps(configs.transformer, self.numerics)
         if pending := differences(numerics, self.numerics):
             names = ", ".join(pending)
@@ -79,7 +80,7 @@ class Pipeline:
         transformer: str | os.PathLike | None = None,
         vae: str | os.PathLike | None = None,
     ) -> "Pipeline":
-        """Load a published folder, a hub name, or "tiny", the checkpoint inside this package.
+        """Load a published folder, a hub name, or a checkpoint inside this package: "tiny", or "tiny-i2v" for images.
 
         dtype: None keeps the stored one, except that fp16 is computed in fp32 on a CPU. device: None takes a GPU where
         there is one. numerics: "sat", what the weights were trained with, "diffusers", or the choices one by one, a
@@ -99,16 +100,7 @@ class Pipeline:
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
         """Write the published folder layout, which diffusers loads too."""
-        with new_folder(folder) as partial:
-            self.transformer.save_pretrained(partial / "transformer")
-            self.vae.save_pretrained(partial / "vae")
-            self.text_encoder.save_pretrained(partial)
-            (partial / "scheduler").mkdir()
-            scheduler = self.configs.schedule.to_dict()
-            write_json(partial / "scheduler" / "scheduler_config.json", scheduler)
-            name = "CogVideoXImageToVideoPipeline" if self.configs.takes_image else "CogVideoXPipeline"
-            index = {"_class_name": name, **MODEL_INDEX, "scheduler": ["diffusers", scheduler["_class_name"]]}
-            write_json(partial / "model_index.json", index)
+        save_parts(folder, self.transformer, self.vae, self.text_encoder, self.configs)
 
     def release_modulation(self, num_inference_steps: int = 50) -> None:
         """Free the weights that modulate the transformer, a fifth of 2B's, a seventh of 5B's.
@@ -125,7 +117,12 @@ class Pipeline:
 
     @property
     def device(self) -> torch.device:
-        return self.transformer.proj_out.weight.device
+        """Where it computes."""
+        return self.transformer.proj_out.weight.device if self.placed is None else self.placed.device
+
+    def at_work(self, part: str) -> AbstractContextManager:
+        """While a part computes: its weights are where the plan, if there is one, says."""
+        return nullcontext() if self.placed is None else self.placed.at_work(part)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -255,7 +252,8 @@ class Pipeline:
         """All but the last step: the scaled latents of the clips, [B, C, T, H, W]."""
         settings, parts = batch[0], (self.vae, self.configs, self.numerics)
         text = self.encode_text(batch, given)
-        begin = prepare(batch, inputs, self.steps(settings.num_inference_steps), *parts)
+        with self.at_work("vae"):
+            begin = prepare(batch, inputs, self.steps(settings.num_inference_steps), *parts)
         latents = self.sample(settings, begin, text, callback, progress)
         return latents[:, :, settings.surplus_latents(self.configs) :]
 
@@ -301,8 +299,10 @@ class Pipeline:
         return torch.cat([null.to(prompted).expand_as(prompted), prompted])
 
     def encode_prompts(self, prompts: list[str]) -> Tensor:  # [B, L, D]
-        text = self.text_encoder.encode(prompts)
-        check_finite(text, "encoding the prompt", self.text_encoder.model, lambda: self.text_encoder.encode(prompts))
+        encoder = self.text_encoder
+        with self.at_work("text_encoder"):
+            text = encoder.encode(prompts)
+            check_finite(text, "encoding the prompt", encoder.model, lambda: encoder.encode(prompts))
         return text
 
     def sample(
@@ -314,7 +314,7 @@ class Pipeline:
         progress: bool,
     ) -> Tensor:
         """From the start to scaled latents, [B, C, T, H, W] in fp32."""
-        denoise = denoiser(self.transformer, settings, begin, text, self.numerics)
+        one_by_one = self.placed is not None and self.placed.plan.sequential_guidance
         kept = torch.float32 if self.numerics.latents_between_steps == "fp32" else self.dtype
 
         def on_step(index: int, timestep: int, frames: Tensor) -> Tensor | None:
@@ -330,7 +330,9 @@ class Pipeline:
                 return None
             return latents.transpose(1, 2)
 
-        with tqdm(total=len(begin.steps), unit="step", disable=not progress) as bar:
+        bar = tqdm(total=len(begin.steps), unit="step", disable=not progress)
+        with bar, self.at_work("transformer"):
+            denoise = denoiser(self.transformer, settings, begin, text, self.numerics, one_by_one)
             frames = begin.noisy.transpose(1, 2)
             frames = SAMPLERS[settings.sampler](denoise, frames, begin.steps, begin.generators, on_step, kept)
             return frames.transpose(1, 2)
@@ -339,14 +341,19 @@ class Pipeline:
         """Frames of each clip, uint8 [T, H, W, 3], from scaled latents [B, C, T, H, W]."""
         return list(np.concatenate(list(self.decode_each(latents)), axis=1))
 
-    @torch.inference_mode()
     def decode_each(self, latents: Tensor) -> Iterator[np.ndarray]:
         """What `decode` gives, chunk by chunk, uint8 [B, t, H, W, 3], each as soon as it is there."""
+        return (levels.cpu().numpy() for levels in self.decode_levels(latents))
+
+    @torch.inference_mode()
+    def decode_levels(self, latents: Tensor) -> Iterator[Tensor]:
+        """The same where the VAE computes."""
         z = (latents.to(self.dtype) / self.configs.vae.scaling_factor).to(next(self.vae.parameters()).dtype)
         chunks = decode_chunks(z.shape[2], self.numerics)
-        for video in self.vae.decode_each(z, chunks):
-            check_finite(video, "decoding", self.vae, lambda: deque(self.vae.decode_each(z, chunks), 0))
-            yield to_frames(video)
+        with self.at_work("vae"):
+            for video in self.vae.decode_each(z, chunks):
+                check_finite(video, "decoding", self.vae, lambda: deque(self.vae.decode_each(z, chunks), 0))
+                yield to_levels(video)
 
     def check_given(self, settings: Settings, given: dict[str, Tensor | None]) -> None:
         """Raises ValueError for tensors that this model and these settings cannot take."""

@@ -53,7 +53,7 @@ class Loading:
     """The weights, and how they are computed with.
 
     Args:
-        model: a checkpoint folder, a hub name, or "tiny", the checkpoint inside the package.
+        model: a checkpoint folder, a hub name, or one inside the package: "tiny", or "tiny-i2v" for images.
         transformer: a safetensors or GGUF file in the place of the model's.
         vae: a safetensors file in the place of the model's.
         lora: files of LoRAs, in the naming of diffusers, SAT, Kohya or CogVideoX-Fun.

@@ -23,6 +23,7 @@ from cogvx_kernels._op import OPS
 from ..host import in_host_memory
 
 PLAIN = ("reference", "minimal")  # backends that are plain PyTorch
+COMPOSITE = "CompositeImplicitAutograd"
 ONEDNN_FROM = 20480  # PyTorch's rule: the product of the first four sizes of an input of batch 1
 COMPILED = {"cpu": ("native",), "cuda": ("cuda", "triton")}
 
@@ -69,6 +70,9 @@ class LiveBytes(TorchDispatchMode):
             return False
         if fake and name.startswith("cogvx::") and name.removeprefix("cogvx::") in OPS:
             return self._run_operator(func, args)
+        if name.startswith("aten::") and torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), COMPOSITE):
+            with self:  # what it is made of may hold more than its result
+                return func.decompose(*args, **(kwargs or {}))
         result = func(*args, **(kwargs or {}))
         if fake and name == "aten::convolution" and self.target == "cpu":
             self._pass(columns(*args))

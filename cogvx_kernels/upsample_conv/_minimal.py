@@ -9,15 +9,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._op import _memory_format
-from .taps import merge_taps, split_taps, sum_pairs
+from .taps import FOR_SHAPES, merge_taps, split_taps, sum_pairs, why_not_merged
 
+__all__ = ["FOR_SHAPES"]
 _EXACT_AS_STORED = (torch.float32, torch.float64)
 _PHASES = ((0, 0), (0, 1), (1, 0), (1, 1))
 _PIXELS_AT_ONCE = 2**14  # of x: single frames are slower in oneDNN, and the fewer, the less is held twice
 
 
 def why_not(x: Tensor, weight: Tensor, bias: Tensor, double_time: bool) -> str | None:
-    return None if x.device.type == "cpu" else f"oneDNN convolves on CPUs, not on {x.device}"
+    return why_not_merged(x) if x.device.type == "cpu" else f"oneDNN convolves on CPUs, not on {x.device}"
 
 
 def forward(

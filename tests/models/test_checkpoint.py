@@ -186,7 +186,7 @@ def test_a_folder_that_is_no_checkpoint_says_so(folder, tmp_path, monkeypatch):
         (tmp_path, "is no checkpoint: it holds neither vae/config.json nor config.json"),
         (
             tmp_path / "absent" / "folder",
-            "is no folder; give a checkpoint folder, a hub name like owner/name, or tiny",
+            "is no folder; give a checkpoint folder, a hub name like owner/name, tiny or tiny-i2v",
         ),
         (tmp_path / "notes.txt", "is a file; a checkpoint is a folder"),
         ("nobody/nothing-of-this-name", "is no folder here and could not be had from the hub"),
@@ -204,6 +204,7 @@ def test_a_folder_that_is_no_checkpoint_says_so(folder, tmp_path, monkeypatch):
 
 def test_tiny_is_inside_the_package():
     assert resolve_folder("tiny").parts[-3:] == ("cogvx", "assets", "tiny")
+    assert resolve_folder("tiny-i2v").parts[-3:] == ("cogvx", "assets", "tiny-i2v")
 
 
 def test_arguments_are_checked_before_anything_is_read():
