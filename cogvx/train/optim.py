@@ -1,5 +1,7 @@
 """Muon for the matrices that do the work, AdamW for everything else."""
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -60,3 +62,11 @@ def muon_adamw(model: nn.Module, muon_lr: float, adamw_lr: float, adamw_names: t
 def warmup_hold_decay(step: int, num_steps: int, num_warmup: int, num_decay: int) -> float:
     """Share of the full learning rate at `step`: a linear rise, a plateau, a linear fall to zero."""
     return min(1.0, (step + 1) / num_warmup, (num_steps - step) / num_decay)
+
+
+def cosine(step: int, num_steps: int, num_warmup: int, least: float = 0.0) -> float:
+    """Share of the full learning rate at `step`: a linear rise, then half a cosine down to `least` at the end."""
+    if step < num_warmup:
+        return (step + 1) / num_warmup
+    done = (step - num_warmup) / max(1, num_steps - num_warmup)
+    return least + (1 - least) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))

@@ -132,12 +132,17 @@ def test_a_variant_alone_is_loaded(folder, sharded):
         ExpertTransformer.from_pretrained(folder)
 
 
-@pytest.mark.parametrize("name", [WEIGHTS, "config.json"])
+@pytest.mark.parametrize("name", [
+    f"vae/{WEIGHTS}", "vae/config.json", f"transformer/{INDEX}", "transformer/*-00001-of-*.safetensors", "transformer",
+    "text_encoder/model.safetensors", "tokenizer/spiece.model",
+])  # fmt: skip
 def test_a_link_out_of_the_folder_is_refused(folder, tmp_path, name):
-    shutil.move(folder / "vae" / name, tmp_path / name)
-    (folder / "vae" / name).symlink_to(tmp_path / name)
+    [path] = folder.glob(name)
+    (tmp_path / "elsewhere").mkdir()
+    path.rename(tmp_path / "elsewhere" / path.name)
+    path.symlink_to(tmp_path / "elsewhere" / path.name)
     with pytest.raises(CheckpointError, match="is a link that leaves its folder"):
-        CausalVAE.from_pretrained(folder)
+        LOADERS[name.split("/")[0]](folder)
 
 
 def test_a_link_to_itself_and_a_pipe_are_refused(folder):
