@@ -39,6 +39,7 @@ def main(
     vae: Path | None = None,
     lora: tuple[Path, ...] = (),
     lora_weight: tuple[float, ...] = (),
+    memory: str | None = None,
 ) -> None:
     """Make a video from a prompt; also from a video and, with a model that takes them, from images.
 
@@ -72,14 +73,17 @@ def main(
         vae: a safetensors file in the place of the model's.
         lora: files of LoRAs, in the naming of diffusers, SAT, Kohya or CogVideoX-Fun.
         lora_weight: how much each of them counts; unset, 1.
+        memory: what the device may hold, as in 8GB, or auto, what is free there; unset, all it takes. See cogvx plan.
     """
     from ..data.video import check_writable
     from ..inputs import Inputs, planned
     from ..numerics import read_numerics
-    from ..settings import Settings, read_configs
+    from ..settings import Settings, SettingsError, read_configs
     from ._arguments import read_scales
 
     choices = read_numerics(numerics)
+    if memory is not None and lora:
+        raise SettingsError("memory is given with lora, whose weights no plan moves yet; leave one of them out")
     settings = Settings(
         prompt, negative_prompt, num_frames, height, width, num_inference_steps, read_scales(guidance_scale),
         dynamic_guidance, sampler, seed, strength, ofs, longer,
@@ -91,7 +95,7 @@ def main(
     from ..pipeline import Pipeline
     from ._arguments import torch_dtype
 
-    pipeline = Pipeline.from_pretrained(model, torch_dtype(dtype), device, choices, transformer, vae)
+    pipeline = Pipeline.from_pretrained(model, torch_dtype(dtype), device, choices, transformer, vae, memory)
     load_loras(pipeline.transformer, lora, lora_weight)
     made = pipeline.write(output, **settings.as_dict(), **files, progress=progress)
     print(f"{output}  ({made.seconds:.1f} s, seed {made.metadata['seed']})")
