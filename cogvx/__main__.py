@@ -21,7 +21,7 @@ COMMANDS = {
     "verify": "check a checkpoint folder: names, shapes, hashes, a forward pass, parity with diffusers",
     "doctor": "print versions, devices, and which kernels run",
     "convert": "write a transformer, VAE or LoRA in another format: diffusers, one file, SAT",
-    "train": "train a transformer or a LoRA on a folder of clips with captions",
+    "train": "train a transformer, a LoRA or a VAE on a folder of clips",
     "evaluate": "measure the embedded checkpoint on Shapes World",
     "demo": "make a video with the embedded checkpoint, and a contact sheet beside it",
 }
