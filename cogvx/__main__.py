@@ -90,7 +90,8 @@ def is_answer(error: Exception) -> bool:
 def one_line(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    return " ".join(str(error).split())
+    text = " ".join(str(error).split())  # it may name what a file says, which must not steer the terminal
+    return "".join(letter if letter.isprintable() else "?" for letter in text)
 
 
 def first_paragraph(boxed: str) -> str:

@@ -1,5 +1,6 @@
 """cogvx decode: turn latents into a video."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -8,6 +9,7 @@ from tyro.conf import Positional, arg
 from ._arguments import Numerics
 
 if TYPE_CHECKING:
+    import numpy as np
     from torch import Tensor
 
     from ..config import VAEConfig
@@ -43,19 +45,23 @@ def main(
 
     import torch
 
-    from ..clip import Clip
     from ..data.pixels import to_frames
+    from ..data.video import write_video
     from ..finite import check_finite
     from ._arguments import load_vae
 
     vae = load_vae(model, numerics, device)
-    z = z.to(next(vae.parameters()))
+    z, shapes = z.to(next(vae.parameters())), []
+
+    def frames() -> Iterator["np.ndarray"]:
+        for video in vae.decode_each(z):
+            check_finite(video, "decoding", vae, lambda: vae.decode(z))
+            shapes.append(video.shape[2:])
+            yield to_frames(video)[0]
+
     with torch.inference_mode():
-        video = vae.decode(z)
-        check_finite(video, "decoding", vae, lambda: vae.decode(z))
-    clip = Clip(to_frames(video)[0], stated_rate(metadata), {"not_replayable_because_of": ["latents"]})
-    clip.save(output)
-    print(f"{output}  {len(clip.frames)} frames of {clip.frames.shape[2]} x {clip.frames.shape[1]}")
+        write_video(output, frames(), stated_rate(metadata), {"not_replayable_because_of": ["latents"]})
+    print(f"{output}  {sum(shape[0] for shape in shapes)} frames of {shapes[0][2]} x {shapes[0][1]}")
 
 
 def check_latents(file: Path, tensors: "dict[str, Tensor]", config: "VAEConfig") -> "Tensor":
