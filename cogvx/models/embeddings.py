@@ -66,6 +66,12 @@ def timestep_embedding(
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
+def forget_positions() -> None:
+    """Free the tables that are kept between calls; they are made again when they are needed."""
+    sincos_positions.cache_clear()
+    rope_positions.cache_clear()
+
+
 @lru_cache(maxsize=4)
 def sincos_positions(grid: Grid, width: int, space_scale: float, time_scale: float, device: torch.device) -> Tensor:
     """What is added to each vision token once, [N, D]: a quarter of the width for time, 3/8 each for W and for H."""
