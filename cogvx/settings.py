@@ -11,7 +11,7 @@ from .config import ScheduleConfig, TransformerConfig, VAEConfig
 from .diffusion.guidance import SCALES
 from .diffusion.samplers import SAMPLERS
 from .diffusion.schedule import cumulative_alphas, timesteps
-from .models.checkpoint import CheckpointError, component_folder, read_config, resolve_folder
+from .models.checkpoint import CheckpointError, component_folder, own_or_shared, read_config, resolve_folder
 from .models.transformer import OFS
 from .numerics import DIFFUSERS, Numerics
 
@@ -61,7 +61,7 @@ def read_configs(model: str | os.PathLike) -> Configs:
     """The configs of a checkpoint, as `resolve_folder` takes it. Raises CheckpointError for what is none."""
     root = resolve_folder(model)
     for component in ("transformer", "vae", "text_encoder", "tokenizer", "scheduler"):
-        if not (root / component).is_dir() and not component_folder(root, component).is_dir():
+        if not own_or_shared(root, component).is_dir():
             raise CheckpointError(f"{root} is no checkpoint of a pipeline: the folder {component} is missing in it")
     configs = Configs(
         read_config(TransformerConfig, component_folder(root, "transformer"), root),

@@ -83,12 +83,15 @@ def check_contents(root: Path) -> Path:
     return root
 
 
+def own_or_shared(root: Path, component: str) -> Path:
+    """`root`/`component`, or the folder of the embedded checkpoint that the other embedded one takes it from."""
+    return (TINY if root == TINY_I2V and component in SHARED else root) / component
+
+
 def component_folder(root: Path, component: str) -> Path:
     """`root`/`component` of a pipeline's folder, or `root` itself where that is a component's folder."""
-    if (root / component).is_dir():
-        return root / component
-    if component in SHARED and root == TINY_I2V:
-        return TINY / component
+    if (folder := own_or_shared(root, component)).is_dir():
+        return folder
     if (root / "config.json").is_file():
         return root
     raise CheckpointError(f"{root} is no checkpoint: it holds neither {component}/config.json nor config.json")
