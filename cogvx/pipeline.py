@@ -1,6 +1,5 @@
 """Text, images and video in, video out, in five visible steps: settings, text, start, sampling, frames."""
 
-import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -24,17 +23,15 @@ from .finite import NonFiniteError, all_finite, check_finite
 from .inputs import NAMES, Inputs, Picture, Video, planned
 from .machine import computable, environment, peak_memory, pick_device
 from .models.checkpoint import CheckpointError, resolve_folder
-from .models.choices import decode_chunks, last_norm_eps, num_text_tokens
+from .models.choices import decode_chunks, first_alone, last_norm_eps, num_text_tokens
 from .models.files import files_beside
 from .models.saving import content_hash, new_folder, write_json
 from .models.text import TextEncoder
 from .models.transformer import ExpertTransformer
 from .models.vae import CausalVAE
-from .numerics import DIFFUSERS, Numerics, differences, followed, read_numerics
+from .numerics import SAT, Numerics, read_numerics
 from .settings import Configs, Settings, SettingsError, read_configs
 from .start import Start, prepare
-
-logger = logging.getLogger(__name__)
 
 MODEL_INDEX = {
     "text_encoder": ["transformers", "T5EncoderModel"],
@@ -58,15 +55,12 @@ class Pipeline:
         configs: Configs,
         source: str = "",
         folder: Path | None = None,
-        numerics: Numerics = DIFFUSERS,
+        numerics: Numerics = SAT,
     ):
         self.transformer, self.vae, self.text_encoder = transformer.eval(), vae.eval(), text_encoder
         self.configs, self.source, self.folder = configs, source, folder
-        self.numerics = followed(numerics)
-        self.transformer.norm_out.norm.eps = last_norm_eps(configs.transformer, self.numerics)
-        if pending := differences(numerics, self.numerics):
-            names = ", ".join(pending)
-            logger.warning("numerics: these choices are not computed yet and stay diffusers': %s", names)
+        self.numerics = numerics
+        self.transformer.norm_out.norm.eps = last_norm_eps(configs.transformer, numerics)
 
     @classmethod
     def from_pretrained(
@@ -74,7 +68,7 @@ class Pipeline:
         model: str | os.PathLike = "tiny",
         dtype: torch.dtype | None = None,
         device: str | torch.device | None = None,
-        numerics: str | dict | Numerics = "diffusers",
+        numerics: str | dict | Numerics = "sat",
         transformer: str | os.PathLike | None = None,
         vae: str | os.PathLike | None = None,
     ) -> "Pipeline":
@@ -300,9 +294,11 @@ class Pipeline:
     def decode(self, latents: Tensor) -> list[np.ndarray]:
         """Frames of each clip, uint8 [T, H, W, 3], from scaled latents [B, C, T, H, W]."""
         z = (latents.to(self.dtype) / self.configs.vae.scaling_factor).to(next(self.vae.parameters()).dtype)
-        chunks = decode_chunks(z.shape[2], self.numerics)
-        video = self.vae.decode(z, chunks)
-        check_finite(video, "decoding", self.vae, lambda: self.vae.decode(z, chunks))
+        plan = decode_chunks(z.shape[2], self.numerics), first_alone(z.shape[2], self.numerics)
+        video = self.vae.decode(z, *plan)
+        check_finite(video, "decoding", self.vae, lambda: self.vae.decode(z, *plan))
+        if z.shape[2] % 2:  # of four frames a latent, the last ones are those of a clip whose first latent gives one
+            video = video[:, :, -((z.shape[2] - 1) * self.configs.time_factor + 1) :]
         return list(to_frames(video))
 
     def check_given(self, settings: Settings, given: dict[str, Tensor | None]) -> None:

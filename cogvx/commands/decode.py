@@ -5,8 +5,6 @@ from typing import TYPE_CHECKING, Annotated
 
 from tyro.conf import Positional, arg
 
-from ._arguments import Numerics
-
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -19,7 +17,7 @@ def main(
     latents: Annotated[Positional[Path], arg(metavar="LATENTS")],
     output: Annotated[Path, arg(aliases=["-o"])],
     model: str = "tiny",
-    numerics: Numerics = "diffusers",
+    numerics: Annotated[str, arg(metavar="{sat,diffusers}[,FIELD=CHOICE...]")] = "sat",
     device: str | None = None,
 ) -> None:
     """Decode unscaled latents [1, C, T, H, W] from a safetensors file, as `cogvx encode` writes it.
@@ -28,13 +26,15 @@ def main(
         latents: the safetensors file; its one tensor is named "latents".
         output: the mp4 to write.
         model: a checkpoint folder, a hub name, or "tiny".
-        numerics: whose arithmetic to follow.
+        numerics: whose arithmetic to follow, and changes to it.
         device: unset, a GPU where there is one.
     """
     from ..config import VAEConfig
     from ..data.video import check_writable
     from ..models.checkpoint import component_folder, load_tensors, read_config, resolve_folder
+    from ..numerics import read_numerics
 
+    choices = read_numerics(numerics)
     check_writable(output, ".mp4")
     root = resolve_folder(model)
     config = read_config(VAEConfig, component_folder(root, "vae"), root)
@@ -46,13 +46,15 @@ def main(
     from ..clip import Clip
     from ..data.pixels import to_frames
     from ..finite import check_finite
+    from ..models.choices import decode_chunks, first_alone
     from ._arguments import load_vae
 
-    vae = load_vae(model, numerics, device)
+    vae = load_vae(model, device)
     z = z.to(next(vae.parameters()))
     with torch.inference_mode():
-        video = vae.decode(z)
-        check_finite(video, "decoding", vae, lambda: vae.decode(z))
+        plan = decode_chunks(z.shape[2], choices), first_alone(z.shape[2], choices)
+        video = vae.decode(z, *plan)
+        check_finite(video, "decoding", vae, lambda: vae.decode(z, *plan))
     clip = Clip(to_frames(video)[0], stated_rate(metadata), {"not_replayable_because_of": ["latents"]})
     clip.save(output)
     print(f"{output}  {len(clip.frames)} frames of {clip.frames.shape[2]} x {clip.frames.shape[1]}")

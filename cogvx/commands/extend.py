@@ -25,7 +25,7 @@ def main(
     sampler: Literal["ddim", "dpmpp_2m_sde", "dpmpp_2m", "unipc"] | None = None,
     seed: int | None = None,
     ofs: float | None = None,
-    numerics: Annotated[str, arg(metavar="{sat,diffusers}[,FIELD=CHOICE...]")] = "diffusers",
+    numerics: Annotated[str, arg(metavar="{sat,diffusers}[,FIELD=CHOICE...]")] = "sat",
     dtype: DType | None = None,
     device: str | None = None,
     progress: bool = True,

@@ -31,7 +31,7 @@ def main(
     seed: int | None = None,
     ofs: float | None = None,
     longer: Literal["windows", "riflex"] | None = None,
-    numerics: Annotated[str, arg(metavar="{sat,diffusers}[,FIELD=CHOICE...]")] = "diffusers",
+    numerics: Annotated[str, arg(metavar="{sat,diffusers}[,FIELD=CHOICE...]")] = "sat",
     dtype: DType | None = None,
     device: str | None = None,
     progress: bool = True,

@@ -25,7 +25,7 @@ def main(
     ofs: float | None = None,
     refinements: int = 0,
     reconstruct: Path | None = None,
-    numerics: Annotated[str, arg(metavar="{sat,diffusers}[,FIELD=CHOICE...]")] = "diffusers",
+    numerics: Annotated[str, arg(metavar="{sat,diffusers}[,FIELD=CHOICE...]")] = "sat",
     dtype: DType | None = None,
     device: str | None = None,
     progress: bool = True,

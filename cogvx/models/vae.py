@@ -9,6 +9,7 @@ result. Submodule names are those of the published checkpoints. In memory channe
 Source: "CogVideoX" (arXiv 2408.06072), section 2.1, and the released configurations.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from cogvx_kernels import causal_conv3d, downsample_conv, group_norm_silu, spatial_norm_silu, upsample_conv
 
 from ..config import VAEConfig
+from .fp16 import overflowed, widened
 from .loading import ConfigLike, load_model
 from .saving import SHARD_BYTES, save_model
 
@@ -29,6 +31,7 @@ class Halos(dict[nn.Module, Tensor]):
     """What each causal convolution read last; empty before the first chunk, and nothing is kept of the `last`."""
 
     last: bool = False
+    first_alone: bool = True  # of an odd number of frames, where time doubles
 
 
 class CausalVAE(nn.Module):
@@ -44,7 +47,6 @@ class CausalVAE(nn.Module):
     def from_pretrained(
         cls,
         folder: str | Path,
-        numerics: str = "diffusers",
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
         config: ConfigLike = None,
@@ -56,23 +58,37 @@ class CausalVAE(nn.Module):
         Raises:
             CheckpointError: the folder is no checkpoint, or a damaged, incomplete or unsafe one.
         """
-        return load_model(cls, "vae", folder, numerics, dtype, device, config)
+        return load_model(cls, "vae", folder, dtype, device, config)
 
     def save_pretrained(self, folder: str | Path, shard_bytes: int = SHARD_BYTES) -> None:
         """Write the VAE's own published folder; diffusers loads it too."""
         save_model(self, folder, shard_bytes)
 
     def encode(self, video: Tensor, chunks: list[int] | None = None) -> "Posterior":
-        """The distribution of latents behind a video [B, 3, T, H, W] in [-1, 1]; chunks of None are `encode_chunks`."""
-        moments = in_chunks(self.encoder, video, chunks or encode_chunks(video.shape[2]))
+        """The distribution of latents behind a video [B, 3, T, H, W] in [-1, 1]; chunks of None are `encode_chunks`.
+
+        Where fp16 cannot hold what is computed, this is repeated, and answered, in fp32.
+        """
+        plan = (chunks or encode_chunks(video.shape[2]),)
+        moments = in_chunks(self.encoder, video, *plan)
+        if overflowed(moments):
+            moments = in_chunks(widened(self.encoder, torch.float32), video.float(), *plan)
         return Posterior(*moments.contiguous().chunk(2, dim=1))
 
-    def decode(self, latents: Tensor, chunks: list[int] | None = None) -> Tensor:
+    def decode(self, latents: Tensor, chunks: list[int] | None = None, first_alone: bool | None = None) -> Tensor:
         """The video [B, 3, T, H, W] behind unscaled latents [B, C, T, H, W]; nominally in [-1, 1], not clamped.
 
-        chunks of None are `decode_chunks`.
+        chunks of None are `decode_chunks`. first_alone: the first latent gives one frame and all others four, else each
+        of them four; None is the former for an odd number of latents. Where fp16 cannot hold what is computed, this is
+        repeated, and answered, in fp32.
         """
-        return in_chunks(self.decoder, latents, chunks or decode_chunks(latents.shape[2])).contiguous()
+        num_latents = latents.shape[2]
+        alone = num_latents % 2 == 1 if first_alone is None else first_alone
+        plan = chunks or decode_chunks(num_latents), alone
+        video = in_chunks(self.decoder, latents, *plan)
+        if overflowed(video):
+            video = in_chunks(widened(self.decoder, torch.float32), latents.float(), *plan)
+        return video.contiguous()
 
 
 @dataclass(frozen=True)
@@ -99,11 +115,13 @@ class Posterior:
         return 0.5 * (self.mean.square() + self.logvar.exp() - 1.0 - self.logvar).flatten(1).sum(1)
 
 
-def in_chunks(model: nn.Module, x: Tensor, lengths: list[int]) -> Tensor:
+def in_chunks(
+    model: Callable[[Tensor, Halos], Tensor], x: Tensor, lengths: list[int], first_alone: bool = True
+) -> Tensor:
     """The results of a half of the VAE over chunks of these lengths, one after another, joined along time."""
     halos, parts = Halos(), []
     for i, chunk in enumerate(x.split(lengths, dim=2)):
-        halos.last = i == len(lengths) - 1
+        halos.last, halos.first_alone = i == len(lengths) - 1, first_alone and i == 0
         parts.append(model(chunk, halos))
     return torch.cat(parts, dim=2) if len(parts) > 1 else parts[0]
 
@@ -181,7 +199,7 @@ class Decoder(nn.Module):
             for resnet in block.resnets:
                 x = resnet(x, z, halos)
             for upsample in block.upsamplers:
-                x = upsample(x)
+                x = upsample(x, halos.first_alone)
         return self.conv_out(self.norm_out(x, z, halos.pop(self.conv_out, None)), halos)
 
 
@@ -275,14 +293,17 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Twice the height and width, and with `double_time` twice the frames, an odd first frame kept alone."""
+    """Twice the height and width, and with `double_time` twice the frames, where asked an odd first one kept alone."""
 
     def __init__(self, width: int, double_time: bool):
         super().__init__()
         self.double_time = double_time
         self.conv = nn.Conv2d(width, width, 3, padding=1)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, first_alone: bool = True) -> Tensor:
+        if self.double_time and not first_alone and x.shape[2] % 2:
+            y = upsample_conv(x, self.conv.weight, self.conv.bias, False)
+            return y.repeat_interleave(2, dim=2).contiguous(memory_format=torch.channels_last_3d)
         return upsample_conv(x, self.conv.weight, self.conv.bias, self.double_time)
 
 
