@@ -46,7 +46,7 @@ EFFECTS = """
 
 From `"sat"`, one field changed to diffusers' at a time, everything else the same: the PSNR between the two clips and
 their mean absolute difference in levels of 255. The embedded checkpoint makes "a large red circle moves left on a black
-background" with seed 0 in 30 steps; where a field does nothing to it, a random small model of the kind that it concerns
+background" with seed 0 in 12 steps; where a field does nothing to it, a random small model of the kind that it concerns
 is measured (6 steps, 17 frames; its clips are noise, so the figures tell that there is a difference, not how it looks).
 A low PSNR is another clip from the same noise, not a worse one.
 
