@@ -21,6 +21,7 @@ COMMANDS = {
     "verify": "check a checkpoint folder: names, shapes, hashes, a forward pass, parity with diffusers",
     "doctor": "print versions, devices, and which kernels run",
     "convert": "write a transformer, VAE or LoRA in another format: diffusers, one file, SAT",
+    "train": "train a transformer or a LoRA on a folder of clips with captions",
     "evaluate": "measure the embedded checkpoint on Shapes World",
     "demo": "make a video with the embedded checkpoint, and a contact sheet beside it",
 }
@@ -89,7 +90,8 @@ def is_answer(error: Exception) -> bool:
 def one_line(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    return " ".join(str(error).split())
+    text = " ".join(str(error).split())  # it may name what a file says, which must not steer the terminal
+    return "".join(letter if letter.isprintable() else "?" for letter in text)
 
 
 def first_paragraph(boxed: str) -> str:

@@ -22,3 +22,12 @@ class Clip:
         """Write an H.264 mp4 that carries the metadata; the file appears whole or not at all."""
         write_video(path, self.frames, self.fps, self.metadata)
         return Path(path)
+
+
+@dataclass(frozen=True)
+class Written:
+    """A video that went into a file frame by frame, and how it was made."""
+
+    path: Path
+    metadata: dict
+    seconds: float  # that it took to make and to write

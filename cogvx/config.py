@@ -273,33 +273,33 @@ _5B_VAE = VAEConfig(scaling_factor=0.7)
 _1_5_VAE = replace(_5B_VAE, invert_scale_latents=True)
 _5B_SCHEDULE = ScheduleConfig(snr_shift_scale=1.0)
 
+_TINY = TransformerConfig(
+    num_attention_heads=4,
+    num_layers=6,
+    time_embed_dim=64,
+    text_embed_dim=256,
+    max_text_seq_length=32,
+    sample_width=8,
+    sample_height=8,
+    sample_frames=17,
+    use_rotary_positional_embeddings=True,
+)
+_TINY_VAE = VAEConfig(
+    block_out_channels=(16, 32, 64, 96),
+    layers_per_block=1,
+    norm_num_groups=8,
+    sample_height=64,
+    sample_width=64,
+)
+
 PRESETS = {
     "2b": Preset(),
     "5b": Preset(_5B, _5B_VAE, _5B_SCHEDULE),
     "5b-i2v": Preset(replace(_5B, in_channels=32, use_learned_positional_embeddings=True), _5B_VAE, _5B_SCHEDULE),
     "1.5-5b": Preset(_1_5_5B, _1_5_VAE, _5B_SCHEDULE),
     "1.5-5b-i2v": Preset(replace(_1_5_5B, in_channels=32, ofs_embed_dim=512), _1_5_VAE, _5B_SCHEDULE),
-    "tiny": Preset(
-        TransformerConfig(
-            num_attention_heads=4,
-            num_layers=6,
-            time_embed_dim=64,
-            text_embed_dim=256,
-            max_text_seq_length=32,
-            sample_width=8,
-            sample_height=8,
-            sample_frames=17,
-            use_rotary_positional_embeddings=True,
-        ),
-        VAEConfig(
-            block_out_channels=(16, 32, 64, 96),
-            layers_per_block=1,
-            norm_num_groups=8,
-            sample_height=64,
-            sample_width=64,
-        ),
-        ScheduleConfig(snr_shift_scale=1.0),
-    ),
+    "tiny": Preset(_TINY, _TINY_VAE, _5B_SCHEDULE),
+    "tiny-i2v": Preset(replace(_TINY, in_channels=32, num_layers=4), _TINY_VAE, _5B_SCHEDULE),
 }
 
 

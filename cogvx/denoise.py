@@ -27,16 +27,20 @@ def denoiser(
     begin: Start,
     text: Tensor,  # [B, L, D]; with guidance [2B, L, D], those of the negative prompt first
     numerics: Numerics,
+    sequential: bool = False,
 ) -> Denoiser:
     """(latents [B, T, C, H, W], timestep, index of the step) to the guided velocity, in fp32.
 
     Clips longer than trained are seen in windows that overlap by half, where the settings say so; in all but the first
-    an image model sees no first image, as when it was dropped in training.
+    an image model sees no first image, as when it was dropped in training. sequential: clips and the two sides of
+    guidance pass one after another, which takes less memory.
 
     Raises NumericsError for a size that these numerics have no positions for.
     """
     guided, steps, dtype = len(text) > len(begin.noisy), begin.steps, transformer.proj_out.weight.dtype
-    table = transformer.tabulate([step.timestep for step in steps], batch=len(text), ofs=settings.ofs)
+    table = transformer.tabulate(
+        [step.timestep for step in steps], batch=1 if sequential else len(text), ofs=settings.ofs
+    )
     length, (num_latents, *size) = window_length(transformer.config), begin.noisy.shape[2:]
     in_windows = settings.longer == "windows" and num_latents > length
     grid = (length if in_windows else num_latents, *size)
@@ -50,10 +54,16 @@ def denoiser(
         x = (torch.cat([frames, frames]) if guided else frames).transpose(1, 2)
         inputs = x.to(dtype), text, torch.full((len(x),), timestep, device=x.device)
         how = {"ofs": settings.ofs, "placement": places}
-        v = transformer(*inputs, table.at(timestep), **how, careful=careful)
+        passes = list(zip(*(part.split(1) for part in inputs), strict=True)) if sequential else [inputs]
+
+        def predicted() -> Tensor:
+            made = [transformer(*one, table.at(timestep), **how, careful=careful) for one in passes]
+            return torch.cat(made) if sequential else made[0]
+
+        v = predicted()
         if overflowed(v):
             careful = True
-            v = transformer(*inputs, table.at(timestep), **how, careful=True)
+            v = predicted()
         v = v.float().transpose(1, 2)
         where = f"step {index + 1} of {len(steps)}"
         check_finite(v, where, transformer, lambda: transformer(*inputs, **how, careful=careful))

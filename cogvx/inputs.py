@@ -1,36 +1,43 @@
-"""What a video is made from beside words: an image, a last image, a video and a mask, as pixels."""
+"""What a video is made from beside words: images, a video and a mask, as pixels, and noise."""
 
 import hashlib
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Self
 
 import numpy as np
+import torch
 from PIL import Image
+from torch import Tensor
 
 from .clip import Clip
 from .data.image import READABLE_FORMATS, fitted, read_image
 from .data.video import read_video
+from .finite import all_finite
+from .models.checkpoint import load_tensors
 from .numerics import Numerics
 from .settings import Configs, Settings, SettingsError
 
 Picture = str | os.PathLike | np.ndarray | Image.Image  # a file, uint8 [H, W, 3], or Pillow's
 Video = str | os.PathLike | np.ndarray | Clip  # a file, uint8 [T, H, W, 3], or a clip that was made
+Noise = str | os.PathLike | Tensor  # a safetensors file as `cogvx invert` writes it, or [1, C, T, H, W]
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 HALF = 128  # a mask's pixels from this level on are made anew
 
 
 @dataclass(frozen=True, eq=False)
 class Inputs:
-    """The pixels that a call was given; None for what it was not."""
+    """The pixels, and the noise, that a call was given; None for what it was not."""
 
     image: np.ndarray | None = None  # uint8 [H, W, 3], the first frame
     last_image: np.ndarray | None = None  # uint8 [H, W, 3], the last frame
     video: np.ndarray | None = None  # uint8 [T, H, W, 3], what to start from
     mask: np.ndarray | None = None  # bool [1 or T, H, W], where to make it anew
+    latents: Tensor | None = None  # [1, C, T, H, W], the noise to start from, in the place of what would be drawn
     fps: float | None = None  # of the video, where it has one
-    hashes: dict[str, str] = field(default_factory=dict)  # SHA-256 of each one's shape and pixels, as they were given
+    hashes: dict[str, str] = field(default_factory=dict)  # SHA-256 of each one's shape and values, as they were given
 
     @classmethod
     def read(
@@ -39,20 +46,26 @@ class Inputs:
         last_image: Picture | None = None,
         video: Video | None = None,
         mask: Picture | Video | None = None,
+        latents: Noise | None = None,
     ) -> Self:
-        """Files, arrays and clips as pixels. Raises SettingsError, ImageError or VideoError for what is none."""
+        """Files, arrays and clips as pixels, and noise; raises SettingsError, ImageError, VideoError or CheckpointError
+        for what is none."""
         frames, fps = (None, None) if video is None else _frames("video", video)
         read = {
             "image": None if image is None else _picture("image", image),
             "last_image": None if last_image is None else _picture("last_image", last_image),
             "video": frames,
             "mask": None if mask is None else _mask(mask),
+            "latents": None if latents is None else _noise(latents),
         }
         return cls(**read, fps=fps, hashes={name: _hash(x) for name, x in read.items() if x is not None})
 
-    def pasted(self, frames: np.ndarray) -> np.ndarray:  # [T, H, W, 3]
-        """Frames with the video's own pixels outside of the mask."""
-        return frames if self.mask is None else np.where(self.mask[..., None], frames, self.video)
+    def pasted(self, frames: np.ndarray, start: int = 0) -> np.ndarray:  # [T, H, W, 3]
+        """Frames, the first of which is frame `start` of the video, with the video's own pixels outside of the mask."""
+        if self.mask is None:
+            return frames
+        here = slice(start, start + len(frames))
+        return np.where(self.mask[here if len(self.mask) > 1 else slice(None), ..., None], frames, self.video[here])
 
     def check(self, configs: Configs) -> None:
         """Raises SettingsError for inputs that this model cannot take, or that miss each other."""
@@ -93,8 +106,21 @@ class Inputs:
                                     "where the video is to be made anew")  # fmt: skip
         return replace(self, **changed)
 
+    def sized(self, settings: Settings, configs: Configs) -> Settings:
+        """The settings, those of the size that are unset being what the noise says."""
+        if self.latents is None:
+            return settings
+        filling = (configs.transformer.patch_size_t or 1) - 1  # latent frames that only fill up a patch in time
+        num_latents, height, width = self.latents.shape[2:]
+        size = {
+            "num_frames": max(num_latents - filling - 1, 0) * configs.time_factor + 1,
+            "height": height * configs.space_factor,
+            "width": width * configs.space_factor,
+        }
+        return replace(settings, **{name: n for name, n in size.items() if getattr(settings, name) is None})
 
-NAMES = ("image", "last_image", "video", "mask")
+
+NAMES = ("image", "last_image", "video", "mask", "latents")
 
 
 def planned(settings: Settings, inputs: Inputs, configs: Configs, numerics: Numerics) -> tuple[Settings, Inputs]:
@@ -103,6 +129,7 @@ def planned(settings: Settings, inputs: Inputs, configs: Configs, numerics: Nume
     Raises SettingsError for any that do not fit the model, or each other.
     """
     inputs.check(configs)
+    settings = inputs.sized(settings, configs)
     if inputs.video is None:
         settings = replace(settings, strength=None)
     elif settings.strength is None:
@@ -112,6 +139,8 @@ def planned(settings: Settings, inputs: Inputs, configs: Configs, numerics: Nume
         settings = replace(settings, num_frames=counts[(min(len(inputs.video), counts[-1]) - 1) // counts.step])
     settings = settings.resolve(configs, numerics)
     inputs = inputs.fitted(settings)
+    if inputs.latents is not None:
+        checked("latents", inputs.latents, (1, *settings.latent_shape(configs)))
     if configs.takes_image and inputs.image is None:
         inputs = replace(inputs, image=inputs.video[0])
     return settings, inputs
@@ -154,13 +183,39 @@ def _mask(value: Picture | Video) -> np.ndarray:
     return levels.mean(axis=-1) >= HALF
 
 
-def _hash(value: np.ndarray) -> str:
-    head = f"{value.dtype} {list(value.shape)}\n".encode()
+def _noise(value: Noise) -> Tensor:
+    if isinstance(value, str | os.PathLike):
+        tensors, _ = load_tensors(value)
+        if list(tensors) != ["latents"]:
+            what = f"tensors named {', '.join(map(repr, tensors))[:200] or 'nothing'}"
+            raise SettingsError(f"latents is {value}, which holds {what}; it must hold one, 'latents' [1, C, T, H, W]")
+        value = tensors["latents"]
+    if not isinstance(value, Tensor) or value.dim() != 5 or not value.is_floating_point():
+        what = "a safetensors file or a tensor of numbers [1, C, T, H, W]"
+        raise SettingsError(f"latents is {_kind(value)}; it must be {what}")
+    return value
+
+
+def checked(name: str, value: object, shape: Sequence[int]) -> Tensor:
+    """`value`, if it is a tensor of that shape with finite values. Raises SettingsError otherwise."""
+    if not isinstance(value, Tensor):
+        raise SettingsError(f"{name} is of type {type(value).__name__}; it must be a tensor")
+    if tuple(value.shape) != tuple(shape):
+        raise SettingsError(f"{name} has shape {list(value.shape)}; here it must be {list(shape)}")
+    if not all_finite(value):
+        raise SettingsError(f"{name} holds values that are not finite; it must hold finite numbers alone")
+    return value
+
+
+def _hash(value: np.ndarray | Tensor) -> str:
+    head = f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}\n".encode()
+    if isinstance(value, Tensor):
+        value = value.detach().cpu().contiguous().view(torch.uint8).numpy()
     return hashlib.sha256(head + np.ascontiguousarray(value).tobytes()).hexdigest()
 
 
 def _kind(value: object) -> str:
-    if isinstance(value, np.ndarray):
+    if isinstance(value, np.ndarray | Tensor):
         return f"{value.dtype} {list(value.shape)}"
     return f"of type {type(value).__name__}"
 

@@ -77,11 +77,10 @@ def invert(
 def reconstruct(pipeline: Pipeline, inversion: Inversion, progress: bool = True) -> Clip:
     """The video that DDIM makes of the noise."""
     settings = replace(inversion.settings, strength=None)
-    inputs = replace(inversion.inputs, video=None)
+    inputs = replace(inversion.inputs, video=None, latents=inversion.latents)
     *null, prompted = inversion.text.split(1)
     embeds = {"prompt_embeds": prompted, "negative_prompt_embeds": null[0] if null else None}
-    given = {"latents": inversion.latents, **embeds}
-    return pipeline.generate([settings], inputs, given, None, progress)[0]
+    return pipeline.generate([settings], inputs, embeds, None, progress)[0]
 
 
 def psnr(clip: Clip, inversion: Inversion) -> float:

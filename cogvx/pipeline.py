@@ -2,43 +2,40 @@
 
 import os
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from .clip import Clip
-from .config import Published
-from .data.pixels import to_frames
+from .clip import Clip, Written
+from .data.pixels import to_levels
+from .data.video import write_video
 from .denoise import denoiser
 from .diffusion.samplers import SAMPLERS
 from .diffusion.schedule import Step, sampling_steps
-from .finite import NonFiniteError, all_finite, check_finite
-from .inputs import NAMES, Inputs, Picture, Video, planned
-from .machine import computable, environment, peak_memory, pick_device
-from .models.checkpoint import CheckpointError, resolve_folder
+from .finite import NonFiniteError, check_finite
+from .inputs import NAMES, Inputs, Noise, Picture, Video, checked, planned
+from .machine import environment, peak_memory, pick_device
+from .memory.placed import Placed
+from .memory.plan import Plan
+from .models.checkpoint import resolve_folder
 from .models.choices import decode_chunks, first_alone, last_norm_eps, num_text_tokens
 from .models.files import files_beside
-from .models.saving import content_hash, new_folder, write_json
+from .models.saving import content_hash
 from .models.text import TextEncoder
 from .models.transformer import ExpertTransformer
 from .models.vae import CausalVAE
 from .numerics import SAT, Numerics, read_numerics
+from .parts import check_folder, load_part, save_parts
 from .settings import Configs, Settings, SettingsError, read_configs
 from .start import Start, prepare
-
-MODEL_INDEX = {
-    "text_encoder": ["transformers", "T5EncoderModel"],
-    "tokenizer": ["transformers", "T5Tokenizer"],
-    "transformer": ["diffusers", "CogVideoXTransformer3DModel"],
-    "vae": ["diffusers", "AutoencoderKLCogVideoX"],
-}
 
 # (pipeline, step index, timestep, {"latents": ...}) -> a dict that may hold other latents to go on with, or None
 OnStepEnd = Callable[["Pipeline", int, int, dict], dict | None]
@@ -56,10 +53,15 @@ class Pipeline:
         source: str = "",
         folder: Path | None = None,
         numerics: Numerics = SAT,
+        plan: Plan | None = None,
+        device: torch.device | None = None,  # that a plan is for
     ):
         self.transformer, self.vae, self.text_encoder = transformer.eval(), vae.eval(), text_encoder
         self.configs, self.source, self.folder = configs, source, folder
-        self.numerics = numerics
+        self.numerics, self.placed = numerics, None
+        if plan is not None:
+            parts = {"text_encoder": text_encoder.model, "transformer": self.transformer, "vae": self.vae}
+            self.placed = Placed(plan, parts, device or self.device)
         self.transformer.norm_out.norm.eps = last_norm_eps(configs.transformer, numerics)
 
     @classmethod
@@ -72,7 +74,7 @@ class Pipeline:
         transformer: str | os.PathLike | None = None,
         vae: str | os.PathLike | None = None,
     ) -> "Pipeline":
-        """Load a published folder, a hub name, or "tiny", the checkpoint inside this package.
+        """Load a published folder, a hub name, or a checkpoint inside this package: "tiny", or "tiny-i2v" for images.
 
         dtype: None keeps the stored one, except that fp16 is computed in fp32 on a CPU. device: None takes a GPU where
         there is one. numerics: "sat", what the weights were trained with, "diffusers", or the choices one by one, a
@@ -92,16 +94,7 @@ class Pipeline:
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
         """Write the published folder layout, which diffusers loads too."""
-        with new_folder(folder) as partial:
-            self.transformer.save_pretrained(partial / "transformer")
-            self.vae.save_pretrained(partial / "vae")
-            self.text_encoder.save_pretrained(partial)
-            (partial / "scheduler").mkdir()
-            scheduler = self.configs.schedule.to_dict()
-            write_json(partial / "scheduler" / "scheduler_config.json", scheduler)
-            name = "CogVideoXImageToVideoPipeline" if self.configs.takes_image else "CogVideoXPipeline"
-            index = {"_class_name": name, **MODEL_INDEX, "scheduler": ["diffusers", scheduler["_class_name"]]}
-            write_json(partial / "model_index.json", index)
+        save_parts(folder, self.transformer, self.vae, self.text_encoder, self.configs)
 
     def release_modulation(self, num_inference_steps: int = 50) -> None:
         """Free the weights that modulate the transformer, a fifth of 2B's, a seventh of 5B's.
@@ -118,7 +111,12 @@ class Pipeline:
 
     @property
     def device(self) -> torch.device:
-        return self.transformer.proj_out.weight.device
+        """Where it computes."""
+        return self.transformer.proj_out.weight.device if self.placed is None else self.placed.device
+
+    def at_work(self, part: str) -> AbstractContextManager:
+        """While a part computes: its weights are where the plan, if there is one, says."""
+        return nullcontext() if self.placed is None else self.placed.at_work(part)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -148,7 +146,7 @@ class Pipeline:
         seed: int | None = None,
         ofs: float | None = None,
         longer: str | None = None,
-        latents: Tensor | None = None,  # [1, C, T, H, W], the noise to start from
+        latents: Noise | None = None,  # [1, C, T, H, W], or a file of it: the noise to start from
         prompt_embeds: Tensor | None = None,  # [1, L, D]
         negative_prompt_embeds: Tensor | None = None,  # [1, L, D]
         callback_on_step_end: OnStepEnd | None = None,
@@ -161,7 +159,8 @@ class Pipeline:
         Clip, of which as many frames are taken as are made; strength: how far it goes back towards noise first, from
         above 0 to 1, all the way. mask: an image for all frames or a video, white where the video is made anew; all
         other pixels stay as they are. longer: allows more frames than trained, seen by the model in overlapping
-        "windows", or all at once with positions after "riflex".
+        "windows", or all at once with positions after "riflex". latents: noise in the place of what the seed draws,
+        which says the size too where that is unset.
 
         Raises: SettingsError, a ValueError, that names an argument that does not fit, its value and the nearest valid
         one; NonFiniteError when a computation leaves the finite numbers, with the step and the module.
@@ -171,9 +170,9 @@ class Pipeline:
                 prompt, negative_prompt, num_frames, height, width, num_inference_steps, guidance_scale,
                 dynamic_guidance, sampler, seed, strength, ofs, longer,
             ),
-            Inputs.read(image, last_image, video, mask), self.configs, self.numerics,
+            Inputs.read(image, last_image, video, mask, latents), self.configs, self.numerics,
         )  # fmt: skip
-        given = {"latents": latents, "prompt_embeds": prompt_embeds, "negative_prompt_embeds": negative_prompt_embeds}
+        given = {"prompt_embeds": prompt_embeds, "negative_prompt_embeds": negative_prompt_embeds}
         self.check_given(settings, given)
         return self.generate([settings], inputs, given, callback_on_step_end, progress)[0]
 
@@ -227,18 +226,55 @@ class Pipeline:
         progress: bool,
     ) -> list[Clip]:
         """The five steps, for resolved settings that differ in prompt and seed alone."""
-        began, settings, parts = time.perf_counter(), batch[0], (self.vae, self.configs, self.numerics)
-        text = self.encode_text(batch, given)
-        begin = prepare(batch, inputs, given.get("latents"), self.steps(settings.num_inference_steps), *parts)
-        latents = self.sample(settings, begin, text, callback, progress)
-        frames = self.decode(latents[:, :, settings.surplus_latents(self.configs) :])
+        began = time.perf_counter()
+        latents = self.make_latents(batch, inputs, given, callback, progress)
+        frames = self.decode(latents)
         seconds = (time.perf_counter() - began) / len(batch)
         reasons = [name for name, value in {**given, "callback_on_step_end": callback}.items() if value is not None]
-        reasons += [] if self.folder else ["model"]
-        reasons += [*files_beside(self.transformer, self.vae)]
         described = [self.describe(s, inputs, reasons, len(batch)) for s in batch]
         frames = [inputs.pasted(f) for f in frames]
         return [Clip(f, about["fps"], about, seconds) for f, about in zip(frames, described, strict=True)]
+
+    def make_latents(
+        self,
+        batch: list[Settings],
+        inputs: Inputs,
+        given: dict[str, Tensor | None],
+        callback: OnStepEnd | None,
+        progress: bool,
+    ) -> Tensor:
+        """All but the last step: the scaled latents of the clips, [B, C, T, H, W]."""
+        settings, parts = batch[0], (self.vae, self.configs, self.numerics)
+        text = self.encode_text(batch, given)
+        with self.at_work("vae"):
+            begin = prepare(batch, inputs, self.steps(settings.num_inference_steps), *parts)
+        latents = self.sample(settings, begin, text, callback, progress)
+        return latents[:, :, settings.surplus_latents(self.configs) :]
+
+    @torch.inference_mode()
+    def write(
+        self, output: str | os.PathLike, prompt: str, seed: int | None = None, progress: bool = True, **settings
+    ) -> Written:
+        """Make a video of the prompt and write its frames to an mp4 as they are decoded: no clip is ever held whole.
+
+        The file is the one that `pipeline(...).save(output)` writes. Takes the settings of a single call as keywords
+        beside, and raises what that does; where it raises, no file is left.
+        """
+        began = time.perf_counter()
+        inputs = Inputs.read(**{name: settings.pop(name, None) for name in NAMES})
+        settings.setdefault("strength", 0.8)
+        known, inputs = planned(Settings(prompt, seed=seed, **settings), inputs, self.configs, self.numerics)
+        latents = self.make_latents([known], inputs, {}, None, progress)
+        about, start = self.describe(known, inputs, [], 1), 0
+
+        def parts() -> Iterator[np.ndarray]:
+            nonlocal start
+            for part in self.decode_each(latents):
+                yield inputs.pasted(part[0], start)
+                start += len(part[0])
+
+        write_video(output, parts(), about["fps"], about)
+        return Written(Path(output), about, time.perf_counter() - began)
 
     def encode_text(self, batch: list[Settings], given: dict[str, Tensor | None]) -> Tensor:
         """Embeddings of the prompts, [B, L, D]; with guidance behind those of the negative prompt, [2B, L, D]."""
@@ -257,8 +293,10 @@ class Pipeline:
         return torch.cat([null.to(prompted).expand_as(prompted), prompted])
 
     def encode_prompts(self, prompts: list[str]) -> Tensor:  # [B, L, D]
-        text = self.text_encoder.encode(prompts)
-        check_finite(text, "encoding the prompt", self.text_encoder.model, lambda: self.text_encoder.encode(prompts))
+        encoder = self.text_encoder
+        with self.at_work("text_encoder"):
+            text = encoder.encode(prompts)
+            check_finite(text, "encoding the prompt", encoder.model, lambda: encoder.encode(prompts))
         return text
 
     def sample(
@@ -270,7 +308,7 @@ class Pipeline:
         progress: bool,
     ) -> Tensor:
         """From the start to scaled latents, [B, C, T, H, W] in fp32."""
-        denoise = denoiser(self.transformer, settings, begin, text, self.numerics)
+        one_by_one = self.placed is not None and self.placed.plan.sequential_guidance
         kept = torch.float32 if self.numerics.latents_between_steps == "fp32" else self.dtype
 
         def on_step(index: int, timestep: int, frames: Tensor) -> Tensor | None:
@@ -286,20 +324,34 @@ class Pipeline:
                 return None
             return latents.transpose(1, 2)
 
-        with tqdm(total=len(begin.steps), unit="step", disable=not progress) as bar:
+        bar = tqdm(total=len(begin.steps), unit="step", disable=not progress)
+        with bar, self.at_work("transformer"):
+            denoise = denoiser(self.transformer, settings, begin, text, self.numerics, one_by_one)
             frames = begin.noisy.transpose(1, 2)
             frames = SAMPLERS[settings.sampler](denoise, frames, begin.steps, begin.generators, on_step, kept)
             return frames.transpose(1, 2)
 
     def decode(self, latents: Tensor) -> list[np.ndarray]:
         """Frames of each clip, uint8 [T, H, W, 3], from scaled latents [B, C, T, H, W]."""
+        return list(np.concatenate(list(self.decode_each(latents)), axis=1))
+
+    def decode_each(self, latents: Tensor) -> Iterator[np.ndarray]:
+        """What `decode` gives, chunk by chunk, uint8 [B, t, H, W, 3], each as soon as it is there."""
+        return (levels.cpu().numpy() for levels in self.decode_levels(latents))
+
+    @torch.inference_mode()
+    def decode_levels(self, latents: Tensor) -> Iterator[Tensor]:
+        """The same where the VAE computes."""
         z = (latents.to(self.dtype) / self.configs.vae.scaling_factor).to(next(self.vae.parameters()).dtype)
-        plan = decode_chunks(z.shape[2], self.numerics), first_alone(z.shape[2], self.numerics)
-        video = self.vae.decode(z, *plan)
-        check_finite(video, "decoding", self.vae, lambda: self.vae.decode(z, *plan))
-        if z.shape[2] % 2:  # of four frames a latent, the last ones are those of a clip whose first latent gives one
-            video = video[:, :, -((z.shape[2] - 1) * self.configs.time_factor + 1) :]
-        return list(to_frames(video))
+        alone = first_alone(z.shape[2], self.numerics)
+        plan = decode_chunks(z.shape[2], self.numerics), alone
+        # Of four frames a latent, the last ones are those of a clip whose first latent gives one.
+        surplus = self.configs.time_factor - 1 if z.shape[2] % 2 and not alone else 0
+        with self.at_work("vae"):
+            for video in self.vae.decode_each(z, *plan):
+                check_finite(video, "decoding", self.vae, lambda: deque(self.vae.decode_each(z, *plan), 0))
+                yield to_levels(video[:, :, surplus:])
+                surplus = 0
 
     def check_given(self, settings: Settings, given: dict[str, Tensor | None]) -> None:
         """Raises ValueError for tensors that this model and these settings cannot take."""
@@ -307,14 +359,14 @@ class Pipeline:
             raise SettingsError("prompt is None and so is prompt_embeds; give one of them")
         config = self.configs.transformer
         text = (1, self.text_encoder.max_length, config.text_embed_dim)
-        shapes = {"prompt_embeds": text, "negative_prompt_embeds": text}
-        shapes["latents"] = (1, *settings.latent_shape(self.configs))
         for name, value in given.items():
             if value is not None:
-                checked(name, value, shapes[name])
+                checked(name, value, text)
 
     def describe(self, settings: Settings, inputs: Inputs, reasons: list[str], batch_size: int) -> dict:
         """What the mp4 carries: how the clip was made, and whether that makes it again."""
+        reasons = [*reasons, *([] if self.folder else ["model"])]
+        vae_dtype = next(self.vae.parameters()).dtype
         return {
             **settings.as_dict(),
             "inputs_sha256": inputs.hashes,
@@ -325,42 +377,10 @@ class Pipeline:
             **files_beside(self.transformer, self.vae),
             "numerics": self.numerics.as_dict(),
             "dtype": str(self.dtype).removeprefix("torch."),
+            **({} if vae_dtype == self.dtype else {"vae_dtype": str(vae_dtype).removeprefix("torch.")}),
             "not_replayable_because_of": reasons,
             "environment": environment(self.device),
         }
-
-
-def load_part(
-    part: type, folder: Path, file: str | os.PathLike | None, config: Published, dtype: Any, device: Any
-) -> Any:
-    """The transformer or VAE of a folder, or of a single file in its place."""
-    beside = {} if file is None else {"config": config}
-    return computable(part.from_pretrained(file or folder, dtype=dtype, device=device, **beside), dtype)
-
-
-def check_folder(folder: Path, configs: Configs, transformer: Any = None, vae: Any = None) -> None:
-    """Raises CheckpointError if any part of a checkpoint lacks a tensor or has a wrong one; reads no weights.
-
-    Where a file takes the place of the folder's transformer or VAE, that file is checked.
-    """
-    load_part(ExpertTransformer, folder, transformer, configs.transformer, torch.float32, "meta")
-    load_part(CausalVAE, folder, vae, configs.vae, torch.float32, "meta")
-    text_encoder = TextEncoder.from_pretrained(folder, configs.transformer.max_text_seq_length, device="meta")
-    width = text_encoder.model.config.d_model
-    if width != configs.transformer.text_embed_dim:
-        wanted = configs.transformer.text_embed_dim
-        raise CheckpointError(f"{folder}: the text encoder is {width} wide, the transformer takes {wanted}")
-
-
-def checked(name: str, value: object, shape: Sequence[int]) -> Tensor:
-    """`value`, if it is a tensor of that shape with finite values. Raises SettingsError otherwise."""
-    if not isinstance(value, Tensor):
-        raise SettingsError(f"{name} is of type {type(value).__name__}; it must be a tensor")
-    if tuple(value.shape) != tuple(shape):
-        raise SettingsError(f"{name} has shape {list(value.shape)}; here it must be {list(shape)}")
-    if not all_finite(value):
-        raise SettingsError(f"{name} holds values that are not finite; it must hold finite numbers alone")
-    return value
 
 
 __all__ = ["NonFiniteError", "Pipeline"]

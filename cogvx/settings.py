@@ -58,10 +58,10 @@ class Configs:
 
 
 def read_configs(model: str | os.PathLike) -> Configs:
-    """The configs of a published folder, a hub name or "tiny". Raises CheckpointError for what is no checkpoint."""
+    """The configs of a checkpoint, as `resolve_folder` takes it. Raises CheckpointError for what is none."""
     root = resolve_folder(model)
     for component in ("transformer", "vae", "text_encoder", "tokenizer", "scheduler"):
-        if not (root / component).is_dir():
+        if not (root / component).is_dir() and not component_folder(root, component).is_dir():
             raise CheckpointError(f"{root} is no checkpoint of a pipeline: the folder {component} is missing in it")
     configs = Configs(
         read_config(TransformerConfig, component_folder(root, "transformer"), root),

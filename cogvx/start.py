@@ -3,6 +3,7 @@
 B clips that are made together, C latent channels, T latent frames, H W height and width, of latents unless said.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,13 +13,14 @@ from torch import Tensor
 from .data.pixels import to_tensor
 from .diffusion.loss import add_noise
 from .diffusion.schedule import Step
-from .finite import check_finite
+from .finite import all_finite, check_finite
 from .inputs import Inputs
 from .models.choices import encode_chunks, image_scaling
 from .models.image_latents import encode_image, in_frames
-from .models.vae import CausalVAE
+from .models.vae import CausalVAE, Posterior
+from .models.vae import encode_chunks as eights
 from .numerics import Numerics
-from .settings import Configs, Settings
+from .settings import Configs, Settings, SettingsError
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,6 @@ class Start:
 def prepare(
     batch: list[Settings],  # resolved; they differ in prompt and seed alone
     inputs: Inputs,  # at the size of the settings
-    latents: Tensor | None,  # [1, C, T, H, W], noise in the place of what would be drawn
     steps: list[Step],
     vae: CausalVAE,
     configs: Configs,
@@ -60,7 +61,7 @@ def prepare(
     shape, device = batch[0].latent_shape(configs), next(vae.parameters()).device
     image = image_latents(inputs, shape[1], vae, numerics, generators)
     clip = video_latents(inputs, shape[1], vae, numerics, generators)
-    noise = torch.cat([draw_noise(shape, g) for g in generators]) if latents is None else latents
+    noise = torch.cat([draw_noise(shape, g) if inputs.latents is None else inputs.latents for g in generators])
     noise, steps = noise.to(device, torch.float32), steps[-batch[0].num_moves :]
     if clip is None:
         return Start(noise, steps, generators, image)
@@ -102,10 +103,15 @@ def video_latents(
     """
     if inputs.video is None:
         return None
-    pixels = to_tensor(inputs.video).to(next(vae.parameters()))
-    chunks = encode_chunks(len(inputs.video), numerics)
-    posterior = vae.encode(pixels, chunks)
-    check_finite(posterior.mean, "encoding the video", vae, lambda: vae.encode(pixels, chunks))
+    weight, count = next(vae.parameters()), len(inputs.video)
+    lengths = encode_chunks(count, numerics) or eights(count)
+
+    def encoded() -> Posterior:  # a chunk of pixels is a tensor no longer than it is needed
+        parts = np.split(inputs.video, np.cumsum(lengths)[:-1])
+        return vae.encode_each((to_tensor(part).to(weight) for part in parts), len(parts))
+
+    posterior = encoded()
+    check_finite(posterior.mean, "encoding the video", vae, encoded)
     drawn = [posterior.mode()] if generators is None else [posterior.sample(g) for g in generators]
     latents = torch.cat(drawn) * vae.config.scaling_factor
     surplus = num_latents - latents.shape[2]
@@ -121,6 +127,17 @@ def latent_mask(mask: np.ndarray, num_latents: int, height: int, width: int) -> 
         space = torch.cat([first, others.unflatten(0, (-1, 4)).any(1)])
     # A single mask is that of every frame; in front, latents that only fill up a patch go with the first.
     return torch.cat([space[:1].expand(num_latents - len(space), -1, -1), space])[None, None]
+
+
+def checked(name: str, value: object, shape: Sequence[int]) -> Tensor:
+    """`value`, if it is a tensor of that shape with finite values. Raises SettingsError otherwise."""
+    if not isinstance(value, Tensor):
+        raise SettingsError(f"{name} is of type {type(value).__name__}; it must be a tensor")
+    if tuple(value.shape) != tuple(shape):
+        raise SettingsError(f"{name} has shape {list(value.shape)}; here it must be {list(shape)}")
+    if not all_finite(value):
+        raise SettingsError(f"{name} holds values that are not finite; it must hold finite numbers alone")
+    return value
 
 
 def _alphas(alpha: float) -> Tensor:

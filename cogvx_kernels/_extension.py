@@ -42,7 +42,7 @@ def why_not(x: Tensor) -> str | None:
 def why_not_cuda(x: Tensor, dtypes: tuple[torch.dtype, ...]) -> str | None:
     """Why the extension's CUDA kernels, compiled for these dtypes, cannot work on tensors like `x`, or None."""
     if x.dtype not in dtypes:
-        return f"the CUDA kernel works in {', '.join(str(d).removeprefix('torch.') for d in dtypes)}, not in {x.dtype}"
+        return _why_not_dtype(x.dtype, dtypes)
     if _on_host is not None:
         return None if x.device.type == "cpu" else "the CUDA kernels run on the host at present"
     if _missing:
@@ -50,6 +50,11 @@ def why_not_cuda(x: Tensor, dtypes: tuple[torch.dtype, ...]) -> str | None:
     if x.device.type == "cuda" and not torch.version.hip:
         return _why_not_device(x.device.index)
     return _why_not_elsewhere(x.device.type)
+
+
+@functools.cache  # as the others: on a CPU every call of an operator may ask
+def _why_not_dtype(dtype: torch.dtype, dtypes: tuple[torch.dtype, ...]) -> str:
+    return f"the CUDA kernel works in {', '.join(str(d).removeprefix('torch.') for d in dtypes)}, not in {dtype}"
 
 
 @functools.cache

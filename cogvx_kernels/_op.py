@@ -27,7 +27,6 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _library = torch.library.Library("cogvx", "FRAGMENT")
 _PLAIN = (Tensor, torch.nn.Parameter)
 _forced: str | None = None  # process-wide, because gradients run in other threads
-_loaded: dict[str, ModuleType | str] = {}  # module name to the module, or the reason why it cannot be imported
 
 # What an argument may be, by its annotation; a traced integer is a torch.SymInt.
 _KINDS: dict[Any, tuple[str, tuple[type, ...]]] = {
@@ -66,6 +65,8 @@ class Op:
         self.name, self.reference, self.backends, self.check = name, reference, backends, check
         self.differentiable, self.devices = differentiable, devices
         self.arguments, self.added = tuple(signature.parameters), added
+        # From a backend's name to its module, or to the reason why that cannot be imported.
+        self._modules: dict[str, ModuleType | str] = {"reference": reference}
         self._kinds = tuple((p.name, *_KINDS[p.annotation]) for p in signature.parameters.values())
         self._tensors = tuple(i for i, (_, _, kinds) in enumerate(self._kinds) if Tensor in kinds)
         self._wide = frozenset(self.arguments.index(argument) for argument in wide)
@@ -117,15 +118,12 @@ class Op:
         return getattr(self._module(backend), "FOR_DTYPES", FLOATS[:3])
 
     def _module(self, backend: str) -> ModuleType | str:
-        if backend == "reference":
-            return self.reference
-        name = f"{self.reference.__package__}._{backend}"
-        if name not in _loaded:
+        if backend not in self._modules:
             try:
-                _loaded[name] = importlib.import_module(name)
+                self._modules[backend] = importlib.import_module(f"{self.reference.__package__}._{backend}")
             except ImportError as error:  # triton is not installed, or the extension was not compiled
-                _loaded[name] = str(error)
-        return _loaded[name]
+                self._modules[backend] = str(error)
+        return self._modules[backend]
 
     def _choose(self, args: Sequence[Any]) -> ModuleType:
         if _forced == "reference":

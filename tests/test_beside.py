@@ -49,8 +49,7 @@ def test_a_file_takes_the_place_of_a_part(small_checkpoint, tmp_path, part):
     assert np.array_equal(clip.frames, expected.frames)
     digest = sha256(file.read_bytes()).hexdigest()
     assert clip.metadata[f"{part}_file"] == {"file": str(file), "sha256": digest}
-    assert clip.metadata["not_replayable_because_of"] == [f"{part}_file"]
-    assert f"{part}_file" not in expected.metadata and expected.metadata["not_replayable_because_of"] == []
+    assert f"{part}_file" not in expected.metadata and clip.metadata["not_replayable_because_of"] == []
 
 
 def test_a_file_of_another_model_costs_no_weight(small_checkpoint, tmp_path):
@@ -80,8 +79,6 @@ def test_the_command_takes_files_and_loras(small_checkpoint, tmp_path, run_comma
     assert not np.array_equal(clip.frames, plain.frames)
     unload_lora(pipeline.transformer)
     assert np.array_equal(pipeline(PROMPT, **QUICK).frames, plain.frames)
-    status, _, err = run_command("replay", out, "-o", tmp_path / "b.mp4")
-    assert status == 2 and "it was made with given transformer_file, loras, which it does not carry" in err
 
 
 def test_what_the_command_refuses(small_checkpoint, tmp_path, run_command, lora):

@@ -110,7 +110,7 @@ def test_words_that_are_not_understood(words, message, run_command):
     (["--device", "abacus"], "device is 'abacus', which is not to be had"),
     (["-o", "gone/a.mp4"], "cannot write gone/a.mp4: there is no folder"),
     (["-o", "a.avi"], "cannot write a.avi: the name must end in .mp4, such as a.mp4"),
-    (["--model", "nowhere"], "'nowhere' is no folder; give a checkpoint folder, a hub name like owner/name, or tiny"),
+    (["--model", "nowhere"], "'nowhere' is no folder; give a checkpoint folder, a hub name like owner/name, tiny or"),
 ])  # fmt: skip
 def test_settings_that_do_not_fit_cost_no_weight(words, message, hollow, run_command, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

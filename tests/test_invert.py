@@ -7,7 +7,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from cogvx import Pipeline
 from cogvx.data.shapes import parse, render
@@ -47,8 +47,8 @@ def errors(pipeline, video, counts, **settings):
 def reconstruct_latents(pipeline, inversion):
     kept = []
     settings = replace(inversion.settings, strength=None)
-    given = {"latents": inversion.latents, "prompt_embeds": inversion.text}
-    inputs = replace(inversion.inputs, video=None)
+    given = {"prompt_embeds": inversion.text}
+    inputs = replace(inversion.inputs, video=None, latents=inversion.latents)
     pipeline.generate([settings], inputs, given, lambda p, i, t, tensors: kept.append(tensors["latents"]), False)
     return kept[-1]
 
@@ -85,7 +85,7 @@ def test_the_pipeline_makes_the_same_of_the_noise(kind, small_checkpoint):
                      num_frames=17, sampler="ddim", seed=6, progress=False)  # fmt: skip
     made = reconstruct(pipeline, inversion, progress=False)
     assert np.array_equal(again.frames, made.frames) and made.frames.shape == (17, 48, 64, 3)
-    assert made.metadata["not_replayable_because_of"] == ["latents", "prompt_embeds"]
+    assert made.metadata["not_replayable_because_of"] == ["prompt_embeds"]
 
 
 @pytest.mark.parametrize(("wrong", "message"), [
@@ -119,3 +119,50 @@ def test_the_command_writes_noise_and_the_video_again(small_checkpoint, run_comm
     assert read_video(tmp_path / "r.mp4")[0].shape == (9, 48, 64, 3)
     status, _, err = run_command(*words, "--reconstruct", tmp_path / "v.mp4")
     assert status == 2 and "it is the file that is read" in err
+
+
+@pytest.mark.parametrize("kind", ["2b", "1.5-5b"])
+def test_the_commands_round_trip_from_video_to_noise_to_video_to_its_replay(kind, small_checkpoint, run_command,
+                                                                            tmp_path, monkeypatch):  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    video = np.random.default_rng(0).integers(0, 256, (17, 32, 64, 3), np.uint8)
+    write_video("v.mp4", video, 16 if kind == "1.5-5b" else 8)  # the model's, on which H.264's bits depend
+    model = ("--model", small_checkpoint(kind), "--num-inference-steps", 4, "--no-progress")
+    words = ("--prompt", "a red circle", "--height", 32, "--width", 64, "--reconstruct", "r.mp4")
+    assert run_command("invert", "v.mp4", "-o", "n.safetensors", *model, *words)[0] == 0
+    # Of the noise's size, which is not the checkpoint's.
+    words = ("--latents", "n.safetensors", "--sampler", "ddim", "--guidance-scale", 1, "--seed", 0)
+    status, _, err = run_command("generate", "a red circle", "-o", "g.mp4", *model, *words)
+    assert status == 0, err
+    made, reconstructed = read_video("g.mp4")[0], read_video("r.mp4")[0]
+    assert made.shape == (17, 32, 64, 3) and np.array_equal(made, reconstructed)
+    assert run_command("replay", "g.mp4", "--latents", "n.safetensors", "--no-progress")[1] == (
+        "g-replay.mp4: frames equal, bytes equal\n"
+    )
+    assert "g.mp4 was made from latents; give it with --latents" in run_command("replay", "g.mp4")[2]
+    other = load_file("n.safetensors")["latents"]
+    other[0, 0, 0, 0, 0] += 1
+    save_file({"latents": other}, "o.safetensors")
+    message = "latents is o.safetensors, whose values are not those that g.mp4 was made from"
+    assert message in run_command("replay", "g.mp4", "--latents", "o.safetensors")[2]
+
+
+@pytest.mark.parametrize(("tensors", "message"), [
+    ({"z": torch.zeros(1, 4, 3, 6, 8)}, "latents is n.safetensors, which holds tensors named 'z'; it must hold one"),
+    ({}, "latents is n.safetensors, which holds tensors named nothing"),
+    ({"latents": torch.zeros(1, 4, 3, 6, 8).int()}, "latents is torch.int32 [1, 4, 3, 6, 8]; it must be a safetensors"),
+    ({"latents": torch.full((1, 4, 3, 6, 8), torch.inf)}, "latents holds values that are not finite"),
+    ({"latents": torch.zeros(1, 5, 3, 6, 8)}, "latents has shape [1, 5, 3, 6, 8]; here it must be [1, 4, 3, 6, 8]"),
+    ({"latents": torch.zeros(1, 4, 2, 6, 8)}, "num_frames is 5; this model makes 8N+1 frames from 1 to 17"),
+    (None, "n.safetensors is no intact safetensors file"),
+])  # fmt: skip
+def test_noise_that_does_not_fit_is_named_before_any_weight_is_read(tensors, message, small_checkpoint, run_command,
+                                                                    tmp_path, monkeypatch):  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("cogvx.pipeline.Pipeline.from_pretrained", None)
+    (tmp_path / "n.safetensors").write_bytes(b"no tensors")
+    if tensors is not None:
+        save_file(tensors, "n.safetensors")
+    words = ("--model", small_checkpoint("2b"), "--latents", "n.safetensors")
+    status, out, err = run_command("generate", "a red circle", "-o", "g.mp4", *words)
+    assert (status, out) == (2, "") and message in err and not (tmp_path / "g.mp4").exists()

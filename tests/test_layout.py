@@ -17,14 +17,15 @@ SOURCES = ("cogvx", "cogvx_kernels", "csrc", "tests", "benchmarks")
 
 # A module imports from earlier lines or from its own package; cogvx/__init__.py is the face and may reach for any.
 LAYERS = (
-    ("allocator", "config", "finite", "numerics", "version"),
+    ("allocator", "config", "finite", "host", "numerics", "version"),
     ("diffusion",),
     ("models",),
     ("data",),
     ("clip", "settings"),
     ("inputs", "machine"),
-    ("start",),
+    ("parts", "start"),
     ("denoise",),
+    ("memory",),
     ("pipeline",),
     ("extend", "invert", "train", "eval"),
     ("commands",),

@@ -1,6 +1,7 @@
 """Clips longer than trained: windows that overlap in time, and positions that do not repeat."""
 
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,13 +9,16 @@ import torch
 
 from cogvx import Pipeline
 from cogvx.config import PRESETS
+from cogvx.data.video import read_video
 from cogvx.denoise import window_length
+from cogvx.diffusion.windows import window_starts, windowed
 from cogvx.models.checkpoint import TINY
 from cogvx.models.choices import placement
 from cogvx.numerics import DIFFUSERS
 from cogvx.settings import SettingsError
 
 PROMPT = "a red circle moves left"
+CLIPS = Path(__file__).parents[2] / "shared" / "clips"
 QUICK = {"num_inference_steps": 2, "seed": 3, "progress": False}
 
 
@@ -90,6 +94,43 @@ def test_a_replay_takes_the_windows_too(small_checkpoint, run_command, tmp_path)
     assert status == 0, err
     status, out, err = run_command("replay", tmp_path / "a.mp4", "--no-progress")
     assert status == 0 and "bytes equal" in out, err
+
+
+def jumps(latents, overlap):
+    """The largest change between neighbouring latents where a window starts or ends, in that of all other places."""
+    count = latents.shape[2]
+    change = latents.diff(dim=2).square().mean((0, 1, 3, 4)).sqrt()
+    starts = window_starts(count, 5, overlap)
+    joints = sorted({s - 1 for s in starts[1:]} | {s + 4 for s in starts[:-1]})
+    others = [i for i in range(count - 1) if i not in joints]
+    return (change[joints].max() / change[others].max()).item()
+
+
+@pytest.fixture
+def last_latents(load):
+    """What the last step leaves of noise that is the same in every frame, of which windows alone make a movement."""
+
+    def run(num_frames, **inputs):
+        one = torch.randn(1, 4, 1, 6, 8, generator=torch.Generator().manual_seed(1))
+        latents, kept = one.expand(-1, -1, (num_frames - 1) // 4 + 1, -1, -1), []
+        load("2b")(PROMPT, latents=latents, num_frames=num_frames, longer="windows", sampler="ddim", **inputs, **QUICK,
+                   callback_on_step_end=lambda p, i, t, tensors: kept.append(tensors["latents"].clone()))  # fmt: skip
+        return kept[-1]
+
+    return run
+
+
+def test_where_windows_meet_nothing_jumps(last_latents, monkeypatch):
+    assert jumps(last_latents(57), overlap=2) < 1.2
+    monkeypatch.setattr("cogvx.denoise.windowed", lambda view, length, overlap, dim: windowed(view, length, 0, dim))
+    assert jumps(last_latents(57), overlap=0) > 1.5  # windows without an overlap do jump
+
+
+def test_where_windows_of_a_real_clip_meet_nothing_jumps(last_latents):
+    if not (CLIPS / "t2v_1.mp4").is_file():
+        pytest.skip(f"t2v_1.mp4 is not in {CLIPS}")
+    frames, _ = read_video(CLIPS / "t2v_1.mp4")
+    assert jumps(last_latents(33, video=frames[:33], strength=0.5), overlap=2) < 1.2
 
 
 @pytest.mark.slow

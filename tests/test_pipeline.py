@@ -139,7 +139,12 @@ def test_a_callback_that_returns_what_it_got_changes_nothing(pipeline):
 
 
 @pytest.mark.parametrize(("wrong", "message"), [
-    ({"latents": torch.zeros(1, 4, 3, 6, 7)}, "latents has shape [1, 4, 3, 6, 7]; here it must be [1, 4, 3, 6, 8]"),
+    ({"latents": torch.zeros(1, 4, 5, 6, 8)}, "latents has shape [1, 4, 5, 6, 8]; here it must be [1, 4, 3, 6, 8]"),
+    ({"latents": torch.zeros(1, 5, 3, 6, 8)}, "latents has shape [1, 5, 3, 6, 8]; here it must be [1, 4, 3, 6, 8]"),
+    ({"latents": torch.zeros(1, 4, 3, 6, 7)}, "width is 56; it must be a multiple of 16"),
+    ({"latents": torch.zeros(4, 3, 6, 8)}, "latents is torch.float32 [4, 3, 6, 8]; it must be a safetensors file or a"),
+    ({"latents": torch.zeros(1, 4, 3, 6, 8).int()}, "latents is torch.int32 [1, 4, 3, 6, 8]; it must be a safetensors"),
+    ({"latents": [1.0]}, "latents is of type list; it must be a safetensors file or a tensor of numbers"),
     ({"latents": torch.full((1, 4, 3, 6, 8), torch.nan)}, "latents holds values that are not finite"),
     ({"prompt_embeds": torch.full((1, 16, 24), torch.inf)}, "prompt_embeds holds values that are not finite"),
     ({"prompt_embeds": torch.zeros(1, 15, 24)}, "prompt_embeds has shape [1, 15, 24]; here it must be [1, 16, 24]"),

@@ -1,14 +1,105 @@
 """What several commands take and make of it."""
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from tyro.conf import arg
 
 if TYPE_CHECKING:
     import torch
 
+    from ..models import ExpertTransformer
     from ..models.vae import CausalVAE
+    from ..numerics import Numerics as Choices
+    from ..pipeline import Pipeline
 
 DType = Literal["float32", "bfloat16", "float16"]
+SCALES = arg(metavar="SCALE[,SCALE...]")
+CHOICES = arg(metavar="{sat,diffusers}[,FIELD=CHOICE...]")
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """From noise to latents.
+
+    Args:
+        negative_prompt: what the video should not show.
+        num_inference_steps: from 1 to 1000.
+        guidance_scale: how closely the prompt is followed; up to 1 is no guidance; or one for each step, as in 6,6,4,1.
+        dynamic_guidance: a scale that changes over the steps: "wave" as it was released, "cosine" as it was meant;
+            unset, what the numerics say.
+        sampler: unset, what the numerics and the checkpoint say.
+        seed: unset, a fresh one, which the file keeps.
+        ofs: of CogVideoX 1.5's image to video; unset, the 2.0 of training.
+    """
+
+    negative_prompt: str = ""
+    num_inference_steps: int = 50
+    guidance_scale: Annotated[str, SCALES] = "6.0"
+    dynamic_guidance: Literal["constant", "wave", "cosine"] | None = None
+    sampler: Literal["ddim", "dpmpp_2m_sde", "dpmpp_2m", "unipc"] | None = None
+    seed: int | None = None
+    ofs: float | None = None
+
+    def settings(self) -> dict[str, Any]:
+        """What a call takes. Raises SettingsError for a scale that is no number."""
+        return vars(self) | {"guidance_scale": read_scales(self.guidance_scale)}
+
+
+@dataclass(frozen=True)
+class Loading:
+    """The weights, and how they are computed with.
+
+    Args:
+        model: a checkpoint folder, a hub name, or one inside the package: "tiny", or "tiny-i2v" for images.
+        transformer: a safetensors or GGUF file in the place of the model's.
+        vae: a safetensors file in the place of the model's.
+        lora: files of LoRAs, in the naming of diffusers, SAT, Kohya or CogVideoX-Fun.
+        lora_weight: how much each of them counts; unset, 1.
+        numerics: whose arithmetic to follow, and changes to it, as in sat,null_text=encoded.
+        dtype: unset, the stored one (fp16 is computed in fp32 on a CPU).
+        device: unset, a GPU where there is one.
+    """
+
+    model: str = "tiny"
+    transformer: Path | None = None
+    vae: Path | None = None
+    lora: tuple[Path, ...] = ()
+    lora_weight: tuple[float, ...] = ()
+    numerics: Annotated[str, CHOICES] = "sat"
+    dtype: DType | None = None
+    device: str | None = None
+
+    def choices(self) -> "Choices":
+        """The numerics field by field. Raises NumericsError for none."""
+        from ..numerics import read_numerics
+
+        return read_numerics(self.numerics)
+
+    def pipeline(self) -> "Pipeline":
+        """All weights. Raises SettingsError or CheckpointError for files that are none, or do not fit."""
+        from ..pipeline import Pipeline
+
+        pipeline = Pipeline.from_pretrained(
+            self.model, torch_dtype(self.dtype), self.device, self.choices(), self.transformer, self.vae
+        )
+        load_loras(pipeline.transformer, self.lora, self.lora_weight)
+        return pipeline
+
+
+def load_loras(transformer: "ExpertTransformer", files: tuple[Path, ...], weights: tuple[float, ...]) -> None:
+    """LoRA files with their weights, one for each or none. Raises SettingsError for what does not fit."""
+    from ..models.lora import load_lora
+    from ..settings import SettingsError
+
+    if len(weights) not in (0, len(files)):
+        raise SettingsError(f"lora_weight has {len(weights)} numbers for {len(files)} LoRAs; give one for each")
+    for file, weight in zip(files, weights or [1.0] * len(files), strict=True):
+        try:
+            load_lora(transformer, file, weight)
+        except ValueError as error:
+            raise SettingsError(str(error)) from error
 
 
 def torch_dtype(name: str | None) -> "torch.dtype | None":

@@ -1,11 +1,13 @@
 """cogvx decode: turn latents into a video."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from tyro.conf import Positional, arg
 
 if TYPE_CHECKING:
+    import numpy as np
     from torch import Tensor
 
     from ..config import VAEConfig
@@ -43,21 +45,25 @@ def main(
 
     import torch
 
-    from ..clip import Clip
     from ..data.pixels import to_frames
+    from ..data.video import write_video
     from ..finite import check_finite
     from ..models.choices import decode_chunks, first_alone
     from ._arguments import load_vae
 
     vae = load_vae(model, device)
-    z = z.to(next(vae.parameters()))
+    z, shapes = z.to(next(vae.parameters())), []
+    plan = decode_chunks(z.shape[2], choices), first_alone(z.shape[2], choices)
+
+    def frames() -> Iterator["np.ndarray"]:
+        for video in vae.decode_each(z, *plan):
+            check_finite(video, "decoding", vae, lambda: vae.decode(z, *plan))
+            shapes.append(video.shape[2:])
+            yield to_frames(video)[0]
+
     with torch.inference_mode():
-        plan = decode_chunks(z.shape[2], choices), first_alone(z.shape[2], choices)
-        video = vae.decode(z, *plan)
-        check_finite(video, "decoding", vae, lambda: vae.decode(z, *plan))
-    clip = Clip(to_frames(video)[0], stated_rate(metadata), {"not_replayable_because_of": ["latents"]})
-    clip.save(output)
-    print(f"{output}  {len(clip.frames)} frames of {clip.frames.shape[2]} x {clip.frames.shape[1]}")
+        write_video(output, frames(), stated_rate(metadata), {"not_replayable_because_of": ["latents"]})
+    print(f"{output}  {sum(shape[0] for shape in shapes)} frames of {shapes[0][2]} x {shapes[0][1]}")
 
 
 def check_latents(file: Path, tensors: "dict[str, Tensor]", config: "VAEConfig") -> "Tensor":

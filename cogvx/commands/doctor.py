@@ -16,7 +16,7 @@ def main() -> None:
         "devices": devices(),
         "operators, preferred backend first": operators(),
         "compiled extension": extension(),
-        "embedded checkpoint": embedded_checkpoint(),
+        "embedded checkpoints": embedded_checkpoints(),
     }
     for title, rows in sections.items():
         found = list(rows)
@@ -75,14 +75,15 @@ def extension() -> Rows:
     yield "CUDA", f"{about['cuda']}, for {about['cuda_archs']}" if about["cuda"] else f"no: {about['cuda_reason']}"
 
 
-def embedded_checkpoint() -> Rows:
-    from ..models.checkpoint import TINY
+def embedded_checkpoints() -> Rows:
+    from ..models.checkpoint import EMBEDDED
     from ..models.saving import content_hash
 
-    files = [path for path in TINY.rglob("*") if path.is_file()]
-    yield "folder", str(TINY)
-    if not files:
-        yield "missing", "this build carries none; name a checkpoint with --model, or train it: make tiny"
-        return
-    yield "size", f"{sum(path.stat().st_size for path in files) / 2**20:.1f} MiB in {len(files)} files"
-    yield "sha-256", content_hash(TINY)
+    for name, folder in EMBEDDED.items():
+        files = [path for path in folder.rglob("*") if path.is_file()]
+        yield name, str(folder)
+        if not files:
+            yield "missing", "this build carries none; name a checkpoint with --model, or train it: make tiny"
+            continue
+        yield "size", f"{sum(path.stat().st_size for path in files) / 2**20:.1f} MiB in {len(files)} files"
+        yield "sha-256", content_hash(folder)

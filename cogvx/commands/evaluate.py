@@ -1,4 +1,4 @@
-"""cogvx evaluate: measure the embedded checkpoint on Shapes World."""
+"""cogvx evaluate: measure an embedded checkpoint on Shapes World."""
 
 from pathlib import Path
 from typing import Annotated
@@ -18,7 +18,7 @@ def main(
     """Generate from prompts, half of them of combinations never trained on, judge the clips, and measure the VAE.
 
     Args:
-        model: a checkpoint trained on Shapes World.
+        model: a checkpoint trained on Shapes World; one that takes images is given first frames beside the prompts.
         num_prompts: how many videos to generate and judge.
         num_clips: how many rendered clips the VAE encodes and decodes.
         num_inference_steps: of the sampler.

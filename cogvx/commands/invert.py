@@ -5,13 +5,13 @@ from typing import Annotated
 
 from tyro.conf import Positional, arg
 
-from ._arguments import DType
+from ._arguments import Loading
 
 
 def main(
     video: Annotated[Positional[Path], arg(metavar="VIDEO")],
     output: Annotated[Path, arg(aliases=["-o"])],
-    model: str = "tiny",
+    loading: Annotated[Loading, arg(name="")],
     prompt: str = "",
     image: Path | None = None,
     last_image: Path | None = None,
@@ -25,9 +25,6 @@ def main(
     ofs: float | None = None,
     refinements: int = 0,
     reconstruct: Path | None = None,
-    numerics: Annotated[str, arg(metavar="{sat,diffusers}[,FIELD=CHOICE...]")] = "sat",
-    dtype: DType | None = None,
-    device: str | None = None,
     progress: bool = True,
 ) -> None:
     """Write the noise that DDIM makes a video from, as safetensors, latents [1, C, T, H, W]; and make it again.
@@ -35,7 +32,7 @@ def main(
     Args:
         video: any file that the codecs read; as many of its frames are taken as the model makes.
         output: the safetensors file to write.
-        model: a checkpoint folder, a hub name, or "tiny".
+        loading: the weights, and how they are computed with.
         prompt: what the video shows; empty, as the model sees it unprompted.
         image: the first frame, for a model that takes images; unset, the video's.
         last_image: the last frame, likewise; unset, none.
@@ -49,31 +46,26 @@ def main(
         ofs: of CogVideoX 1.5's image to video; unset, the 2.0 of training.
         refinements: further calls of the model in each step, which make the noise more exact.
         reconstruct: an mp4 to write, made of the noise again.
-        numerics: whose arithmetic to follow, and changes to it.
-        dtype: unset, the stored one (fp16 is computed in fp32 on a CPU).
-        device: unset, a GPU where there is one.
         progress: show a progress bar.
     """
     from ..data.video import check_writable
-    from ..numerics import read_numerics
     from ..settings import read_configs
-    from ._arguments import check_is_another_file, torch_dtype
+    from ._arguments import check_is_another_file
 
     check_writable(output, ".safetensors")
     if reconstruct is not None:
         check_is_another_file(reconstruct, video)
         check_writable(reconstruct, ".mp4")
-    choices = read_numerics(numerics)
-    read_configs(model)
+    loading.choices()
+    read_configs(loading.model)
 
     import json
 
     from ..invert import invert, psnr
     from ..invert import reconstruct as remake
     from ..models.checkpoint import save_tensors
-    from ..pipeline import Pipeline
 
-    pipeline = Pipeline.from_pretrained(model, torch_dtype(dtype), device, choices)
+    pipeline = loading.pipeline()
     found = invert(
         pipeline, video, prompt, image, last_image, negative_prompt, num_frames, height, width, num_inference_steps,
         guidance_scale, seed, ofs, refinements, progress,

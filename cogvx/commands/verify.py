@@ -31,20 +31,21 @@ def main(
     a parameter. Status 2 if any check fails.
 
     Args:
-        folder: a checkpoint folder, a hub name, or "tiny".
+        folder: a checkpoint folder, a hub name, "tiny" or "tiny-i2v".
         parity: compare with diffusers too.
         device: unset, a GPU where there is one.
     """
     from ..machine import pick_device
     from ..models import CheckpointError
-    from ..models.checkpoint import resolve_folder
+    from ..models.checkpoint import checkpoint_files, resolve_folder
     from ..settings import read_configs
 
     configs, root = read_configs(folder), resolve_folder(folder)
     picked = pick_device(device)
     failed = []
-    for path in sorted(path for path in root.rglob("*.safetensors") if path.is_file()):
-        print(f"sha-256  {sha256(path)}  {path.relative_to(root)}", flush=True)
+    for name, path in sorted(checkpoint_files(root).items()):
+        if path.suffix == ".safetensors":
+            print(f"sha-256  {sha256(path)}  {name}", flush=True)
     for part in (TransformerCheck, VAECheck, TextCheck):
         for check, passed, text in outcomes(part(root, configs, picked), parity):
             word = {True: "ok", False: "FAILED", None: "skipped"}[passed]
@@ -130,7 +131,10 @@ class Check:
     def load_theirs(self, model_class: Any) -> Any:
         import torch
 
-        model = model_class.from_pretrained(self.root, subfolder=self.name, torch_dtype=torch.float32)
+        from ..models.checkpoint import component_folder
+
+        folder = component_folder(self.root, self.name)
+        model = model_class.from_pretrained(folder, torch_dtype=torch.float32)
         return model.eval().to(self.device)
 
     def draw(self, *shape: int) -> "Tensor":
@@ -208,8 +212,10 @@ class TextCheck(Check):
         return [model.encode(PROMPTS)]
 
     def run_theirs(self, diffusers: Any, transformers: Any) -> "list[Tensor]":
+        from ..models.checkpoint import component_folder
+
         try:
-            tokenizer = transformers.T5Tokenizer.from_pretrained(self.root, subfolder="tokenizer")
+            tokenizer = transformers.T5Tokenizer.from_pretrained(component_folder(self.root, "tokenizer"))
         except (ImportError, ValueError) as error:  # what it takes to read `spiece.model` is not there
             raise MissingPackageError(str(error)) from error
         model = self.load_theirs(transformers.T5EncoderModel)

@@ -13,5 +13,10 @@ def to_tensor(frames: np.ndarray) -> Tensor:
 
 def to_frames(video: Tensor) -> np.ndarray:
     """A video [B, 3, T, H, W], nominally -1 to 1, as frames, uint8 [B, T, H, W, 3]."""
+    return to_levels(video).cpu().numpy()
+
+
+def to_levels(video: Tensor) -> Tensor:
+    """The same as a tensor, where the video is."""
     levels = ((video.float() / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
-    return levels.permute(0, 2, 3, 4, 1).contiguous().cpu().numpy()
+    return levels.permute(0, 2, 3, 4, 1).contiguous()

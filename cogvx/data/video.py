@@ -9,9 +9,10 @@ import math
 import os
 import re
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from fractions import Fraction
+from itertools import chain
 from pathlib import Path
 from typing import BinaryIO
 
@@ -42,24 +43,26 @@ class VideoError(ValueError):
 
 def write_video(
     path: str | os.PathLike,
-    frames: np.ndarray,  # uint8 [T, H, W, 3]
+    frames: np.ndarray | Iterable[np.ndarray],  # uint8 [T, H, W, 3], or parts of it one after another
     fps: float | Fraction,
     metadata: dict | None = None,
 ) -> None:
     """Write frames as an H.264 mp4 (yuv420p) of exactly their size, with the metadata inside.
 
-    The file appears whole or not at all, also on Ctrl-C.
+    Parts are encoded as they come, none is kept. The file appears whole or not at all, also on Ctrl-C and where the
+    parts end in an error.
 
     Raises: ValueError for frames or rates that H.264 cannot hold, VideoError where the file cannot be written.
     """
-    rate = _check_frames(frames, fps)
+    rate = _check_rate(fps)
+    parts = _checked_parts(frames)
     tag = json.dumps({} if metadata is None else metadata, allow_nan=False)
     try:
         with _replacing(path) as temporary:
             options = {"movflags": "use_metadata_tags+faststart"}
             with av.open(str(temporary), "w", format="mp4", container_options=options) as container:
                 container.metadata[TAG] = tag
-                _encode(container, frames, rate)
+                _encode(container, parts, rate)
     except OSError as error:
         raise VideoError(f"cannot write {path}: {error.strerror or error}") from error
 
@@ -157,25 +160,47 @@ def _check_layout(frames: np.ndarray) -> None:
         raise ValueError(f"frames must not be empty, but they are {list(frames.shape)}")
 
 
-def _check_frames(frames: np.ndarray, fps: float | Fraction) -> Fraction:
+def _check_rate(fps: float | Fraction) -> Fraction:
+    if not (math.isfinite(fps) and 0.01 <= fps <= 1000):
+        raise ValueError(f"fps must be from 0.01 to 1000, not {fps}")
+    return Fraction(fps).limit_denominator(1001)
+
+
+def _checked_parts(frames: np.ndarray | Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+    """The parts of a clip; the first one is checked at once, the others as they come."""
+    parts = iter([frames] if isinstance(frames, np.ndarray) or not isinstance(frames, Iterable) else frames)
+    first = next(parts, None)
+    if first is None:
+        raise ValueError("frames must not be empty, but no part of them came")
+    _check_frames(first)
+
+    def others() -> Iterator[np.ndarray]:
+        for part in parts:
+            _check_layout(part)
+            if part.shape[1:] != first.shape[1:]:
+                raise ValueError(f"frames must keep their size {first.shape[1:3]}, not become {part.shape[1:3]}")
+            yield part
+
+    return chain([first], others())
+
+
+def _check_frames(frames: np.ndarray) -> None:
     _check_layout(frames)
     for name, size in zip(("height", "width"), frames.shape[1:3], strict=True):
         if size % 2:
             raise ValueError(f"{name} of the frames must be even for H.264, not {size}; nearest: {size + 1}")
         if size > 16384:
             raise ValueError(f"{name} of the frames must be at most 16384, not {size}")
-    if not (math.isfinite(fps) and 0.01 <= fps <= 1000):
-        raise ValueError(f"fps must be from 0.01 to 1000, not {fps}")
-    return Fraction(fps).limit_denominator(1001)
 
 
-def _encode(container: av.container.OutputContainer, frames: np.ndarray, rate: Fraction) -> None:
+def _encode(container: av.container.OutputContainer, parts: Iterator[np.ndarray], rate: Fraction) -> None:
     stream = container.add_stream("libx264", rate=rate, options=X264)
-    stream.height, stream.width = frames.shape[1:3]
+    part = next(parts)
+    stream.height, stream.width = part.shape[1:3]
     stream.pix_fmt = "yuv420p"
     stream.codec_context.colorspace = Colorspace.SMPTE170M
     stream.codec_context.color_range = ColorRange.MPEG
-    for i, rgb in enumerate(frames):
+    for i, rgb in enumerate(frame for part in chain([part], parts) for frame in part):
         frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(rgb), format="rgb24").reformat(
             format="yuv420p", dst_colorspace=Colorspace.SMPTE170M, interpolation=TO_YUV, threads=1
         )

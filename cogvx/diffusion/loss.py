@@ -38,25 +38,34 @@ def velocity_loss(predicted: Tensor, clip: Tensor, noise: Tensor, alpha: Tensor)
     return error.square().flatten(1).mean(1)
 
 
-def draw_timesteps(
+def draw_timesteps(count: int, num_train_timesteps: int, generator: torch.Generator | None = None) -> Tensor:
+    """Timesteps to train on, [count]: each uniform on 0 ... num_train_timesteps - 1, whatever the others are."""
+    return torch.randint(0, num_train_timesteps, (count,), generator=generator)
+
+
+def spread_timesteps(
     count: int,
     num_train_timesteps: int,
     generator: torch.Generator | None = None,
     rank: int = 0,
     num_ranks: int = 1,
 ) -> Tensor:
-    """Timesteps to train on, [count]: uniform within this rank's share of 0 ... num_train_timesteps - 1.
+    """Timesteps to train on, [count], that cover the whole range in every step, which steadies the loss.
 
-    Ranks that draw from their own shares cover the whole range in every step, which steadies the loss.
+    The range 0 ... num_train_timesteps - 1 is cut into as many intervals as all ranks together draw timesteps, and each
+    of those comes from one of its own. Over all of them every timestep is exactly as likely as any other, at any number
+    of ranks. Generators of different ranks must not be alike.
 
-    Raises: ValueError for a rank outside of `num_ranks`, or more ranks than timesteps.
+    Raises: ValueError for a rank outside of `num_ranks`.
     """
-    if not 1 <= num_ranks <= num_train_timesteps:
-        raise ValueError(f"num_ranks must be from 1 to num_train_timesteps ({num_train_timesteps}), not {num_ranks}")
+    if num_ranks < 1:
+        raise ValueError(f"num_ranks must be at least 1, not {num_ranks}")
     if not 0 <= rank < num_ranks:
         raise ValueError(f"rank must be from 0 to {num_ranks - 1}, not {rank}")
-    low, high = rank * num_train_timesteps // num_ranks, (rank + 1) * num_train_timesteps // num_ranks
-    return torch.randint(low, high, (count,), generator=generator)
+    # The intervals are those of real numbers: of whole ones they could not be equally long.
+    interval = rank + num_ranks * torch.arange(count, dtype=torch.float64)
+    place = interval + torch.rand(count, generator=generator, dtype=torch.float64)
+    return (place * num_train_timesteps / (count * num_ranks)).long().clamp(max=num_train_timesteps - 1)
 
 
 def _roots(alpha: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:

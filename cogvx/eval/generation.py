@@ -1,5 +1,8 @@
 """How well generated Shapes World clips obey their prompts, by the judge, with 95 % intervals.
 
+A model that takes images is given the first frame of a rendered clip beside its prompt, and must keep the figure: its
+colour, its shape and its place.
+
 Half of the prompts are combinations that were held out of training. Each clip is written to an mp4 and read back
 before it is judged, because that is what a user sees; `compress=False` judges the raw frames.
 """
@@ -7,20 +10,22 @@ before it is judged, because that is what a user sees; `compress=False` judges t
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
-from math import sqrt
+from math import dist, sqrt
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
 from tqdm import tqdm
 
-from ..data.shapes import FPS, HELD_OUT_SCENES, SIZES, TRAINING_SCENES, Scene, is_held_out, parse
+from ..data.shapes import FPS, HELD_OUT_SCENES, SIZES, TRAINING_SCENES, Scene, is_held_out, parse, render
 from ..data.video import read_video, write_video
 from ..pipeline import Pipeline
 from ..settings import SettingsError
 from .shapes import compare, read_clip
 
 WORDS = ("colour", "background", "motion", "shape", "size", "all right")
+IMAGE_WORDS = ("colour", "shape", "place", "kept", "motion")  # kept: the three before it
+MOST_OFF = 2.0  # pixels of 64 between the figure's centres in the given first frame and in the made one
 GROUPS = ("seen", "held out", "all")
 Z95 = 1.959964  # standard normal quantile of a two-sided 95 % interval
 
@@ -47,7 +52,7 @@ class Share:
         return (low if self.right else 0.0), (high if self.right < n else 1.0)  # exact where rounding is not
 
 
-Adherence = dict[str, dict[str, Share]]  # of each of GROUPS, of each of WORDS
+Adherence = dict[str, dict[str, Share]]  # of each of GROUPS, of each of WORDS, or of IMAGE_WORDS
 
 
 def evaluate_prompts(
@@ -81,21 +86,22 @@ def evaluate_prompts(
     with tqdm(total=num_prompts, initial=len(records), unit="clip", disable=not progress) as bar:
         while len(records) < num_prompts:
             start = len(records)
-            some = scenes[start : start + batch_size]
-            clips = pipeline.batch(
-                [scene.prompt for scene in some], seed=seed + start, batch_size=batch_size,
-                num_inference_steps=steps, guidance_scale=guidance_scale, progress=False,
-            )  # fmt: skip
-            new = [
-                judged_clip(clip.frames, scene, start + i, compress)
-                for i, (clip, scene) in enumerate(zip(clips, some, strict=True))
-            ]
+            how = {"num_inference_steps": steps, "guidance_scale": guidance_scale, "progress": False}
+            if pipeline.configs.takes_image:  # one by one, as each has an image of its own
+                given = given_clip(scenes[start], seed, start)
+                clip = pipeline(scenes[start].prompt, image=given[0], seed=seed + start, **how)
+                new = [judged_image_clip(clip.frames, given, scenes[start], start, compress)]
+            else:
+                some = scenes[start : start + batch_size]
+                clips = pipeline.batch([s.prompt for s in some], seed=seed + start, batch_size=batch_size, **how)
+                pairs = enumerate(zip(clips, some, strict=True))
+                new = [judged_clip(clip.frames, scene, start + i, compress) for i, (clip, scene) in pairs]
             records += new
             bar.update(len(new))
             if log is not None:
                 with log.open("a") as file:
                     file.writelines(json.dumps(record) + "\n" for record in new)
-    return adherence(records)
+    return adherence(records, IMAGE_WORDS if pipeline.configs.takes_image else WORDS)
 
 
 def evaluation_scenes(num_prompts: int, seed: int = 0) -> list[Scene]:
@@ -115,6 +121,23 @@ def judged_clip(frames: np.ndarray, scene: Scene, index: int, compress: bool) ->
     return {"clip": index, "prompt": scene.prompt, "right": right, "reading": asdict(reading)}
 
 
+def judged_image_clip(frames: np.ndarray, given: np.ndarray, scene: Scene, index: int, compress: bool) -> dict:
+    """One line of the log for a clip of a model that was shown the first frame of `given`, a rendered clip."""
+    wanted, reading = read_clip(given).start, read_clip(compressed(frames) if compress else frames)
+    right = {
+        "colour": reading.colour == scene.colour,
+        "shape": reading.shape == scene.shape,
+        "place": reading.start is not None and dist(reading.start, wanted) <= MOST_OFF,
+    }
+    right |= {"kept": all(right.values()), "motion": reading.motion == scene.motion}
+    return {"clip": index, "prompt": scene.prompt, "right": right, "given": wanted, "reading": asdict(reading)}
+
+
+def given_clip(scene: Scene, seed: int, index: int) -> np.ndarray:
+    """The rendered clip whose first frame a model is shown, uint8 [17, 64, 64, 3]; training has other seeds."""
+    return render(scene, np.random.default_rng((seed, index, 1)))
+
+
 def compressed(frames: np.ndarray) -> np.ndarray:
     """The frames, uint8 [T, H, W, 3], as a user's mp4 shows them."""
     with TemporaryDirectory() as folder:
@@ -123,7 +146,7 @@ def compressed(frames: np.ndarray) -> np.ndarray:
         return read_video(file)[0]
 
 
-def adherence(records: list[dict]) -> Adherence:
+def adherence(records: list[dict], words: tuple[str, ...] = WORDS) -> Adherence:
     """The shares of right words over judged clips: combinations seen in training, held out, and both."""
     held_out = [is_held_out(parse(record["prompt"])) for record in records]
     of_group = {
@@ -131,7 +154,7 @@ def adherence(records: list[dict]) -> Adherence:
         "held out": [record for record, unseen in zip(records, held_out, strict=True) if unseen],
         "all": records,
     }
-    return {group: {word: _share(of_group[group], word) for word in WORDS} for group in GROUPS}
+    return {group: {word: _share(of_group[group], word) for word in words} for group in GROUPS}
 
 
 def resume_log(log: Path, settings: dict) -> list[dict]:

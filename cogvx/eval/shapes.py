@@ -38,6 +38,7 @@ class Reading:
     half_width: float | None = None  # pixels, mean over the clip
     travel: tuple[float, float] | None = None  # pixels over the clip, right and down
     growth: float | None = None  # last over first width
+    start: tuple[float, float] | None = None  # pixels, the figure's centre of mass in the first frame, x and y
     misfit: float | None = None  # of the shape's template, median over frames
 
 
@@ -93,13 +94,14 @@ def read_clip(frames: np.ndarray) -> Reading:
     seen = cover.sum((1, 2)) >= SMALLEST_AREA
     if seen.sum() < LEAST_FRAMES:
         return Reading()
+    start = _centre(cover[0]) if seen[0] else None
     cover, time = cover[seen], np.linspace(0.0, 1.0, NUM_FRAMES)[seen]
     motion, travel, growth = _read_motion(cover, time)
     shape, half_width, misfit = _read_shape(cover)
     size = None
     if motion is not None and shape is not None and motion.startswith("moves"):
         size = _size_word(half_width)
-    return Reading(colour, shape, motion, background, size, half_width, travel, growth, misfit)
+    return Reading(colour, shape, motion, background, size, half_width, travel, growth, start, misfit)
 
 
 def _read_background(clip: np.ndarray) -> tuple[str | None, np.ndarray]:
@@ -134,6 +136,12 @@ def _cover(clip: np.ndarray, ground: np.ndarray, paint: np.ndarray) -> np.ndarra
     cover = np.clip((clip - ground) @ way / max(float(way @ way), 1.0), 0.0, 1.0)
     around = _window_mean(cover[..., None], 1)[..., 0]
     return np.where((cover > 0.1) & (around > 0.2), cover, 0.0)  # lone specks are noise
+
+
+def _centre(cover: np.ndarray) -> tuple[float, float]:
+    """The centre of mass of a frame's coverage [H, W], x and y in pixels."""
+    at = np.arange(SIDE) + 0.5
+    return float(cover.sum(0) @ at / cover.sum()), float(cover.sum(1) @ at / cover.sum())
 
 
 def _read_motion(cover: np.ndarray, time: np.ndarray) -> tuple[str | None, tuple[float, float], float]:

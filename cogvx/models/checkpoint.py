@@ -22,6 +22,9 @@ from .quantized import DTYPE, is_fp8, unscaled
 from .stored import DTYPES, CheckpointError, Stored, one_line, opened, opened_file, some
 
 TINY = Path(__file__).parent.parent / "assets" / "tiny"
+TINY_I2V = TINY.with_name("tiny-i2v")
+EMBEDDED = {"tiny": TINY, "tiny-i2v": TINY_I2V}
+SHARED = ("vae", "text_encoder", "tokenizer")  # what the second one takes from the first
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt"]
 COMPONENTS = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
@@ -33,9 +36,9 @@ MAX_JSON_BYTES = 2**24  # the largest published one, a tokenizer's, has 2.4 MB
 
 
 def resolve_folder(folder: str | Path) -> Path:
-    """The local folder of a checkpoint: a path, a hub name (downloaded once), or "tiny" for the embedded one."""
-    if folder == "tiny":
-        return TINY
+    """The local folder of a checkpoint: a path, a hub name (downloaded once), or the word for an embedded one."""
+    if isinstance(folder, str) and folder in EMBEDDED:
+        return EMBEDDED[folder]
     path = Path(folder)
     if str(folder) and os.path.isdir(path):
         return check_contents(path)
@@ -45,7 +48,7 @@ def resolve_folder(folder: str | Path) -> Path:
         raise CheckpointError(f"{path} is a file; a checkpoint is a folder, here perhaps {path.parent}")
     if not HUB_NAME.fullmatch(str(folder)) or ".." in str(folder) or str(folder).startswith("."):
         what = f"{str(folder)[:200]!r} is no folder"
-        raise CheckpointError(f"{what}; give a checkpoint folder, a hub name like owner/name, or tiny")
+        raise CheckpointError(f"{what}; give a checkpoint folder, a hub name like owner/name, tiny or tiny-i2v")
     from huggingface_hub import snapshot_download  # here, because it takes 0.4 s and few calls need it
 
     try:
@@ -77,9 +80,22 @@ def component_folder(root: Path, component: str) -> Path:
     """`root`/`component` of a pipeline's folder, or `root` itself where that is a component's folder."""
     if (root / component).is_dir():
         return root / component
+    if component in SHARED and root == TINY_I2V:
+        return TINY / component
     if (root / "config.json").is_file():
         return root
     raise CheckpointError(f"{root} is no checkpoint: it holds neither {component}/config.json nor config.json")
+
+
+def checkpoint_files(root: Path) -> dict[str, Path]:
+    """Every file of a checkpoint by its place in the folder, those included that an embedded one shares."""
+    folders = {"": root} | ({f"{part}/": TINY / part for part in SHARED} if root == TINY_I2V else {})
+    return {
+        prefix + path.relative_to(folder).as_posix(): path
+        for prefix, folder in folders.items()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
 
 
 def safe_path(path: Path, root: Path) -> Path:
@@ -88,6 +104,8 @@ def safe_path(path: Path, root: Path) -> Path:
         real, allowed = path.resolve(), [root.resolve()]
     except (OSError, RuntimeError) as error:
         raise CheckpointError(f"{path} is a link that leads nowhere: {one_line(error)}") from error
+    if root == TINY_I2V:
+        allowed.append(TINY.resolve())
     for ancestor in root.absolute().parents:
         if ancestor.name == "snapshots" and ancestor.parent.name.startswith("models--"):
             allowed.append(ancestor.parent.resolve() / "blobs")

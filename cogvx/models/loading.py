@@ -15,6 +15,7 @@ from torch import nn
 
 from ..config import PRESETS, Published, TransformerConfig, VAEConfig
 from .checkpoint import (
+    EMBEDDED,
     MAX_JSON_BYTES,
     check_device,
     check_dtype,
@@ -165,10 +166,10 @@ def pick_config(
     if component == "transformer":
         size = Size.of_shapes(shapes, found.sat, file)
         for name, preset in PRESETS.items():
-            if name != "tiny" and Size.of_config(preset.transformer) == size:
+            if name not in EMBEDDED and Size.of_config(preset.transformer) == size:
                 return preset.transformer
         raise CheckpointError(f"{file} is no released transformer ({size}) and states no config; give one")
-    names = ", ".join(name for name in PRESETS if name != "tiny")
+    names = ", ".join(name for name in PRESETS if name not in EMBEDDED)
     raise CheckpointError(f"{file} does not say which model's VAE it is; give config, one of {names}, or a folder")
 
 

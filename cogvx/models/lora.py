@@ -7,6 +7,7 @@ import math
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +28,7 @@ class LoRA:
     file: str
     sha256: str
     weight: float
+    alpha: float | None  # that was given in the place of the file's
     layers: dict[str, Pair]
 
 
@@ -50,7 +52,7 @@ def load_lora(
     tensors, metadata = load_tensors(path)
     layers = pairs(tensors, metadata, _checked("alpha", alpha), path)
     _check_fits(transformer, layers, path)
-    transformer.loras[name] = LoRA(str(path), SourceFile(path).sha256, _checked("weight", weight), layers)
+    transformer.loras[name] = LoRA(str(path), SourceFile(path).sha256, _checked("weight", weight), alpha, layers)
     for layer, pair in layers.items():
         _adapted(transformer, layer).add(name, pair, weight)
     return name
@@ -108,10 +110,15 @@ def write_lora(layers: dict[str, Pair], file: str | Path) -> None:
     save_tensors(tensors, file, {"format": "pt"})
 
 
-def described(transformer: ExpertTransformer) -> list[dict[str, str | float]]:
-    """The loaded LoRAs as a video's metadata holds them."""
-    return [{"name": name, "file": lora.file, "sha256": lora.sha256, "weight": lora.weight}
-            for name, lora in transformer.loras.items()]  # fmt: skip
+def described(transformer: ExpertTransformer) -> list[dict[str, Any]]:
+    """The loaded LoRAs as a video's metadata holds them: what it takes to load them again."""
+    # Fused ones are rounded together with the weights.
+    how = {"fused": True} if any(module.original is not None for module in _all_adapted(transformer)) else {}
+    return [
+        {"name": name, "file": lora.file, "sha256": lora.sha256, "weight": lora.weight}
+        | ({} if lora.alpha is None else {"alpha": lora.alpha}) | how
+        for name, lora in transformer.loras.items()
+    ]  # fmt: skip
 
 
 class AdaptedLinear(Linear):

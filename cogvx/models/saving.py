@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .checkpoint import STEMS, CheckpointError
+from .checkpoint import STEMS, CheckpointError, checkpoint_files
 
 SHARD_BYTES = 10**10
 PARTS = (".json", ".model", ".safetensors")  # of a checkpoint folder
@@ -85,11 +85,11 @@ def new_folder(folder: str | Path) -> Iterator[Path]:
 
 def content_hash(folder: str | Path) -> str:
     """SHA-256, in hexadecimal, of the names and contents of a checkpoint's weights, configs and vocabulary."""
-    folder, digest = Path(folder), hashlib.sha256()
-    paths = [path.relative_to(folder) for path in folder.rglob("*") if path.suffix in PARTS and path.is_file()]
-    for path in sorted(p for p in paths if not any(part.startswith(".") for part in p.parts)):
-        with open(folder / path, "rb") as file:
-            digest.update(f"{path.as_posix()}\0{hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+    digest, files = hashlib.sha256(), checkpoint_files(Path(folder))
+    names = (Path(name) for name in files if Path(name).suffix in PARTS)
+    for name in sorted(n for n in names if not any(part.startswith(".") for part in n.parts)):
+        with open(files[name.as_posix()], "rb") as file:
+            digest.update(f"{name.as_posix()}\0{hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
     return digest.hexdigest()
 
 

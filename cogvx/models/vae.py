@@ -9,11 +9,11 @@ result. Submodule names are those of the published checkpoints. In memory channe
 Source: "CogVideoX" (arXiv 2408.06072), section 2.1, and the released configurations.
 """
 
-from collections.abc import Callable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -22,16 +22,30 @@ from torch import Tensor, nn
 from cogvx_kernels import causal_conv3d, downsample_conv, group_norm_silu, spatial_norm_silu, upsample_conv
 
 from ..config import VAEConfig
+from ..host import to_device, to_host
 from .fp16 import overflowed, widened
 from .loading import ConfigLike, load_model
 from .saving import SHARD_BYTES, save_model
 
 
 class Halos(dict[nn.Module, Tensor]):
-    """What each causal convolution read last; empty before the first chunk, and nothing is kept of the `last`."""
+    """What each causal convolution read last; empty before the first chunk, and nothing is kept of the `last`.
 
-    last: bool = False
-    first_alone: bool = True  # of an odd number of frames, where time doubles
+    on_host: they wait in the host's memory. Of 480 x 720 pixels in 16 bits they are 2.5 GB.
+    first_alone: of an odd number of frames, where time doubles.
+    """
+
+    def __init__(self, on_host: bool = False):
+        super().__init__()
+        self.on_host, self.last, self.first_alone = on_host, False, True
+
+    def take(self, conv: nn.Module, device: torch.device) -> Tensor | None:
+        halo = self.pop(conv, None)
+        return to_device(halo, device) if self.on_host and halo is not None else halo
+
+    def keep(self, conv: nn.Module, frames: Tensor) -> None:  # a copy, so that the buffer they are in can be freed
+        if not self.last:
+            self[conv] = to_host(frames) if self.on_host else frames.clone()
 
 
 class CausalVAE(nn.Module):
@@ -42,6 +56,8 @@ class CausalVAE(nn.Module):
         self.config = config
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
+        self.tiling: Any = None  # how frames are cut into tiles, a `cogvx.models.tiling.Tiling`; None is not at all
+        self.halos_on_host = False  # what chunks pass on waits in the host's memory; tiles always do so
 
     @classmethod
     def from_pretrained(
@@ -67,28 +83,39 @@ class CausalVAE(nn.Module):
     def encode(self, video: Tensor, chunks: list[int] | None = None) -> "Posterior":
         """The distribution of latents behind a video [B, 3, T, H, W] in [-1, 1]; chunks of None are `encode_chunks`.
 
-        Where fp16 cannot hold what is computed, this is repeated, and answered, in fp32.
+        Where fp16 cannot hold what is computed, it is computed, and answered, in fp32.
         """
-        plan = (chunks or encode_chunks(video.shape[2]),)
-        moments = in_chunks(self.encoder, video, *plan)
-        if overflowed(moments):
-            moments = in_chunks(widened(self.encoder, torch.float32), video.float(), *plan)
+        lengths = chunks or encode_chunks(video.shape[2])
+        return self.encode_each(video.split(lengths, dim=2), len(lengths))
+
+    def encode_each(self, parts: Iterable[Tensor], num_parts: int) -> "Posterior":
+        """The distribution of latents behind a video that comes in its chunks, [B, 3, t, H, W] each."""
+        moments = joined(self._run(self.encoder, parts, num_parts))
         return Posterior(*moments.contiguous().chunk(2, dim=1))
 
     def decode(self, latents: Tensor, chunks: list[int] | None = None, first_alone: bool | None = None) -> Tensor:
         """The video [B, 3, T, H, W] behind unscaled latents [B, C, T, H, W]; nominally in [-1, 1], not clamped.
 
         chunks of None are `decode_chunks`. first_alone: the first latent gives one frame and all others four, else each
-        of them four; None is the former for an odd number of latents. Where fp16 cannot hold what is computed, this is
-        repeated, and answered, in fp32.
+        of them four; None is the former for an odd number of latents. From the first chunk on that fp16 cannot hold,
+        they are computed, and answered, in fp32.
         """
-        num_latents = latents.shape[2]
-        alone = num_latents % 2 == 1 if first_alone is None else first_alone
-        plan = chunks or decode_chunks(num_latents), alone
-        video = in_chunks(self.decoder, latents, *plan)
-        if overflowed(video):
-            video = in_chunks(widened(self.decoder, torch.float32), latents.float(), *plan)
-        return video.contiguous()
+        return joined(self.decode_each(latents, chunks, first_alone)).contiguous()
+
+    def decode_each(
+        self, latents: Tensor, chunks: list[int] | None = None, first_alone: bool | None = None
+    ) -> Iterator[Tensor]:
+        """What `decode` gives, chunk by chunk [B, 3, t, H, W], each as soon as it is there; none is held here."""
+        lengths = chunks or decode_chunks(latents.shape[2])
+        alone = latents.shape[2] % 2 == 1 if first_alone is None else first_alone
+        return self._run(self.decoder, latents.split(lengths, dim=2), len(lengths), alone)
+
+    def _run(
+        self, half: nn.Module, chunks: Iterable[Tensor], num_chunks: int, first_alone: bool = True
+    ) -> Iterator[Tensor]:
+        if self.tiling is not None:
+            return self.tiling(half, chunks, num_chunks, first_alone)
+        return in_chunks(half, chunks, num_chunks, self.halos_on_host, first_alone)
 
 
 @dataclass(frozen=True)
@@ -116,13 +143,27 @@ class Posterior:
 
 
 def in_chunks(
-    model: Callable[[Tensor, Halos], Tensor], x: Tensor, lengths: list[int], first_alone: bool = True
-) -> Tensor:
-    """The results of a half of the VAE over chunks of these lengths, one after another, joined along time."""
-    halos, parts = Halos(), []
-    for i, chunk in enumerate(x.split(lengths, dim=2)):
-        halos.last, halos.first_alone = i == len(lengths) - 1, first_alone and i == 0
-        parts.append(model(chunk, halos))
+    half: nn.Module, chunks: Iterable[Tensor], num_chunks: int, halos_on_host: bool = False, first_alone: bool = True
+) -> Iterator[Tensor]:
+    """The results of a half of the VAE over the chunks of a clip, one after another, as each is ready.
+
+    From the first chunk on that overflows in fp16 they are computed in fp32.
+    """
+    halos, run, dtype = Halos(halos_on_host), half, None
+    for i, chunk in enumerate(chunks):
+        halos.last, halos.first_alone = i == num_chunks - 1, first_alone and i == 0
+        before = dict(halos) if chunk.dtype == torch.float16 and dtype is None else {}
+        y = run(chunk if dtype is None else chunk.to(dtype), halos)
+        if overflowed(y):
+            run, dtype = widened(half, torch.float32), torch.float32
+            halos.clear()
+            halos.update({conv: halo.float() for conv, halo in before.items()})
+            y = run(chunk.float(), halos)
+        yield y
+
+
+def joined(chunks: Iterable[Tensor]) -> Tensor:
+    parts = list(chunks)
     return torch.cat(parts, dim=2) if len(parts) > 1 else parts[0]
 
 
@@ -160,7 +201,7 @@ class Encoder(nn.Module):
         self.conv_out = CausalConv3d(widths[-1], 2 * config.latent_channels)
 
     def forward(self, video: Tensor, halos: Halos) -> Tensor:
-        x = self.conv_in(behind_halo(video, halos.pop(self.conv_in, None)), halos)
+        x = self.conv_in(behind_halo(video, halos.take(self.conv_in, video.device)), halos)
         for block in self.down_blocks:
             for resnet in block.resnets:
                 x = resnet(x, None, halos)
@@ -168,7 +209,7 @@ class Encoder(nn.Module):
                 x = downsample(x)
         for resnet in self.mid_block.resnets:
             x = resnet(x, None, halos)
-        return self.conv_out(self.norm_out(x, None, halos.pop(self.conv_out, None)), halos)
+        return self.conv_out(self.norm_out(x, None, halos.take(self.conv_out, x.device)), halos)
 
 
 class Decoder(nn.Module):
@@ -192,7 +233,7 @@ class Decoder(nn.Module):
         self.conv_out = CausalConv3d(widths[-1], config.out_channels)
 
     def forward(self, z: Tensor, halos: Halos) -> Tensor:
-        x = self.conv_in(behind_halo(z, halos.pop(self.conv_in, None)), halos)
+        x = self.conv_in(behind_halo(z, halos.take(self.conv_in, z.device)), halos)
         for resnet in self.mid_block.resnets:
             x = resnet(x, z, halos)
         for block in self.up_blocks:
@@ -200,7 +241,7 @@ class Decoder(nn.Module):
                 x = resnet(x, z, halos)
             for upsample in block.upsamplers:
                 x = upsample(x, halos.first_alone)
-        return self.conv_out(self.norm_out(x, z, halos.pop(self.conv_out, None)), halos)
+        return self.conv_out(self.norm_out(x, z, halos.take(self.conv_out, x.device)), halos)
 
 
 class ResidualBlock(nn.Module):
@@ -217,9 +258,9 @@ class ResidualBlock(nn.Module):
         self.conv_shortcut = nn.Identity() if width_in == width else PointwiseConv(width_in, width)
 
     def forward(self, x: Tensor, z: Tensor | None, halos: Halos) -> Tensor:
-        y = self.conv1(self.norm1(x, z, halos.pop(self.conv1, None)), halos)
+        y = self.conv1(self.norm1(x, z, halos.take(self.conv1, x.device)), halos)
         residual = x if isinstance(self.conv_shortcut, nn.Identity) else None
-        y = self.conv2(self.norm2(y, z, halos.pop(self.conv2, None)), halos, residual)
+        y = self.conv2(self.norm2(y, z, halos.take(self.conv2, x.device)), halos, residual)
         # A shortcut comes last: before conv2 its result would be one more tensor where the most of them are held.
         return y if residual is not None else y.add_(self.conv_shortcut(x))
 
@@ -245,8 +286,7 @@ class CausalConv3d(nn.Module):
         self.conv = nn.Conv3d(width_in, width, 3, padding=(0, 1, 1))
 
     def forward(self, x: Tensor, halos: Halos, residual: Tensor | None = None) -> Tensor:
-        if not halos.last:
-            halos[self] = x[:, :, -2:].clone()  # a copy, so that the buffer can be freed
+        halos.keep(self, x[:, :, -2:])
         return causal_conv3d(x, self.conv.weight, self.conv.bias, residual)
 
 

@@ -1,5 +1,7 @@
 """Muon for the matrices that do the work, AdamW for everything else."""
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -15,35 +17,42 @@ class MuonAdamW:
 
     def __init__(self, matrices: list[Tensor], others: list[Tensor], muon_lr: float, adamw_lr: float):
         self.matrices = matrices
-        # torch.optim.Muon takes matrices alone; the views share the weights' memory.
+        # torch.optim.Muon takes matrices alone, and at least one; the views share the weights' memory.
         self.views = [nn.Parameter(weight.data.flatten(1)) for weight in matrices]
-        self.muon = torch.optim.Muon(self.views, lr=muon_lr, weight_decay=0.0)
+        self.muon = torch.optim.Muon(self.views, lr=muon_lr, weight_decay=0.0) if matrices else None
         self.adamw = torch.optim.AdamW(others, lr=adamw_lr, betas=(0.9, 0.95), eps=1e-8, weight_decay=1e-4)
-        self.lrs = (muon_lr, adamw_lr)
+        self.both = [(self.adamw, adamw_lr), *([(self.muon, muon_lr)] if matrices else [])]
 
     def step(self, share: float) -> None:
         """One step at `share` of the full learning rates."""
-        for optimiser, lr in zip((self.muon, self.adamw), self.lrs, strict=True):
+        for optimiser, lr in self.both:
             for group in optimiser.param_groups:
                 group["lr"] = lr * share
         for view, weight in zip(self.views, self.matrices, strict=True):
             view.grad = None if weight.grad is None else weight.grad.flatten(1)
-        self.muon.step()
-        self.adamw.step()
+        for optimiser, _ in self.both:
+            optimiser.step()
 
     def state_dict(self) -> dict:
-        return {"muon": self.muon.state_dict(), "adamw": self.adamw.state_dict()}
+        return {name: part.state_dict() for name, part in self._parts()}
 
     def load_state_dict(self, state: dict) -> None:
-        self.muon.load_state_dict(state["muon"])
-        self.adamw.load_state_dict(state["adamw"])
+        for name, part in self._parts():
+            part.load_state_dict(state[name])
+
+    def _parts(self) -> list[tuple[str, torch.optim.Optimizer]]:
+        return [(name, part) for name, part in (("muon", self.muon), ("adamw", self.adamw)) if part is not None]
 
 
 def muon_adamw(model: nn.Module, muon_lr: float, adamw_lr: float, adamw_names: tuple[str, ...]) -> MuonAdamW:
-    """Muon for every weight with at least two axes, but for those whose name holds one of `adamw_names`."""
+    """Muon for every weight with at least two axes, but for those whose name holds one of `adamw_names`.
+
+    A muon_lr of 0 leaves all to AdamW: Muon computes in bf16, which takes seconds a step where a CPU has no
+    instructions for it.
+    """
     matrices, others = [], []
     for name, weight in model.named_parameters():
-        hidden = weight.ndim >= 2 and not any(part in name for part in adamw_names)
+        hidden = muon_lr > 0 and weight.ndim >= 2 and not any(part in name for part in adamw_names)
         (matrices if hidden else others).append(weight)
     return MuonAdamW(matrices, others, muon_lr, adamw_lr)
 
@@ -51,3 +60,11 @@ def muon_adamw(model: nn.Module, muon_lr: float, adamw_lr: float, adamw_names: t
 def warmup_hold_decay(step: int, num_steps: int, num_warmup: int, num_decay: int) -> float:
     """Share of the full learning rate at `step`: a linear rise, a plateau, a linear fall to zero."""
     return min(1.0, (step + 1) / num_warmup, (num_steps - step) / num_decay)
+
+
+def cosine(step: int, num_steps: int, num_warmup: int, least: float = 0.0) -> float:
+    """Share of the full learning rate at `step`: a linear rise, then half a cosine down to `least` at the end."""
+    if step < num_warmup:
+        return (step + 1) / num_warmup
+    done = (step - num_warmup) / max(1, num_steps - num_warmup)
+    return least + (1 - least) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))

@@ -1,36 +1,46 @@
-"""Train the embedded checkpoint from nothing: tokenizer, VAE, latents, transformer and text encoder, folder.
+"""Train the embedded checkpoints from nothing: tokenizer, VAE, latents, transformer and text encoder, folder.
+
+The image-to-video variant begins with four of the transformer's layers and shares all else.
 
     python -m cogvx.train.tiny            (or: make tiny)
 
 Each stage resumes where it was stopped, so the command can be run again at any time. A few hours on 2 cores.
 """
 
+import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
+
 from ..config import PRESETS
 from ..data import shapes
-from ..data.latents import encode_shapes
-from ..models.checkpoint import TINY
+from ..data.latents import encode_ends, encode_shapes
+from ..models.checkpoint import SHARED, TINY, TINY_I2V
+from ..models.vae import CausalVAE
 from ..pipeline import Pipeline
 from ..settings import Configs
 from . import transformer as transformer_training
 from . import vae as vae_training
 from .tokenizer import build_tokenizer
 
+LAYERS = 0, 1, 4, 5  # of the text-to-video transformer, those that the image-to-video one begins with
+
 
 @dataclass(frozen=True)
 class TinyTraining:
-    """Where the stages work, and where the checkpoint goes."""
+    """Where the stages work, and where the checkpoints go."""
 
     work: Path = Path("runs/tiny")
     out: Path = TINY
+    out_i2v: Path = TINY_I2V
     num_clips: int = 6144  # encoded once for the transformer
+    num_clips_i2v: int = 1856  # the first of them
     seed: int = 0
 
 
 def train(run: TinyTraining) -> None:
-    """All stages, then the published folder in fp16."""
+    """All stages, each followed by its published folder in fp16."""
     preset, words = PRESETS["tiny"], set(" ".join(scene.prompt for scene in shapes.ALL_SCENES).split())
     build_tokenizer(run.work / "tokenizer", words | {"small", "large"}, preset.transformer.max_text_seq_length)
     vae = vae_training.train(vae_training.VAETraining(out=run.work / "vae", seed=run.seed))
@@ -44,7 +54,27 @@ def train(run: TinyTraining) -> None:
     for part in (model, vae, text.model):
         part.half()
     Pipeline(model, vae, text, Configs(model.config, vae.config, preset.schedule)).save_pretrained(run.out)
-    print(f"{run.out}  {sum(file.stat().st_size for file in run.out.rglob('*')) / 2**20:.1f} MiB")
+    train_i2v(run)
+    for folder in (run.out, run.out_i2v):
+        print(f"{folder}  {sum(file.stat().st_size for file in folder.rglob('*')) / 2**20:.1f} MiB")
+
+
+def train_i2v(run: TinyTraining) -> None:
+    """The image-to-video variant of the checkpoint in `run.out`; its folder holds what the two do not share."""
+    preset, vae = PRESETS["tiny-i2v"], CausalVAE.from_pretrained(run.out, dtype=torch.float32)
+    encode_shapes(vae, run.work / "latents", run.num_clips_i2v, run.seed)
+    encode_ends(vae, run.work / "ends", run.num_clips_i2v, run.seed)
+    model, text, _ = transformer_training.train(
+        transformer_training.TransformerTraining(
+            latents=run.work / "latents", ends=run.work / "ends", start_from=run.out, layers=LAYERS,
+            out=run.work / "transformer-i2v", config=preset.transformer, schedule=preset.schedule, seed=run.seed,
+            num_steps=420, batch=32, muon_lr=0.0, adamw_lr=1e-3, num_warmup=20, num_decay=220, bf16=False,
+        )
+    )  # fmt: skip
+    pipeline = Pipeline(model.half(), vae.half(), text, Configs(model.config, vae.config, preset.schedule))
+    pipeline.save_pretrained(run.out_i2v)
+    for part in SHARED:
+        shutil.rmtree(run.out_i2v / part)
 
 
 if __name__ == "__main__":

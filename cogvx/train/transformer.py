@@ -1,10 +1,13 @@
-"""Train the expert transformer and a small T5 encoder beside it, on latents of Shapes World.
+"""Train the expert transformer on latents of Shapes World: with a small T5 encoder beside it, or from another model.
 
     python -m cogvx.train.transformer --latents runs/latents --tokenizer runs/tokenizer --out runs/transformer
 
 v-prediction on a schedule whose last step has zero SNR; 10 % of the prompts are dropped, half of them to zeros and half
 to the embedding of the empty prompt, so that both conventions of the field work. Every step's data and noise follow
 from (seed, step), so a stopped run resumes exactly where it was.
+
+With `start_from` the text encoder is that checkpoint's and stays as it is, and the transformer begins with its layers.
+A config with twice the input channels is shown the clip's first frame as well, and in a share of the samples its last.
 """
 
 import json
@@ -22,8 +25,10 @@ from ..config import PRESETS, ScheduleConfig, TransformerConfig
 from ..data.latents import load_shapes
 from ..diffusion.loss import add_noise, draw_timesteps, velocity_loss
 from ..diffusion.schedule import cumulative_alphas
+from ..models.image_latents import drop_image, in_frames, with_image
 from ..models.text import TextEncoder, read_vocabulary
 from ..models.transformer import ExpertTransformer
+from ..settings import read_configs
 from .checkpoint import restore, save_state
 from .optim import muon_adamw, warmup_hold_decay
 
@@ -47,7 +52,13 @@ class TransformerTraining:
     clip_norm: float = 1.0
     drop_text: float = 0.1
     save_every: int = 100
+    bf16: bool = True  # in autocast; fp32 is forty times faster on CPUs without instructions for it
     seed: int = 0
+    start_from: Path | None = None  # a published folder, whose text encoder and scaling of latents are kept
+    layers: tuple[int, ...] = ()  # of its transformer, those that this one begins with
+    ends: Path | None = None  # what `encode_ends` wrote, for a model that takes images; its clips alone are used
+    drop_image: float = 0.05  # of the batches
+    show_last: float = 0.25  # of the samples: the last frame beside the first
     config: TransformerConfig = PRESETS["tiny"].transformer
     schedule: ScheduleConfig = PRESETS["tiny"].schedule
 
@@ -63,34 +74,62 @@ def tiny_text_encoder(run: TransformerTraining) -> TextEncoder:
     return TextEncoder(T5EncoderModel(config), vocabulary, num_sentinels, run.config.max_text_seq_length)
 
 
+@dataclass
+class Clips:
+    """Encoded clips, and what a step draws from them."""
+
+    mean: Tensor  # [clips, C, T, H, W]
+    std: Tensor
+    ends: tuple[Tensor, Tensor] | None  # mean and std of first and last frames, [clips, C, 2 draws, H, W]
+    scaling: float
+
+    def draw(self, rows: np.ndarray, generator: torch.Generator) -> Tensor:
+        """A sample of the clips' posteriors, [B, C, T, H, W]."""
+        return self.scaling * _sample(self.mean[rows], self.std[rows], generator)
+
+    def draw_image(self, rows: np.ndarray, run: TransformerTraining, generator: torch.Generator) -> Tensor:
+        """The image latents of the same clips: first frames, some of the last ones, zeros between; or zeros alone."""
+        draws = 2 * torch.randint(self.ends[0].shape[2] // 2, (len(rows),), generator=generator)
+        first, last = (
+            self.scaling * _sample(*(part[rows, :, draws + end, None] for part in self.ends), generator)
+            for end in (0, 1)
+        )
+        shown = torch.rand(len(rows), generator=generator) < run.show_last
+        last = torch.where(shown[:, None, None, None, None], last, 0.0)
+        return drop_image(in_frames({0: first, -1: last}, self.mean.shape[2]), run.drop_image, generator)
+
+
 def train(run: TransformerTraining) -> tuple[ExpertTransformer, TextEncoder, float]:
     """Train to the end, resuming from `run.out`; the model, its text encoder and the latents' scaling factor."""
     torch.manual_seed(run.seed)
-    mean, std, prompts = load_shapes(run.latents)
-    scaling = 1.0 / float(mean.float().std())
-    model, text = ExpertTransformer(run.config).init_for_training(), tiny_text_encoder(run)
+    model, text, clips, prompts = prepare(run)
     tokens = text.tokenize(["", *prompts])  # row 0 is the empty prompt
-    both = nn.ModuleList([model, text.model])
-    optimiser = muon_adamw(both, run.muon_lr, run.adamw_lr, ADAMW_NAMES)
-    parts = {"transformer": model, "text_encoder": text.model, "optimiser": optimiser}
+    learning = nn.ModuleDict({"transformer": model})
+    if run.start_from is None:
+        learning["text_encoder"] = text.model
+    optimiser = muon_adamw(learning, run.muon_lr, run.adamw_lr, ADAMW_NAMES)
+    parts = {**learning, "optimiser": optimiser}
     step = restore(run.out, parts)
     alphas = cumulative_alphas(run.schedule)
     run.out.mkdir(parents=True, exist_ok=True)
     with (run.out / "log.jsonl").open("a") as log:
         while step < run.num_steps:
             start, generator = time.perf_counter(), torch.Generator().manual_seed(run.seed * 1_000_003 + step)
-            rows = np.random.default_rng((run.seed, step)).integers(len(mean), size=run.batch)
-            clip = mean[rows].float() + std[rows].float() * torch.randn(mean[rows].shape, generator=generator)
-            clip, noise = scaling * clip, torch.randn(clip.shape, generator=generator)
+            rows = np.random.default_rng((run.seed, step)).integers(len(clips.mean), size=run.batch)
+            clip = clips.draw(rows, generator)
+            noise = torch.randn(clip.shape, generator=generator)
             timestep = draw_timesteps(run.batch, run.schedule.num_train_timesteps, generator)
+            noisy = add_noise(clip, noise, alphas[timestep])
+            if clips.ends is not None:
+                noisy = with_image(noisy, clips.draw_image(rows, run, generator))
             # Written-out scores: on a CPU, at a hundred tokens, a seventh less time a step than flash attention.
-            with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
+            with torch.autocast("cpu", torch.bfloat16, run.bf16), sdpa_kernel(SDPBackend.MATH):
                 embedded = embed(text.model, tokens, rows + 1, run.drop_text, generator)
-                predicted = model(add_noise(clip, noise, alphas[timestep]), embedded, timestep)
+                predicted = model(noisy, embedded, timestep)
             loss = velocity_loss(predicted, clip, noise, alphas[timestep]).mean()
-            both.zero_grad()
+            learning.zero_grad()
             loss.backward()
-            gradient = torch.nn.utils.clip_grad_norm_(both.parameters(), run.clip_norm, error_if_nonfinite=True)
+            gradient = torch.nn.utils.clip_grad_norm_(learning.parameters(), run.clip_norm, error_if_nonfinite=True)
             optimiser.step(warmup_hold_decay(step, run.num_steps, run.num_warmup, run.num_decay))
             step += 1
             row = {"step": step, "loss": loss.item(), "gradient": gradient.item()}
@@ -98,7 +137,40 @@ def train(run: TransformerTraining) -> tuple[ExpertTransformer, TextEncoder, flo
             log.flush()
             if step % run.save_every == 0 or step == run.num_steps:
                 save_state(run.out, step, {name: part.state_dict() for name, part in parts.items()})
-    return model, text, scaling
+    return model, text, clips.scaling
+
+
+def prepare(run: TransformerTraining) -> tuple[ExpertTransformer, TextEncoder, Clips, list[str]]:
+    """What a run starts with: fresh weights or those of `run.start_from`, the encoded clips and their prompts."""
+    mean, std, prompts = load_shapes(run.latents)
+    model, ends = ExpertTransformer(run.config).init_for_training(), None
+    if run.config.in_channels > mean.shape[1]:
+        *ends, with_ends = load_shapes(run.ends)
+        if with_ends != prompts[: len(with_ends)]:
+            raise ValueError(f"ends is {str(run.ends)!r}, whose clips are not the first of {str(run.latents)!r}")
+        mean, std, prompts = mean[: len(with_ends)], std[: len(with_ends)], with_ends
+    if run.start_from is None:
+        return model, tiny_text_encoder(run), Clips(mean, std, ends, 1.0 / float(mean.float().std())), prompts
+    text = TextEncoder.from_pretrained(run.start_from, run.config.max_text_seq_length, torch.float32)
+    text.model.requires_grad_(False)
+    widen(model, ExpertTransformer.from_pretrained(run.start_from, dtype=torch.float32), run.layers)
+    scaling = read_configs(run.start_from).vae.scaling_factor
+    return model, text, Clips(mean, std, ends, scaling), prompts
+
+
+@torch.no_grad()
+def widen(model: ExpertTransformer, source: ExpertTransformer, layers: tuple[int, ...]) -> None:
+    """Give a model the weights of another one: some of its layers, and zeros for input channels that it lacks."""
+    weights = source.state_dict()
+    for name, weight in model.state_dict().items():
+        if name.startswith("transformer_blocks."):
+            _, layer, rest = name.split(".", 2)
+            name = f"transformer_blocks.{layers[int(layer)]}.{rest}"
+        given = weights[name]
+        if given.shape == weight.shape:
+            weight.copy_(given)
+        else:  # the patch embedding, [D, channels, p, p]
+            weight.zero_()[:, : given.shape[1]] = given
 
 
 def embed(encoder: T5EncoderModel, tokens: Tensor, rows: np.ndarray, drop: float, generator: torch.Generator) -> Tensor:
@@ -107,6 +179,10 @@ def embed(encoder: T5EncoderModel, tokens: Tensor, rows: np.ndarray, drop: float
     rows = torch.where(chance < drop / 2, 0, torch.from_numpy(rows))  # the empty prompt
     text = encoder(tokens[rows]).last_hidden_state
     return torch.where(((chance >= drop / 2) & (chance < drop))[:, None, None], 0.0, text)  # zeros
+
+
+def _sample(mean: Tensor, std: Tensor, generator: torch.Generator) -> Tensor:
+    return mean.float() + std.float() * torch.randn(mean.shape, generator=generator)
 
 
 if __name__ == "__main__":

@@ -8,13 +8,11 @@ from (seed, step), so a stopped run resumes exactly where it was.
 
 import json
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..config import PRESETS, VAEConfig
@@ -23,6 +21,7 @@ from ..data.pixels import to_tensor
 from ..models.discriminator import PatchDiscriminator
 from ..models.vae import CausalVAE
 from .checkpoint import restore, save_state
+from .losses import LossWeights, Perceptual, discriminator_step, vae_loss
 from .optim import muon_adamw, warmup_hold_decay
 
 
@@ -54,11 +53,7 @@ class VAETraining:
     num_warmup: int = 50  # steps of the learning rate's rise and fall, in each of the two phases:
     num_decay: tuple[int, int] = (400, 900)  # both halves of the model, then the decoder alone
     clip_norm: float = 1.0
-    l1_weight: float = 1.0
-    l2_weight: float = 2.0
-    kl_weight: float = 1e-4  # of the mean over latent values
-    perceptual_weight: float = 0.1  # of the backbone's distance, where a backbone is given
-    adversarial_weight: float = 0.02  # times the ratio of the two losses' gradients at the last layer
+    weights: LossWeights = field(default_factory=lambda: LossWeights(l1=1.0, l2=2.0, kl=1e-4))
     discriminator_lr: float = 2e-4
     save_every: int = 100
     seed: int = 0
@@ -87,7 +82,7 @@ class VAETraining:
         return warmup_hold_decay(step - joint, self.num_steps - joint, self.num_warmup, self.num_decay[1])
 
 
-def train(run: VAETraining, perceptual: Callable[[Tensor, Tensor], Tensor] | None = None) -> CausalVAE:
+def train(run: VAETraining, perceptual: Perceptual | None = None) -> CausalVAE:
     """Train to the end and return the model; resumes from `run.out` where an earlier call stopped there.
 
     `perceptual(reconstruction, video)` is a distance over a feature network, both [B, 3, T, H, W].
@@ -108,11 +103,9 @@ def train(run: VAETraining, perceptual: Callable[[Tensor, Tensor], Tensor] | Non
                 posterior = vae.encode(video)
                 output = vae.decode(posterior.sample(generator))
             output, row = output.float(), {}
-            loss = reconstruction(output, video, run, perceptual, row)
-            row["kl"] = posterior.kl().mean() / posterior.mean[0].numel()
-            total = loss + run.kl_weight * row["kl"]
-            if stage.adversarial:
-                total = total + adversarial(discriminator, vae, output, loss, run.adversarial_weight, row)
+            weights = replace(run.weights, adversarial_start=0 if stage.adversarial else None)
+            last = vae.decoder.conv_out.conv.weight
+            total = vae_loss(output, video, posterior, weights, step, row, perceptual, discriminator, last)
             vae.zero_grad()
             total.backward()
             row["gradient"] = torch.nn.utils.clip_grad_norm_(vae.parameters(), run.clip_norm, error_if_nonfinite=True)
@@ -139,38 +132,6 @@ def batch(seed: int, step: int, stage: Stage) -> Tensor:
     starts = [rng.integers(len(clip) - stage.num_frames + 1) for clip in clips]
     video = np.stack([clip[i : i + stage.num_frames] for clip, i in zip(clips, starts, strict=True)])
     return to_tensor(video)
-
-
-def reconstruction(output: Tensor, video: Tensor, run: VAETraining, perceptual: Callable | None, row: dict) -> Tensor:
-    """L1 + L2, and the perceptual distance where there is one."""
-    l2 = (output - video).square()
-    row["psnr"] = (-10.0 * torch.log10(l2.detach().flatten(1).mean(1) / 4.0)).mean()
-    loss = run.l1_weight * (output - video).abs().mean() + run.l2_weight * l2.mean()
-    if perceptual is not None:
-        row["perceptual"] = perceptual(output, video)
-        loss = loss + run.perceptual_weight * row["perceptual"]
-    return loss
-
-
-def adversarial(
-    discriminator: PatchDiscriminator, vae: CausalVAE, output: Tensor, loss: Tensor, weight: float, row: dict
-) -> Tensor:
-    """The generator's side of the hinge loss, scaled so that its gradient is `weight` of the other loss's."""
-    fooled = -discriminator(output).mean()
-    last = vae.decoder.conv_out.conv.weight
-    (wanted,) = torch.autograd.grad(loss, last, retain_graph=True)
-    (given,) = torch.autograd.grad(fooled, last, retain_graph=True)
-    row["adversarial"] = fooled
-    return weight * (wanted.norm() / (given.norm() + 1e-4)).clamp(max=1e4).detach() * fooled
-
-
-def discriminator_step(discriminator: PatchDiscriminator, optimiser, output: Tensor, video: Tensor) -> Tensor:
-    """One step of the discriminator's side of the hinge loss; the loss before it."""
-    loss = F.relu(1.0 - discriminator(video)).mean() + F.relu(1.0 + discriminator(output)).mean()
-    discriminator.zero_grad()
-    loss.backward()
-    optimiser.step()
-    return loss.detach()
 
 
 if __name__ == "__main__":

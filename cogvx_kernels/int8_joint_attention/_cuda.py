@@ -12,8 +12,8 @@ FOR_SHAPES = "head widths that are multiples of 8, up to 128"
 
 
 def why_not(q: Tensor, k: Tensor, v: Tensor) -> str | None:
-    if any(x.dtype != q.dtype or x.device != q.device for x in (k, v)):
-        return f"every tensor must be {q.dtype} on {q.device}, as q is"
+    if not q.dtype is k.dtype is v.dtype:
+        return f"every tensor must be {q.dtype}, as q is"
     if q.shape[-1] > 128 or q.shape[-1] % 8:
         return f"the CUDA kernel takes {FOR_SHAPES}, not {q.shape[-1]}"
     return _extension.why_not_cuda(q, FOR_DTYPES)

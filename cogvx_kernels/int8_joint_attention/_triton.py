@@ -138,7 +138,7 @@ def options(kernel: str, dtype: torch.dtype, width: int, capability: int) -> dic
 
 
 def why_not(q: Tensor, k: Tensor, v: Tensor) -> str | None:
-    if not (q.is_cuda or triton.knobs.runtime.interpret):
+    if not (q.is_cuda or _INTERPRETED.value):  # as the kernels above are; to ask the knob again costs microseconds
         return "Triton runs on CUDA tensors, or anywhere with TRITON_INTERPRET=1"
     if q.dtype not in _DTYPES or any(x.dtype != q.dtype for x in (k, v)):
         return "every tensor must be of one dtype: float32, float16 or bfloat16"

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from .. import _extension
 from .._convolution import convolve, in_tiles_gathered, in_tiles_spread, weight_gradient
-from .taps import merge_taps, split_taps, sum_pairs
+from .taps import FOR_SHAPES, merge_taps, split_taps, sum_pairs, why_not_merged
 
+__all__ = ["FOR_SHAPES"]
 FOR_DTYPES = (torch.bfloat16, torch.float16)
 _TAPS, _PADS = (1, 4, 4), (0, 1, 1)
 
@@ -18,7 +19,7 @@ _TAPS, _PADS = (1, 4, 4), (0, 1, 1)
 def why_not(x: Tensor, weight: Tensor, bias: Tensor, double_time: bool) -> str | None:
     if any(t.dtype != x.dtype for t in (weight, bias)):
         return f"every tensor must be {x.dtype}, as x is"
-    return _extension.why_not_cuda(x, FOR_DTYPES)
+    return _extension.why_not_cuda(x, FOR_DTYPES) or why_not_merged(x)
 
 
 def forward(

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from .. import _triton_gathered as gathered
 from .._triton_gathered import add_product, load_pixels, pixel_options, tap_and_channels
-from .taps import merge_taps, split_taps, sum_pairs
+from .taps import FOR_SHAPES, merge_taps, split_taps, sum_pairs, why_not_merged
 
+__all__ = ["FOR_SHAPES"]
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _MAX_PIXELS = 2**31 - 2**16  # of all frames of the result, which a kernel counts in 32 bits
 
@@ -61,7 +62,7 @@ def why_not(x: Tensor, weight: Tensor, bias: Tensor, double_time: bool) -> str |
     if x.dtype not in _DTYPES or any(t.dtype != x.dtype for t in (weight, bias)):
         return "every tensor must be of one dtype: float32, float16 or bfloat16"
     pixels = 8 * x.numel() // x.shape[1]
-    return f"{pixels} pixels are above {_MAX_PIXELS}" if pixels > _MAX_PIXELS else None
+    return f"{pixels} pixels are above {_MAX_PIXELS}" if pixels > _MAX_PIXELS else why_not_merged(x)
 
 
 def forward(

@@ -9,6 +9,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+FOR_SHAPES = "x of at least 8 values"  # of a backend that multiplies with merged taps
+_FEWEST = 8
+
+
+def why_not_merged(x: Tensor) -> str | None:
+    """Why x needs the taps as they are, or None.
+
+    Merged taps are rounded once more. That error is small beside the largest of several results, but a single gradient
+    may be much smaller than the terms that it sums up, and the error is as large as theirs.
+    """
+    return f"merged taps are for {FOR_SHAPES}, not of {x.numel()}" if 0 < x.numel() < _FEWEST else None
+
 
 def merge_taps(weight: Tensor) -> Tensor:  # [C_out, C, 3, 3] -> [C_out, C, 4, 4]
     """M along both axes; sums in float32 at least, rounded once."""

@@ -142,7 +142,7 @@ def test_the_same_frames_give_the_same_bytes_in_any_process_at_any_thread_count(
         (np.zeros((2, 8, 8, 3)), 8, r"frames must be a uint8 array \[T, H, W, 3\], not float64 \[2, 8, 8, 3\]"),
         (np.zeros((8, 8, 3), np.uint8), 8, r"not uint8 \[8, 8, 3\]"),
         (np.zeros((0, 8, 8, 3), np.uint8), 8, r"frames must not be empty, but they are \[0, 8, 8, 3\]"),
-        ([1], 8, "not list"),
+        ([1], 8, "not int"),
         (moving_disc(1, 8, 8), 0, "fps must be from 0.01 to 1000, not 0"),
         (moving_disc(1, 8, 8), float("nan"), "fps must be from 0.01 to 1000, not nan"),
     ],

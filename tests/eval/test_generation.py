@@ -8,11 +8,23 @@ import numpy as np
 import pytest
 
 from cogvx.data.shapes import BACKGROUNDS, COLOURS, MOTIONS, SHAPES, SIZES, Scene, is_held_out, parse, render
-from cogvx.eval.generation import GROUPS, WORDS, Share, compressed, evaluate_prompts, evaluation_scenes
+from cogvx.eval.generation import (
+    GROUPS,
+    IMAGE_WORDS,
+    WORDS,
+    Share,
+    compressed,
+    evaluate_prompts,
+    evaluation_scenes,
+    given_clip,
+    judged_image_clip,
+)
 
 
 class Painter:
     """A pipeline that paints what is asked, but for the prompts that `mistake` changes."""
+
+    configs = SimpleNamespace(takes_image=False)
 
     def __init__(self, mistake=lambda scene, seed: scene, fails_at: int | None = None):
         self.mistake, self.fails_at, self.calls = mistake, fails_at, []
@@ -145,3 +157,35 @@ def test_a_known_interval():
 
 def test_nothing_judged_says_nothing():
     assert np.isnan(Share(0, 0).value) and Share(0, 0).interval == (0.0, 1.0)
+
+
+class Mover:
+    """A pipeline that goes on from the image it is given, `mistake` pixels off."""
+
+    configs = SimpleNamespace(takes_image=True)
+
+    def __init__(self, mistake=0):
+        self.mistake, self.index = mistake, 0
+
+    def __call__(self, prompt, *, image, seed, **how):
+        clip = given_clip(parse(prompt), 7, self.index)
+        assert seed == 7 + self.index and np.array_equal(image, clip[0])
+        self.index += 1
+        return SimpleNamespace(frames=np.roll(clip, self.mistake, axis=2))
+
+
+@pytest.mark.parametrize(("mistake", "right"), [(0, 4), (1, 4), (3, 0)])
+def test_a_model_that_takes_images_is_shown_a_first_frame_and_judged_by_what_it_keeps(mistake, right, tmp_path):
+    found = evaluate_prompts(Mover(mistake), 4, seed=7, progress=False, log=tmp_path / "log")["all"]
+    assert found == {word: Share(right if word in ("place", "kept") else 4, 4) for word in IMAGE_WORDS}
+    assert len((tmp_path / "log").read_text().splitlines()) == 5
+
+
+def test_another_colour_and_another_shape_are_not_kept():
+    scene = parse(prompt := "a red circle moves left on a black background")
+    clip = given_clip(scene, 0, 0)
+    for changed, word in ((prompt.replace("red", "cyan"), "colour"), (prompt.replace("circle", "square"), "shape")):
+        right = judged_image_clip(given_clip(parse(changed), 0, 0), clip, scene, 0, compress=False)["right"]
+        assert [name for name, value in right.items() if not value] == [word, "kept"]
+    blank = judged_image_clip(np.zeros_like(clip), clip, scene, 0, compress=False)["right"]
+    assert not any(blank.values())

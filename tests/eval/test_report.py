@@ -113,7 +113,10 @@ def test_a_model_that_is_none_is_refused(tmp_path):
 def untrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a small random model that makes clips of the world's size."""
     torch.manual_seed(0)
-    folder, preset = tmp_path_factory.mktemp("untrained"), PRESETS["tiny"]
+    return untrained_model(tmp_path_factory.mktemp("untrained"), PRESETS["tiny"])
+
+
+def untrained_model(folder, preset):
     size = build_tokenizer(folder / "words", {word for scene in ALL_SCENES for word in scene.prompt.split()}, 32)
     vocabulary, num_sentinels = read_vocabulary(folder / "words", folder)
     t5 = T5Config(vocab_size=size, d_model=32, d_kv=16, d_ff=32, num_layers=1, num_heads=2)
@@ -127,6 +130,19 @@ def untrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     pipeline.save_pretrained(folder / "model")
     return folder / "model"
+
+
+def test_a_model_that_takes_images_is_given_first_frames_and_held_to_what_it_keeps(tmp_path):
+    model = untrained_model(tmp_path, PRESETS["tiny-i2v"])
+    report = evaluate(str(model), num_prompts=2, num_clips=0, steps=1, progress=False, output=tmp_path / "out")
+    assert tuple(report.adherence["all"]) == ("colour", "shape", "place", "kept", "motion")
+    assert report.adherence["all"]["kept"] == Share(0, 2) and not report.reached  # it never saw a clip
+    assert "shape and place (at most 2 of 64 pixels from there)" in str(report)
+    assert "| kept | 0.0 % (0.0 to 79.3) | 0.0 % (0.0 to 79.3) | 0.0 % (0.0 to 65.8) | 90 % |" in str(report)
+    lines = [json.loads(line) for line in (tmp_path / "out" / "clips.jsonl").read_text().splitlines()[1:]]
+    assert all(0 < place < 64 for line in lines for place in line["given"])
+    good = {group: {**shares, "kept": Share(9, 10)} for group, shares in report.adherence.items()}
+    assert replace(report, adherence=good).reached
 
 
 def test_a_model_is_evaluated_from_its_folder(untrained, tmp_path):

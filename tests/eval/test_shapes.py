@@ -208,3 +208,11 @@ def test_two_colours_have_no_name():
 def test_other_clips_are_refused(frames):
     with pytest.raises(ValueError, match=r"frames is (uint8|float32) \[\d+, \d+, 64, 3\], which is not uint8"):
         read_clip(frames)
+
+
+def test_the_place_in_the_first_frame_is_the_centre_of_mass():
+    clip = drawn(lambda time: disc(20 + 20 * time, 30, 9))
+    assert read_clip(clip).start == pytest.approx((20, 30), abs=0.3)
+    late = clip.copy()
+    late[0] = 0
+    assert read_clip(late).start is None and read_clip(late).colour == "red"

@@ -9,6 +9,7 @@ from cogvx_kernels._op import OPS
 from cogvx_kernels.downsample_conv.cases import SMALL, make
 
 ON_CPUS = ("reference", "minimal")  # whose sums may depend on the shape
+FLOAT_AND_DOUBLE = (torch.float32, torch.float64)
 
 
 def in_loops(x, weight, bias):
@@ -76,3 +77,9 @@ def test_frames_of_one_row_are_refused():
     x, weight, bias = make(1, 2, 3, 1, 2, 2)
     with pytest.raises(ValueError, match=r"^downsample_conv: x must be of .* 2 x 2 pixels, got \[1, 2, 1, 1, 2\]"):
         downsample_conv(x[..., :1, :], weight, bias)
+
+
+def test_a_sum_that_begins_with_a_large_bias_keeps_its_last_digits():
+    x, weight, bias = make(1, 17, 16, 1, 12, 10, scale=1e-2)
+    y, exact = (downsample_conv(x.to(t), weight.to(t), torch.ones_like(bias, dtype=t)) for t in FLOAT_AND_DOUBLE)
+    assert (y - exact).abs().max() <= torch.finfo(torch.float32).eps

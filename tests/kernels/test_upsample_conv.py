@@ -12,6 +12,7 @@ from cogvx_kernels.upsample_conv.cases import SMALL, make
 from cogvx_kernels.upsample_conv.taps import merge_taps, split_taps
 
 ON_CPUS = ("reference", "minimal")  # whose sums may depend on the shape
+FLOAT_AND_DOUBLE = (torch.float32, torch.float64)
 
 
 def in_loops(x, weight, bias, double_time):
@@ -84,3 +85,17 @@ def test_frames_do_not_mix():
     x[:, :, 2] += 1
     changed = (upsample_conv(x, weight, bias, False) != y).transpose(0, 2).flatten(1).any(dim=1)
     assert changed.tolist() == [False, False, True, False]
+
+
+def test_a_sum_that_begins_with_a_large_bias_keeps_its_last_digits():
+    x, weight, bias, _ = make(1, 40, 5, 1, 1, 3, scale=1e-2)
+    y, exact = (upsample_conv(x.to(t), weight.to(t), torch.ones_like(bias, dtype=t), False) for t in FLOAT_AND_DOUBLE)
+    assert (y - exact).abs().max() <= torch.finfo(torch.float32).eps
+
+
+@pytest.mark.parametrize("backend", OPS["upsample_conv"].backends)
+def test_few_values_meet_the_taps_as_they_are(backend, run_on):
+    op, few = OPS["upsample_conv"], make(1, 7, 2, 1, 1, 1, dtype=torch.bfloat16)
+    run_on("upsample_conv", backend, *make(1, 8, 2, 1, 1, 1, dtype=torch.bfloat16))
+    assert "8 values" in op.why_not(backend, *few)
+    assert torch.equal(upsample_conv(*few), op.reference.forward(*few))

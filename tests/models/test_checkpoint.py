@@ -132,12 +132,17 @@ def test_a_variant_alone_is_loaded(folder, sharded):
         ExpertTransformer.from_pretrained(folder)
 
 
-@pytest.mark.parametrize("name", [WEIGHTS, "config.json"])
+@pytest.mark.parametrize("name", [
+    f"vae/{WEIGHTS}", "vae/config.json", f"transformer/{INDEX}", "transformer/*-00001-of-*.safetensors", "transformer",
+    "text_encoder/model.safetensors", "tokenizer/spiece.model",
+])  # fmt: skip
 def test_a_link_out_of_the_folder_is_refused(folder, tmp_path, name):
-    shutil.move(folder / "vae" / name, tmp_path / name)
-    (folder / "vae" / name).symlink_to(tmp_path / name)
+    [path] = folder.glob(name)
+    (tmp_path / "elsewhere").mkdir()
+    path.rename(tmp_path / "elsewhere" / path.name)
+    path.symlink_to(tmp_path / "elsewhere" / path.name)
     with pytest.raises(CheckpointError, match="is a link that leaves its folder"):
-        CausalVAE.from_pretrained(folder)
+        LOADERS[name.split("/")[0]](folder)
 
 
 def test_a_link_to_itself_and_a_pipe_are_refused(folder):
@@ -181,7 +186,7 @@ def test_a_folder_that_is_no_checkpoint_says_so(folder, tmp_path, monkeypatch):
         (tmp_path, "is no checkpoint: it holds neither vae/config.json nor config.json"),
         (
             tmp_path / "absent" / "folder",
-            "is no folder; give a checkpoint folder, a hub name like owner/name, or tiny",
+            "is no folder; give a checkpoint folder, a hub name like owner/name, tiny or tiny-i2v",
         ),
         (tmp_path / "notes.txt", "is a file; a checkpoint is a folder"),
         ("nobody/nothing-of-this-name", "is no folder here and could not be had from the hub"),
@@ -199,6 +204,7 @@ def test_a_folder_that_is_no_checkpoint_says_so(folder, tmp_path, monkeypatch):
 
 def test_tiny_is_inside_the_package():
     assert resolve_folder("tiny").parts[-3:] == ("cogvx", "assets", "tiny")
+    assert resolve_folder("tiny-i2v").parts[-3:] == ("cogvx", "assets", "tiny-i2v")
 
 
 def test_a_dtype_or_device_that_is_none_is_named(folder):

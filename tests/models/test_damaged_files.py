@@ -1,8 +1,9 @@
-"""Single files, SAT files and LoRAs after accidents: they load, or our error says why, and neither takes long."""
+"""Files of weights and LoRAs after accidents: they load, or our error says why, and neither takes long."""
 
 import random
 import time
 
+import gguf
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -13,6 +14,20 @@ from cogvx.models.lora import load_lora, unload_lora
 from cogvx.models.sat import load_sat, save_sat
 
 CLASSES = {"transformer": ExpertTransformer, "vae": CausalVAE}
+
+
+def write_gguf(file, weights):
+    """Matrices whose rows are whole blocks in Q8_0, all else in fp32, and a field as some converters write it."""
+    writer, q8 = gguf.GGUFWriter(file, "cogvideox"), gguf.GGMLQuantizationType.Q8_0
+    for name, tensor in weights.items():
+        values = tensor.numpy()
+        quantised = tensor.dim() == 2 and tensor.shape[1] % 32 == 0
+        writer.add_array(f"comfy.gguf.orig_shape.{name}", list(tensor.shape))
+        writer.add_tensor(name, gguf.quantize(values, q8) if quantised else values, raw_dtype=q8 if quantised else None)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
 
 
 @pytest.fixture
@@ -32,6 +47,11 @@ def files(published, tmp_path, as_sat):
         lora |= {f"{stem}.lora_down.weight": torch.ones(2, width), f"{stem}.lora_up.weight": torch.ones(width, 2),
                  f"{stem}.alpha": torch.tensor(1.0)}  # fmt: skip
     save_file(lora, tmp_path / "lora.safetensors", {"lora_adapter_metadata": '{"transformer.lora_alpha": 2}'})
+    peft = {f"transformer.{name}.lora_{letter}.weight": torch.ones(shape) for name in ("norm_out.linear", "proj_out")
+            for letter, shape in (("A", (2, transformer.get_submodule(name).in_features)),
+                                  ("B", (transformer.get_submodule(name).out_features, 2)))}  # fmt: skip
+    save_file(peft, tmp_path / "peft.safetensors", {"lora_adapter_metadata": '{"transformer.lora_alpha": 2}'})
+    write_gguf(tmp_path / "transformer.gguf", transformer.state_dict())
 
     def load_and_unload(file):
         name = load_lora(transformer, file)
@@ -43,6 +63,8 @@ def files(published, tmp_path, as_sat):
         tmp_path / "vae.pt": lambda file: load_sat(CLASSES, file, "vae", config=vae.config),
         tmp_path / "fp8.safetensors": lambda file: CausalVAE.from_pretrained(file, config=vae.config),
         tmp_path / "lora.safetensors": load_and_unload,
+        tmp_path / "peft.safetensors": load_and_unload,
+        tmp_path / "transformer.gguf": lambda file: ExpertTransformer.from_pretrained(file, config=transformer.config),
     }
 
 

@@ -15,7 +15,8 @@ from cogvx.models.names import find, sat_place, to_sat
 from cogvx.models.stored import Stored
 
 KINDS = ("2b", "5b", "5b-i2v", "1.5-5b", "1.5-5b-i2v")
-PREFIXES = {"transformer": ["", "transformer.", "model.diffusion_model."], "vae": ["", "vae.", "first_stage_model."]}
+PREFIXES = {"transformer": ["", "transformer.", "model.diffusion_model.", "diffusion_model."],
+            "vae": ["", "vae.", "first_stage_model."]}  # fmt: skip
 CLASSES = {"transformer": ExpertTransformer, "vae": CausalVAE}
 
 

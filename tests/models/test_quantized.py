@@ -18,8 +18,10 @@ CONFIG = TransformerConfig(
     num_attention_heads=8, attention_head_dim=32, num_layers=1, time_embed_dim=256, text_embed_dim=256,
     max_text_seq_length=7, sample_width=12, sample_height=8, sample_frames=9, use_rotary_positional_embeddings=True,
 )  # fmt: skip
-# Where a block of the K kinds keeps its scales, in fp16; random bits there would give infinities.
-SCALES = {"Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}
+# Where a block of the kinds that the package cannot make keeps its scales, in fp16; random bits there would give
+# infinities. IQ1_M spreads its scale over the block.
+SCALES = {"Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,), "IQ1_M": ()}
+SCALES |= dict.fromkeys(("IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ1_S", "IQ4_NL", "IQ4_XS"), (0,))
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +63,7 @@ def write(file, weights, kind, prefix="", rows_of_256=()):
     return expected
 
 
-@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "BF16", *SCALES])
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "BF16", "TQ1_0", "TQ2_0", "MXFP4", *SCALES])
 def test_gguf_is_dequantised_bit_for_bit(weights, tmp_path, kind):
     expected = write(tmp_path / "x.gguf", weights, KINDS[kind], "model.diffusion_model.")
     model = ExpertTransformer.from_pretrained(tmp_path / "x.gguf", config=CONFIG, dtype=torch.float32)
@@ -134,15 +136,15 @@ def test_without_the_package_gguf_says_what_to_install(tmp_path, monkeypatch):
         ExpertTransformer.from_pretrained(tmp_path / "x.gguf")
 
 
-def as_fp8(weights, scale_name=None, rows=False):
+def as_fp8(weights, scale_name=None, rows=False, kind=torch.float8_e4m3fn):
     """Matrices in fp8 beside everything else in bf16, and what they stand for in fp32."""
     stored, meant = {}, {}
     for name, tensor in weights.items():
         stored[name] = meant[name] = tensor.bfloat16()
         if tensor.dim() == 2:
             size = tensor.abs().amax(1, keepdim=True) if rows else tensor.abs().max()
-            scale = size / 448 if scale_name else torch.tensor(1.0)
-            stored[name] = (tensor / scale).to(torch.float8_e4m3fn)
+            scale = size / torch.finfo(kind).max if scale_name else torch.tensor(1.0)
+            stored[name] = (tensor / scale).to(kind)
             meant[name] = stored[name].float() * scale
             if scale_name:
                 stored[name.removesuffix("weight") + scale_name] = scale if rows else scale.reshape(())
@@ -153,10 +155,10 @@ def as_fp8(weights, scale_name=None, rows=False):
 @pytest.mark.parametrize(("scale_name", "rows"), [
     (None, False), ("scale_weight", False), ("weight_scale", False), ("weight_scale", True),
 ])  # fmt: skip
-@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
-def test_fp8_with_and_without_scales(published, tmp_path, scale_name, rows, prefix):
+@pytest.mark.parametrize(("prefix", "kind"), [("", torch.float8_e4m3fn), ("model.diffusion_model.", torch.float8_e5m2)])
+def test_fp8_with_and_without_scales(published, tmp_path, scale_name, rows, prefix, kind):
     original = load_file(published / "5b" / "diffusion_pytorch_model.safetensors")
-    stored, meant = as_fp8(original, scale_name, rows)
+    stored, meant = as_fp8(original, scale_name, rows, kind)
     if scale_name == "scale_weight":
         stored["scaled_fp8"] = torch.zeros(2).to(torch.float8_e4m3fn)
         stored["proj_out.scale_input"] = torch.ones(())

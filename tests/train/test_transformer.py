@@ -1,15 +1,20 @@
 import dataclasses
 import json
 
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from cogvx.config import TransformerConfig, VAEConfig
-from cogvx.data.latents import encode_shapes, load_shapes
+from cogvx.data.latents import encode_ends, encode_shapes, load_shapes
+from cogvx.models.transformer import ExpertTransformer
 from cogvx.models.vae import CausalVAE
+from cogvx.pipeline import Pipeline
+from cogvx.settings import Configs
 from cogvx.train import transformer as training
 from cogvx.train.tokenizer import build_tokenizer
-from cogvx.train.transformer import TransformerTraining, embed, tiny_text_encoder, train
+from cogvx.train.transformer import TransformerTraining, embed, prepare, tiny_text_encoder, train, widen
 
 WORDS = ["a", "red", "green", "moves", "left", "right", "on", "black", "background", "circle"]
 SMALL = TransformerConfig(
@@ -27,7 +32,9 @@ def data(tmp_path_factory):
         VAEConfig(block_out_channels=(4, 4, 4, 4), layers_per_block=1, norm_num_groups=2, latent_channels=4)
     )
     encode_shapes(vae, folder / "latents", 64, seed=0)
+    encode_ends(vae, folder / "ends", 64, seed=0)
     build_tokenizer(folder / "tokenizer", WORDS, 8)
+    vae.save_pretrained(folder / "vae")
     return folder
 
 
@@ -37,6 +44,75 @@ def run(data, tmp_path):
         latents=data / "latents", tokenizer=data / "tokenizer", out=tmp_path, num_steps=4, batch=4, num_warmup=1,
         num_decay=2, save_every=2, config=SMALL,
     )  # fmt: skip
+
+
+@pytest.fixture
+def from_images(data, run, tmp_path):
+    """A run that goes on from a saved text-to-video model of two layers with its second one, shown images."""
+    config = dataclasses.replace(SMALL, num_layers=2)
+    model, text = ExpertTransformer(config).init_for_training(), tiny_text_encoder(run)
+    vae = CausalVAE.from_pretrained(data / "vae")
+    Pipeline(model, vae, text, Configs(config, vae.config, run.schedule)).save_pretrained(tmp_path / "from")
+    return dataclasses.replace(
+        run, out=tmp_path / "out", start_from=tmp_path / "from", layers=(1,), ends=data / "ends", muon_lr=0.0,
+        bf16=False, config=dataclasses.replace(SMALL, in_channels=8),
+    )  # fmt: skip
+
+
+def test_the_ends_are_those_of_the_clips_each_with_noise_of_its_own(data):
+    mean, std, prompts = load_shapes(data / "ends")
+    clips, _, of_clips = load_shapes(data / "latents")
+    assert mean.shape == std.shape == (64, 4, 4, 8, 8) and prompts == of_clips
+    first, again = mean[:, :, 0].float(), mean[:, :, 2].float()
+    noise, apart = (first - again).norm(), (first - first.roll(1, 0)).norm()
+    assert 0 < noise < 0.8 * apart  # one picture, noisy twice
+    # The first frame is a latent frame alone, so that a clip's first latents are those of its picture, but for noise.
+    assert (first - clips[:, :, 0].float()).norm() < 0.8 * apart
+    assert (mean[:, :, 1].float() - first).norm() > noise
+
+
+def test_a_wider_model_begins_as_the_layers_it_takes(run):
+    torch.manual_seed(0)
+    source = ExpertTransformer(dataclasses.replace(SMALL, num_layers=3)).eval()
+    model = ExpertTransformer(dataclasses.replace(SMALL, num_layers=2, in_channels=8)).eval()
+    widen(model, source, (0, 2))
+    del source.transformer_blocks[1]
+    latents, text, timestep = torch.randn(2, 8, 5, 8, 8), torch.randn(2, 8, 16), torch.tensor([3, 900])
+    with torch.no_grad():
+        torch.testing.assert_close(model(latents, text, timestep), source(latents[:, :4], text, timestep))
+
+
+def test_what_is_shown_is_the_first_frame_in_some_samples_the_last_and_in_some_batches_nothing(from_images):
+    _, text, clips, _ = prepare(from_images)
+    assert not any(weight.requires_grad for weight in text.model.parameters())
+    generator, rows = torch.Generator().manual_seed(0), np.arange(64)
+    clips.ends = clips.ends[0], torch.zeros_like(clips.ends[1])  # the means, to compare with
+    images = torch.stack([clips.draw_image(rows, from_images, generator) for _ in range(100)])  # [100, 64, C, T, H, W]
+    shown = images.abs().flatten(4).amax(4).amax(2) > 0  # [100, 64, T]
+    given = shown.any(2).any(1)
+    assert 85 <= given.sum() <= 99 and not shown[:, :, 1:-1].any() and shown[given, :, 0].all()
+    assert 0.22 < shown[given, :, -1].float().mean() < 0.28
+    draws = clips.scaling * clips.ends[0].float()[:, :, [[0, 2], [1, 3]]]  # [64, C, 2 ends, 2 draws, H, W]
+    for end, frame in enumerate((0, -1)):
+        off = (images[given][:, :, :, frame, None] - draws[:, :, end]).abs().amax((2, 4, 5))  # [batches, 64, 2]
+        assert (off.amin(2)[shown[given, :, frame]] < 1e-6).all()
+    with pytest.raises(ValueError, match="whose clips are not the first of"):
+        other = from_images.out / "other"
+        other.mkdir(parents=True)
+        content = load_file(from_images.ends / "00000.safetensors")
+        save_file(content, other / "0.safetensors", {"prompts": json.dumps(["a red circle"] * 64)})
+        prepare(dataclasses.replace(from_images, ends=other))
+
+
+def test_training_from_another_model_leaves_its_text_encoder_and_resumes_exactly(from_images):
+    before = prepare(from_images)[1].model.state_dict()
+    model, text, scaling = train(from_images)
+    assert scaling == VAEConfig().scaling_factor and model.config.in_channels == 8
+    assert all(torch.equal(weight, before[name]) for name, weight in text.model.state_dict().items())
+    assert model.patch_embed.proj.weight[:, 4:].any()  # it learns to look at the image
+    again, _, _ = train(from_images)  # from its last state
+    for name, weight in model.state_dict().items():
+        assert torch.equal(weight, again.state_dict()[name]), name
 
 
 def test_encoding_twice_changes_nothing(data):

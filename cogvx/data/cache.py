@@ -1,0 +1,63 @@
+"""Latents and text embeddings on disk, computed once: keyed by what they were made from and by what made them."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from ..models.checkpoint import save_tensors
+from ..models.text import TextEncoder
+from ..models.vae import CausalVAE
+from .clips import Clip
+from .pixels import to_tensor
+
+
+class Cache:
+    """Tensors by key in a folder; those that are damaged are computed again."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.computed = 0  # how many were not there
+
+    def get(self, kind: str, key: dict[str, object], compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """What `compute()` gave when it was first called with this key."""
+        digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+        file = self.folder / f"{kind}-{digest[:32]}.safetensors"
+        try:
+            return load_file(file)
+        except (OSError, SafetensorError):  # absent, or cut short by another program: ours are renamed when whole
+            self.folder.mkdir(parents=True, exist_ok=True)
+            tensors = compute()
+            self.computed += 1
+            save_tensors(tensors, file)
+            return tensors
+
+
+@torch.no_grad()
+def latents_of(cache: Cache, clip: Clip, vae: CausalVAE, vae_hash: str) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of a clip's unscaled latents, [C, T, H, W] each, in fp32."""
+
+    def compute() -> dict[str, Tensor]:
+        posterior = vae.encode(to_tensor(clip.read()[None]).to(next(vae.parameters())))
+        mean, std = posterior.mean[0].float(), (0.5 * posterior.logvar[0]).exp().float()
+        return {"mean": mean.cpu().contiguous(), "std": std.cpu().contiguous()}
+
+    key = {
+        "clip": clip.sha256,
+        "num_frames": clip.num_frames,
+        "vae": vae_hash,
+        "dtype": str(next(vae.parameters()).dtype),
+    }
+    found = cache.get("latents", key, compute)
+    return found["mean"], found["std"]
+
+
+def embedding_of(cache: Cache, caption: str, text: TextEncoder, text_hash: str) -> Tensor:
+    """The embedding [L, D] of a caption, in fp32."""
+    key = {"caption": caption, "text": text_hash, "max_length": text.max_length, "dtype": str(text.model.dtype)}
+    return cache.get("text", key, lambda: {"text": text.encode([caption])[0].float().cpu().contiguous()})["text"]

@@ -1,0 +1,1 @@
+"""In the memory that there is: plans, what they are predicted to hold, and how they are run."""

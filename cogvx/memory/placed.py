@@ -1,0 +1,155 @@
+"""Runs a plan: weights go to the device when they are needed, and make room again.
+
+The moves are the same on every device. On a GPU a block's weights come from pinned memory on a stream of their own,
+while the block before it computes; on a CPU they are plain copies, so that a run there holds what is predicted.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from ..host import host_memory, to_device
+from ..models.transformer import ModulatedNorm
+from .plan import Plan
+
+
+class Placed:
+    """The parts of a pipeline where a plan wants them: `with placed.at_work("vae"): ...`.
+
+    parts: "text_encoder", "transformer" and "vae".
+    """
+
+    def __init__(self, plan: Plan, parts: dict[str, nn.Module], device: torch.device):
+        self.plan, self.device = plan, device
+        self.whole: dict[str, Waiting] = {}
+        self.alone: list[Waiting] = []
+        self.streams: dict[str, Stream] = {}
+        for name, part in parts.items():
+            place = getattr(plan, name)
+            if place == "resident":
+                if next(part.parameters()).device != device:
+                    part.to(device)
+                continue
+            blocks = blocks_of(part) if place == "streamed" else []
+            inside = {id(module) for block in blocks for module in block}
+            rest = [module for module in part.modules() if id(module) not in inside]
+            alone = [m.linear for m in rest if isinstance(m, ModulatedNorm) and m.linear is not None]
+            alone = alone if blocks else []
+            rest = [module for module in rest if all(module is not other for other in alone)]
+            self.whole[name] = Waiting(rest, device)
+            if blocks:
+                self.streams[name] = Stream([Waiting(block, device) for block in blocks], blocks, device)
+                self.alone += [come_and_go(linear, Waiting([linear], device)) for linear in alone]
+        vae = parts["vae"]
+        vae.tiling, vae.halos_on_host = plan.tiling, plan.halos_on_host
+
+    @contextmanager
+    def at_work(self, name: str) -> Iterator[None]:
+        """While a part computes: what visits is there, what streams may come."""
+        weights = self.whole.get(name)
+        if weights is not None:
+            weights.install(weights.fetch())
+        try:
+            yield
+        finally:
+            if weights is not None:
+                weights.leave()
+            if name in self.streams:
+                self.streams[name].forget()
+
+    def moved(self, steps: float = 1.0) -> int:
+        """Bytes of weights brought to the device so far, those of the transformer's blocks `steps` times."""
+        once = [*self.whole.values(), *self.alone]
+        blocks = {name: sum(w.moved for w in stream.weights) for name, stream in self.streams.items()}
+        blocks["transformer"] = round(steps * blocks.get("transformer", 0))
+        return sum(weights.moved for weights in once) + sum(blocks.values())
+
+
+class Waiting:
+    """The weights that modules hold themselves; on the host, and for a while on the device too."""
+
+    def __init__(self, modules: list[nn.Module], device: torch.device):
+        self.device, self.owners, self.host, self.moved = device, [], [], 0
+        for module in modules:
+            for table in (module._parameters, module._buffers):
+                for name, tensor in table.items():
+                    if tensor is not None:
+                        self.owners.append((table, name))
+                        self.host.append(_waiting(tensor, device))
+        self.leave()
+
+    def fetch(self) -> list[Tensor]:
+        self.moved += sum(tensor.nbytes for tensor in self.host)
+        if self.device.type == "cuda":
+            return [tensor.to(self.device, non_blocking=True) for tensor in self.host]
+        return [to_device(tensor, self.device) for tensor in self.host]
+
+    def install(self, tensors: list[Tensor]) -> None:
+        for (table, name), tensor in zip(self.owners, tensors, strict=True):
+            is_parameter = isinstance(table[name], nn.Parameter)
+            table[name] = nn.Parameter(tensor, requires_grad=False) if is_parameter else tensor
+
+    def leave(self) -> None:
+        self.install(self.host)
+
+
+class Stream:
+    """Blocks whose weights come one after another, the next one's while one computes."""
+
+    def __init__(self, weights: list[Waiting], blocks: list[list[nn.Module]], device: torch.device):
+        self.weights, self.ready = weights, {}
+        self.side = torch.cuda.Stream(device) if device.type == "cuda" else None
+        for i, block in enumerate(blocks):
+            block[0].register_forward_pre_hook(lambda *_, i=i: self.enter(i))
+            block[0].register_forward_hook(lambda *_, i=i: self.weights[i].leave())
+
+    def enter(self, i: int) -> None:
+        if i not in self.ready:
+            self.ready[i] = self.fetch(i)
+        tensors, event = self.ready.pop(i)
+        if event is not None:
+            here = torch.cuda.current_stream()
+            here.wait_event(event)
+            for tensor in tensors:
+                tensor.record_stream(here)
+        self.weights[i].install(tensors)
+        following = (i + 1) % len(self.weights)
+        if following != i:
+            self.ready[following] = self.fetch(following)
+
+    def fetch(self, i: int) -> tuple[list[Tensor], "torch.cuda.Event | None"]:
+        if self.side is None:
+            return self.weights[i].fetch(), None
+        # What is on its way must not take memory that a kernel in flight still reads.
+        self.side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.side):
+            return self.weights[i].fetch(), self.side.record_event()
+
+    def forget(self) -> None:
+        self.ready.clear()
+
+
+def come_and_go(module: nn.Module, weights: Waiting) -> Waiting:
+    """Weights that are on the device during their module's own call alone."""
+    module.register_forward_pre_hook(lambda *_: weights.install(weights.fetch()))
+    module.register_forward_hook(lambda *_: weights.leave())
+    return weights
+
+
+def blocks_of(part: nn.Module) -> list[list[nn.Module]]:
+    """The blocks of a transformer or a T5 encoder, each with all modules in it.
+
+    What modulates the transformer's norms is called for all blocks at once, before the first one runs, and so is no
+    part of them.
+    """
+    found = part.transformer_blocks if hasattr(part, "transformer_blocks") else part.encoder.block
+    apart = {id(m.linear) for m in part.modules() if isinstance(m, ModulatedNorm)}
+    return [[module for module in block.modules() if id(module) not in apart] for block in found]
+
+
+def _waiting(tensor: Tensor, device: torch.device) -> Tensor:
+    with host_memory():
+        host = tensor.detach().to("cpu")
+        return host.pin_memory() if device.type == "cuda" else host

@@ -1,0 +1,184 @@
+"""Train a transformer on a folder of clips: all of it, from a checkpoint or from nothing, or a LoRA.
+
+    cogvx train lora run.toml model=tiny data=clips out=runs/lora
+
+Text to video on one device. The clips' latents and their captions' embeddings are computed once and kept on disk. A
+stopped run goes on exactly where its last state was saved.
+"""
+
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ..diffusion.loss import velocity_loss
+from ..models.packed import forward_packed
+from ..models.transformer import ExpertTransformer
+from .average import Average
+from .checkpoint import restore, save_state
+from .finetuning import Finetuning
+from .log import Log
+from .lora import add_lora, save_learnt
+from .optim import cosine
+from .options import TrainingError, to_toml
+from .randomness import RandomStates
+from .sampling import Drawn, Draws, Example
+
+ADAPTER = "pytorch_lora_weights.safetensors"  # where diffusers looks for it
+
+
+class Weights:
+    """Parameters by name, as a part of a state."""
+
+    def __init__(self, parameters: dict[str, nn.Parameter]):
+        self.parameters = parameters
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {name: parameter.detach() for name, parameter in self.parameters.items()}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        if state.keys() != self.parameters.keys():
+            raise ValueError(f"it holds {len(state)} weights by other names than the {len(self.parameters)} that learn")
+        for name, value in state.items():
+            if value.shape != self.parameters[name].shape:
+                raise ValueError(f"{name} is {list(value.shape)}, here {list(self.parameters[name].shape)}")
+            self.parameters[name].copy_(value)
+
+
+class Progress:
+    """Where a run stands besides its step."""
+
+    def __init__(self) -> None:
+        self.skipped = 0  # steps whose loss or gradient was not finite
+
+    def state_dict(self) -> dict:
+        return {"skipped": self.skipped}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.skipped = state["skipped"]
+
+
+def learning(run: Finetuning, model: ExpertTransformer) -> dict[str, nn.Parameter]:
+    """What learns, by name; for a LoRA its matrices are put into the model."""
+    if run.kind == "transformer":
+        return dict(model.requires_grad_(True).named_parameters())
+    torch.manual_seed(run.seed)
+    return add_lora(model, run.lora.rank, run.lora.alpha, run.lora.targets)
+
+
+def train(run: Finetuning, model: ExpertTransformer, examples: list[Example], draws: Draws) -> int:
+    """Train to the end, or until SIGTERM, resuming from `run.out`; the step that was reached.
+
+    Raises TrainingError for a loss or gradient that is not finite, before any weight changes (unless those steps are to
+    be skipped), and CheckpointError for a state in `run.out` that is damaged or of another run.
+    """
+    device, parameters = model.proj_out.weight.device, learning(run, model.train())
+    rates = run.optimiser
+    optimiser = torch.optim.AdamW(parameters.values(), rates.lr, rates.betas, rates.eps, rates.weight_decay)
+    average = Average(parameters, run.ema_decay) if run.ema_decay is not None else None
+    scaler = torch.amp.GradScaler(device.type, enabled=run.precision == "fp16")
+    progress = Progress()
+    parts = {"model": Weights(parameters), "optimiser": optimiser, "random": RandomStates(), "progress": progress}
+    parts |= {"scaler": scaler} if scaler.is_enabled() else {}
+    parts |= {"average": average} if average is not None else {}
+    step = restore(run.out, parts)
+    run.out.mkdir(parents=True, exist_ok=True)
+
+    def save() -> None:
+        trees = {name: part.state_dict() for name, part in parts.items()}
+        save_state(run.out, step, trees, run.keep_last, beside=lambda folder: write_beside(run, model, folder))
+
+    with Log(run.out / "log.jsonl", step) as log, stopping() as is_stopped:
+        while step < run.num_steps and not is_stopped():
+            start, share = time.perf_counter(), cosine(step, run.num_steps, rates.num_warmup, rates.least)
+            for group in optimiser.param_groups:
+                group["lr"] = rates.lr * share
+            drawn = draws.step(examples, step, run.batch * run.accumulation)
+            loss = accumulate(run, model, drawn, scaler)
+            scaler.unscale_(optimiser)
+            gradient = nn.utils.clip_grad_norm_(parameters.values(), rates.clip_norm).item()
+            if is_usable(run, step, loss, gradient, scaler, progress):
+                scaler.step(optimiser)
+                if average is not None:
+                    average.update()
+            scaler.update()
+            optimiser.zero_grad()
+            step += 1
+            row = {"step": step, "loss": loss, "gradient": gradient, "lr": rates.lr * share}
+            log.write({**row, "skipped": progress.skipped, "seconds": time.perf_counter() - start})
+            if step % run.save_every == 0 and step < run.num_steps:
+                save()
+        save()
+    if step == run.num_steps:
+        write_result(run, model, average)
+    return step
+
+
+def accumulate(run: Finetuning, model: ExpertTransformer, drawn: list[Drawn], scaler: torch.amp.GradScaler) -> float:
+    """The mean loss of a step's samples, whose gradient is left in the model, a part of them at a time."""
+    device, total = model.proj_out.weight.device, 0.0
+    low = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(run.precision)
+    for first in range(0, len(drawn), run.batch):
+        part = drawn[first : first + run.batch]
+        samples = [each.sample._replace(latents=each.sample.latents.to(device), text=each.sample.text.to(device))
+                   for each in part]  # fmt: skip
+        with torch.autocast(device.type, low) if low else nullcontext():
+            predicted = forward_packed(model, samples, checkpointing=run.checkpointing)
+        losses = [velocity_loss(y[None], each.clip.to(device)[None], each.noise.to(device)[None], each.alpha[None])
+                  for y, each in zip(predicted, part, strict=True)]  # fmt: skip
+        loss = torch.cat(losses).mean() / run.accumulation
+        scaler.scale(loss).backward()
+        total += loss.item()
+    return total
+
+
+def is_usable(
+    run: Finetuning, step: int, loss: float, gradient: float, scaler: torch.amp.GradScaler, progress: Progress
+) -> bool:
+    """Whether the optimiser may step. Raises TrainingError where it may not and the run is to stop then."""
+    infinite = float("inf")
+    if abs(loss) < infinite and (gradient < infinite or scaler.is_enabled()):  # a scaler leaves such steps out itself
+        return True
+    if run.non_finite == "stop":
+        what = f"the loss is {loss}" if not abs(loss) < infinite else f"the gradient's norm is {gradient}"
+        raise TrainingError(
+            f"step {step + 1}: {what}; no weight was changed. Try a lower optimiser.lr, or precision=bf16 or fp32, or "
+            "leave such steps out with non_finite=skip"
+        )
+    progress.skipped += 1
+    return False
+
+
+@contextmanager
+def stopping() -> Iterator[Callable[[], bool]]:
+    """Whether SIGTERM has come; it then no longer ends the process, so that the step can be finished and saved."""
+    came: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: came.append(number))
+    try:
+        yield lambda: bool(came)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def write_beside(run: Finetuning, model: ExpertTransformer, folder: Path) -> None:
+    """The options, and for a LoRA the file that others load, beside a state."""
+    (folder / "run.toml").write_text(to_toml(run))
+    if run.kind == "lora":
+        save_learnt(model, folder / ADAPTER)
+
+
+def write_result(run: Finetuning, model: ExpertTransformer, average: Average | None) -> None:
+    """What was trained, in the published layout: the average of its weights where one is kept."""
+    if average is not None:
+        average.swap()
+    if run.kind == "lora":
+        save_learnt(model, run.out / ADAPTER)
+    else:
+        model.save_pretrained(run.out / "transformer")
+    if average is not None:
+        average.swap()

@@ -1,0 +1,159 @@
+"""The options of a run on a folder of clips, and what is made of them before its first step."""
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ..data.cache import Cache, embedding_of, latents_of
+from ..data.clips import Clip
+from ..data.packing import num_tokens
+from ..machine import pick_device
+from ..models.checkpoint import component_folder, resolve_folder
+from ..models.saving import content_hash
+from ..models.text import TextEncoder
+from ..models.transformer import ExpertTransformer
+from ..models.vae import CausalVAE
+from ..settings import Configs, read_configs
+from .lora import ATTENTION, targeted
+from .options import TrainingError
+from .sampling import Draws, Example
+
+
+@dataclass(frozen=True)
+class Optimiser:
+    """AdamW, and a learning rate that rises linearly and falls as a cosine."""
+
+    lr: float = 1e-4
+    betas: tuple[float, ...] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 1e-4
+    clip_norm: float = 1.0
+    num_warmup: int = 100
+    least: float = 0.0  # share of lr at the end
+
+
+@dataclass(frozen=True)
+class LoRAOptions:
+    rank: int = 128
+    alpha: float = 64.0
+    targets: tuple[str, ...] = ATTENTION  # ends of the names of layers
+
+
+@dataclass(frozen=True)
+class Finetuning:
+    """A run on a folder of clips with captions."""
+
+    data: Path
+    out: Path
+    model: str = "tiny"  # a checkpoint folder, a hub name, or "tiny"
+    kind: Literal["transformer", "lora"] = "lora"
+    start: Literal["checkpoint", "scratch"] = "checkpoint"  # of the transformer; VAE and text encoder are the model's
+    cache: Path | None = None  # of latents and embeddings; None is `out`/cache
+    num_frames: int | None = None  # 8N+1 from the start of each clip; None is as many as each has
+    on_fault: Literal["stop", "skip"] = "stop"  # clips that cannot be trained on
+    num_steps: int = 1000
+    batch: int = 1  # samples that are computed at once, packed into one sequence
+    accumulation: int = 1  # such batches a step
+    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    checkpointing: bool = False  # of activations: a third more time, far less memory
+    drop_text: float = 0.1
+    null_text: Literal["zeros", "encoded"] = "zeros"  # what stands in the place of a dropped caption
+    ema_decay: float | None = None
+    non_finite: Literal["stop", "skip"] = "stop"
+    save_every: int = 100
+    keep_last: int = 2
+    seed: int = 0
+    device: str | None = None
+    optimiser: Optimiser = field(default_factory=Optimiser)
+    lora: LoRAOptions = field(default_factory=LoRAOptions)
+
+    def __post_init__(self) -> None:
+        for name in ("num_steps", "batch", "accumulation", "save_every", "keep_last"):
+            _check(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
+        _check("num_frames", self.num_frames, self.num_frames is None or self.num_frames % 8 == 1, "8N+1")
+        _check("drop_text", self.drop_text, 0 <= self.drop_text <= 1, "from 0 to 1")
+        _check("ema_decay", self.ema_decay, self.ema_decay is None or 0 <= self.ema_decay < 1, "from 0 to below 1")
+        _check("lora.rank", self.lora.rank, self.lora.rank >= 1, "at least 1")
+        _check("optimiser.lr", self.optimiser.lr, self.optimiser.lr > 0, "above 0")
+        _check("optimiser.betas", self.optimiser.betas, len(self.optimiser.betas) == 2, "two numbers")
+        _check("start", self.start, self.kind == "transformer" or self.start == "checkpoint", "checkpoint for a LoRA")
+
+
+def _check(name: str, value: object, is_valid: bool, wanted: str) -> None:
+    if not is_valid:
+        raise TrainingError(f"{name} is {value}; it must be {wanted}")
+
+
+def text_to_video_configs(run: Finetuning) -> Configs:
+    """The model's configs. Raises TrainingError for one that takes an image too, which is not trained here."""
+    configs = read_configs(run.model)
+    if configs.takes_image:
+        raise TrainingError(f"model is {run.model!r}, which takes an image; text to video alone is trained")
+    return configs
+
+
+def unit_of(configs: Configs) -> tuple[int, int]:
+    """What height and width of a clip must be multiples of, in pixels."""
+    pixels = 2 ** (len(configs.vae.block_out_channels) - 1)
+    return tuple(pixels * patch for patch in configs.transformer.patch[1:])
+
+
+def load_transformer(run: Finetuning, configs: Configs) -> ExpertTransformer:
+    """The transformer to train: fp32, but for the weights under a LoRA in bf16 where that is the precision.
+
+    Raises TrainingError for layers that it does not have.
+    """
+    device = pick_device(run.device)
+    if run.start == "scratch":
+        torch.manual_seed(run.seed)
+        return ExpertTransformer(configs.transformer).init_for_training().to(device)
+    dtype = torch.bfloat16 if run.kind == "lora" and run.precision == "bf16" else torch.float32
+    model = ExpertTransformer.from_pretrained(run.model, dtype=dtype, device=device)
+    if run.kind == "lora":
+        targeted(model, run.lora.targets)  # before anything is computed
+    return model
+
+
+def examples_of(run: Finetuning, clips: list[Clip], configs: Configs) -> tuple[list[Example], Draws]:
+    """Latents and embeddings of the clips, computed where they are not on disk yet, and how they are drawn."""
+    root, device = resolve_folder(run.model), pick_device(run.device)
+    cache = Cache(run.cache or run.out / "cache")
+    hashes = {name: content_hash(component_folder(root, name)) for name in ("vae", "text_encoder", "tokenizer")}
+    text_hash = hashes["text_encoder"] + hashes["tokenizer"]
+    vae = CausalVAE.from_pretrained(run.model, dtype=torch.float32, device=device)
+    latents = [latents_of(cache, clip, vae, hashes["vae"]) for clip in clips]
+    del vae
+    length = configs.transformer.max_text_seq_length
+    text = TextEncoder.from_pretrained(run.model, length, torch.float32, device)
+    embeddings = {caption: embedding_of(cache, caption, text, text_hash) for caption in {c.caption for c in clips}}
+    null: Tensor = embedding_of(cache, "", text, text_hash)
+    null = torch.zeros_like(null) if run.null_text == "zeros" else null
+    examples = [Example(*pair, embeddings[clip.caption]) for pair, clip in zip(latents, clips, strict=True)]
+    scaling = configs.vae.scaling_factor
+    return examples, Draws(configs.transformer, configs.schedule, scaling, null, run.drop_text, run.seed)
+
+
+def describe(run: Finetuning, clips: list[Clip], configs: Configs, learning: int, weights: int) -> str:
+    """What a run is going to do, and the memory that weights, gradients and optimiser take.
+
+    learning, weights: how many numbers learn, and how many bytes the model has.
+    """
+    config = configs.transformer
+    tokens = []
+    for clip in clips:
+        frames = -(-((clip.num_frames - 1) // 4 + 1) // config.patch[0]) * config.patch[0]
+        tokens.append(num_tokens(config, (frames, clip.height // 8, clip.width // 8), config.max_text_seq_length))
+    per_step = run.batch * run.accumulation
+    # Gradient and two moments of the optimiser, in fp32; the average is a fourth.
+    states = learning * 4 * (3 + (run.ema_decay is not None))
+    return "\n".join([
+        f"{len(clips)} clips of {min(tokens)} to {max(tokens)} tokens, {sum(tokens) / len(tokens):.0f} in the mean",
+        f"{run.num_steps} steps of {per_step} samples: {run.num_steps * per_step / len(clips):.1f} epochs",
+        f"{learning:,} of the model's numbers learn ({run.kind})",
+        f"{weights / 2**30:.2f} GiB of weights, {states / 2**30:.2f} GiB of gradients and states, activations besides",
+        f"{math.ceil(run.num_steps / run.save_every)} states are saved to {run.out}, the last {run.keep_last} kept",
+    ])  # fmt: skip

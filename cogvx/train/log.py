@@ -1,0 +1,31 @@
+"""A run's log: a JSON object a line and step, which a run that goes on continues where its state was saved."""
+
+import json
+from pathlib import Path
+
+
+class Log:
+    """`log.write({"step": 1, "loss": 0.5})`; opened for a run that stands at `step`, it forgets what came later."""
+
+    def __init__(self, file: Path, step: int):
+        kept = []
+        for line in file.read_text().splitlines() if file.is_file() else ():
+            try:
+                if json.loads(line)["step"] <= step:
+                    kept.append(line + "\n")
+            except (ValueError, KeyError, TypeError):  # the process was killed while it wrote this line
+                continue
+        partial = file.with_suffix(".partial")
+        partial.write_text("".join(kept))
+        partial.replace(file)
+        self._file = file.open("a")
+
+    def write(self, row: dict) -> None:
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+
+    def __enter__(self) -> "Log":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._file.close()

@@ -1,0 +1,83 @@
+"""`cogvx train` from a folder of clips to weights that diffusers loads."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from cogvx.data.video import write_video
+from cogvx.models.lora import load_lora
+from cogvx.models.transformer import ExpertTransformer
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory):
+    folder, rng = tmp_path_factory.mktemp("clips"), np.random.default_rng(0)
+    for name, size in (("a", (9, 32, 48)), ("b", (1, 16, 32))):  # a clip and, of one frame, a picture
+        write_video(folder / f"{name}.mp4", rng.integers(0, 256, (*size, 3), dtype=np.uint8), 8)
+        (folder / f"{name}.txt").write_text(f"a red circle {name}")
+    return folder
+
+
+@pytest.fixture
+def options(clips, small_checkpoint, tmp_path):
+    (tmp_path / "run.toml").write_text(
+        f'data = "{clips}"\nout = "{tmp_path / "run"}"\nmodel = "{small_checkpoint("2b")}"\ndevice = "cpu"\n'
+        'num_steps = 2\nprecision = "fp32"\n[lora]\nrank = 4\nalpha = 2\n[optimiser]\nlr = 0.05\nnum_warmup = 1\n'
+    )
+    return tmp_path / "run.toml"
+
+
+def test_the_adapter_computes_the_same_in_diffusers(run_command, options, small_checkpoint, tmp_path):
+    status, out, _ = run_command("train", "lora", options)
+    assert status == 0 and out == f"{tmp_path / 'run'}  step 2\n"
+    adapter, generator = tmp_path / "run" / "pytorch_lora_weights.safetensors", torch.Generator().manual_seed(0)
+    ours = ExpertTransformer.from_pretrained(small_checkpoint("2b"), dtype=torch.float32)
+    inputs = torch.randn(1, 4, 3, 6, 8, generator=generator), torch.randn(1, 16, 24, generator=generator)
+    with torch.no_grad():
+        before = ours(*inputs, torch.tensor([500]))
+        load_lora(ours, adapter)
+        after = ours(*inputs, torch.tensor([500]))
+    from diffusers import CogVideoXPipeline
+
+    pipeline = CogVideoXPipeline.from_pretrained(small_checkpoint("2b"))
+    pipeline.load_lora_weights(str(adapter.parent), weight_name=adapter.name)
+    with torch.no_grad():
+        theirs = pipeline.transformer(inputs[0].transpose(1, 2), inputs[1], torch.tensor([500])).sample.transpose(1, 2)
+    assert (after - before).norm() / before.norm() > 0.01
+    assert (after - theirs).norm() / theirs.norm() < 1e-5
+
+
+def test_a_trained_transformer_is_a_published_folder_and_the_cache_is_read_again(
+    run_command, options, tmp_path, monkeypatch
+):
+    words = ("train", "transformer", options, "start=scratch", f"cache={tmp_path / 'cache'}")
+    assert run_command(*words)[0] == 0
+    files = {file.name: file.stat().st_mtime_ns for file in (tmp_path / "cache").iterdir()}
+    assert len(files) == 5  # latents of two clips; embeddings of two captions and of none
+    from diffusers import CogVideoXTransformer3DModel
+
+    CogVideoXTransformer3DModel.from_pretrained(tmp_path / "run" / "transformer")
+    assert run_command(*words, f"out={tmp_path / 'again'}")[0] == 0
+    assert files == {file.name: file.stat().st_mtime_ns for file in (tmp_path / "cache").iterdir()}
+    rows = [(tmp_path / name / "log.jsonl").read_text().splitlines() for name in ("run", "again")]
+    losses = [[json.loads(line)["loss"] for line in each] for each in rows]
+    assert losses[0] == losses[1] and len(losses[0]) == 2
+
+
+def test_nothing_is_computed_or_written_before_all_is_checked(run_command, options, clips, tmp_path):
+    status, out, _ = run_command("train", "lora", options, "batch=2", "--dry-run")
+    assert status == 0 and "2 clips of 18 to 34 tokens" in out and "2 steps of 2 samples: 2.0 epochs" in out
+    status, out, _ = run_command("train", "lora", options, "seed=7", "--print-config")
+    assert status == 0 and "seed = 7\n" in out and "\n[lora]\nrank = 4\n" in out
+    for words, message in (
+        (["lora", options, "optimizer.lr=1"], "optimizer is no option; did you mean optimiser?"),
+        (["lora", options, "lora.targets=['to_x']"], "lora.targets holds 'to_x', which no layer is called"),
+        (["lora", options, f"data={tmp_path}"], "which holds no video"),
+        (["lora", "none.toml"], "none.toml cannot be read: No such file or directory"),
+        (["lora"], "data is missing"),
+    ):
+        status, _, err = run_command("train", *words)
+        assert status == 2 and message in err and err.startswith("cogvx: error: "), err
+    assert [path.name for path in tmp_path.iterdir()] == ["run.toml"]

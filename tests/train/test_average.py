@@ -1,0 +1,35 @@
+import pytest
+import torch
+
+from cogvx.train.average import Average
+from cogvx.train.log import Log
+from cogvx.train.optim import cosine
+
+
+def test_the_average_of_a_worked_row():
+    weight = torch.nn.Parameter(torch.tensor([0.0], dtype=torch.bfloat16))
+    average = Average({"w": weight}, 0.5)
+    for value in (1.0, 2.0, 4.0):
+        weight.data.fill_(value)
+        average.update()
+    assert average.state_dict()["w"].item() == 0.125 * 1 + 0.25 * 2 + 0.5 * 4
+    average.swap()
+    assert weight.item() == 2.625 and average.state_dict()["w"].item() == 4.0
+    average.swap()
+    assert weight.item() == 4.0 and average.state_dict()["w"].item() == 2.625
+    with pytest.raises(ValueError, match="decay is 1"):
+        Average({}, 1.0)
+
+
+def test_the_rate_rises_falls_as_a_cosine_and_ends_at_the_least():
+    assert [cosine(i, 10, 4) for i in range(4)] == [0.25, 0.5, 0.75, 1.0]
+    assert cosine(4, 10, 4) == 1.0 and cosine(7, 10, 4) == pytest.approx(0.5) and cosine(10, 10, 4) == 0.0
+    assert cosine(10, 10, 4, 0.1) == pytest.approx(0.1) and cosine(7, 10, 4, 0.1) == pytest.approx(0.55)
+
+
+def test_the_log_forgets_what_came_after_the_saved_step(tmp_path):
+    file = tmp_path / "log.jsonl"
+    file.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
+    with Log(file, 2) as log:
+        log.write({"step": 3, "loss": 0.5})
+    assert file.read_text() == '{"step": 1}\n{"step": 2}\n{"step": 3, "loss": 0.5}\n'

@@ -1,0 +1,174 @@
+"""The loop on made-up latents: resuming, what is not finite, SIGTERM, its log."""
+
+import dataclasses
+import json
+import os
+import signal
+import tomllib
+
+import pytest
+import torch
+
+from cogvx.config import ScheduleConfig, TransformerConfig
+from cogvx.models.checkpoint import CheckpointError
+from cogvx.models.transformer import ExpertTransformer
+from cogvx.train import finetune
+from cogvx.train.finetune import train
+from cogvx.train.finetuning import Finetuning, LoRAOptions, Optimiser
+from cogvx.train.options import TrainingError
+from cogvx.train.sampling import Draws, Example, rows_of
+
+SMALL = TransformerConfig(
+    num_attention_heads=1, attention_head_dim=16, in_channels=4, out_channels=4, num_layers=2, time_embed_dim=8,
+    text_embed_dim=16, max_text_seq_length=8, sample_width=8, sample_height=8, sample_frames=17,
+    use_rotary_positional_embeddings=True,
+)  # fmt: skip
+SIZES = [(1, 4, 4), (3, 4, 6), (2, 6, 4)]  # of latents; three examples, so that steps end in the midst of an epoch
+
+
+def examples() -> list[Example]:
+    generator = torch.Generator().manual_seed(0)
+    return [
+        Example(torch.randn(4, *size, generator=generator), torch.full((4, *size), 0.1),
+                torch.randn(5, 16, generator=generator)) for size in SIZES
+    ]  # fmt: skip
+
+
+def draws(seed: int = 0) -> Draws:
+    return Draws(SMALL, ScheduleConfig(), 0.7, torch.zeros(5, 16), 0.3, seed)
+
+
+def model() -> ExpertTransformer:
+    torch.manual_seed(1)
+    return ExpertTransformer(SMALL).init_for_training()
+
+
+def options(folder, **changes) -> Finetuning:
+    run = Finetuning(
+        data=folder, out=folder / "run", num_steps=4, batch=2, save_every=2, precision="fp32", kind="transformer",
+        optimiser=Optimiser(lr=1e-2, num_warmup=1), lora=LoRAOptions(rank=2, alpha=4.0), device="cpu",
+    )  # fmt: skip
+    return dataclasses.replace(run, **changes)
+
+
+def stopped_at(step: int):
+    """A patched draw that sends SIGTERM in a step, the first being 0."""
+    original = Draws.step
+
+    def draw(self, given, at, count):
+        if at == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, given, at, count)
+
+    patch = pytest.MonkeyPatch()
+    patch.setattr(Draws, "step", draw)
+    return patch
+
+
+def rows(run: Finetuning) -> list[dict]:
+    lines = (run.out / "log.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines]
+
+
+SET_UPS = [
+    {},
+    {"kind": "lora"},
+    {"accumulation": 3},
+    {"kind": "lora", "accumulation": 2, "batch": 1},
+    {"ema_decay": 0.9},
+    {"kind": "lora", "ema_decay": 0.5, "precision": "bf16"},
+    {"precision": "bf16"},
+    {"checkpointing": True},
+    {"batch": 1},
+    {"non_finite": "skip"},
+    {"precision": "fp16", "kind": "lora"},
+    {"drop_text": 1.0, "save_every": 3},
+]
+
+
+@pytest.mark.parametrize("changes", SET_UPS, ids=str)
+def test_a_run_stopped_by_sigterm_goes_on_bit_by_bit(tmp_path, changes):
+    whole, halves = options(tmp_path / "a", **changes), options(tmp_path / "b", **changes)
+    wanted, first, second = model(), model(), model()
+    assert train(whole, wanted, examples(), draws()) == 4
+    patch = stopped_at(1)
+    assert train(halves, first, examples(), draws()) == 2
+    patch.undo()
+    assert not (halves.out / "transformer").exists() and not (halves.out / finetune.ADAPTER).exists()
+    assert train(halves, second, examples(), draws()) == 4
+    for name, value in wanted.state_dict().items():
+        assert torch.equal(value, second.state_dict()[name]), name
+    assert rows(whole) == rows(halves) and [row["step"] for row in rows(whole)] == [1, 2, 3, 4]
+    results = [sorted(p.relative_to(r.out) for p in r.out.rglob("*.safetensors")) for r in (whole, halves)]
+    for path in set(results[0]) & set(results[1]):
+        assert (whole.out / path).read_bytes() == (halves.out / path).read_bytes(), path
+
+
+def test_something_is_learnt_and_by_what_is_to_learn_alone(tmp_path):
+    for kind in ("transformer", "lora"):
+        run = options(tmp_path / kind, kind=kind, num_steps=40, batch=3, save_every=100, drop_text=0.0)
+        trained = model()
+        train(run, trained, examples(), draws())
+        losses = [row["loss"] for row in rows(run)]
+        if kind == "transformer":
+            assert sum(losses[-10:]) < 0.8 * sum(losses[:10])
+        for name, value in model().state_dict().items():
+            moved = not torch.equal(value, trained.state_dict()[name])
+            assert moved == (kind == "transformer") or "norm_k.bias" in name, name
+
+
+def test_the_options_and_the_result_are_on_disk(tmp_path):
+    run = options(tmp_path, kind="transformer", keep_last=1, ema_decay=0.5)
+    trained = model()
+    train(run, trained, examples(), draws())
+    assert tomllib.loads((run.out / "step-0000004" / "run.toml").read_text())["optimiser"]["lr"] == 1e-2
+    assert [path.name for path in run.out.glob("step-*")] == ["step-0000004"]
+    saved = ExpertTransformer.from_pretrained(run.out / "transformer")
+    weight = "transformer_blocks.0.ff.net.2.weight"
+    assert not torch.equal(saved.state_dict()[weight], trained.state_dict()[weight])  # the average, not the last
+
+
+def test_what_is_not_finite_stops_before_a_weight_changes_or_is_left_out_and_counted(tmp_path):
+    bad = examples()
+    bad[1] = bad[1]._replace(mean=bad[1].mean * float("nan"))
+    order = rows_of(0, 0, 6, 3)
+    first_bad = order.index(1)  # with one sample a step
+    run, trained = options(tmp_path / "stop", batch=1, num_steps=3, save_every=1), model()
+    with pytest.raises(TrainingError, match=f"step {first_bad + 1}: the loss is nan; no weight was changed"):
+        train(run, trained, bad, draws())
+    assert all(value.isfinite().all() for value in trained.state_dict().values())
+    assert len(list(run.out.glob("step-*"))) == min(first_bad, 2)
+    run, trained = options(tmp_path / "skip", batch=1, num_steps=6, non_finite="skip"), model()
+    assert train(run, trained, bad, draws()) == 6
+    assert all(value.isfinite().all() for value in trained.state_dict().values())
+    assert rows(run)[-1]["skipped"] == 2
+
+
+def test_a_state_of_another_model_or_kind_is_refused(tmp_path):
+    run = options(tmp_path)
+    train(run, model(), examples(), draws())
+    torch.manual_seed(0)
+    other = ExpertTransformer(dataclasses.replace(SMALL, num_layers=1)).init_for_training()
+    with pytest.raises(CheckpointError, match=r"model of step 4 in .* does not fit this run: it holds"):
+        train(run, other, examples(), draws())
+    with pytest.raises(CheckpointError, match="does not fit this run"):
+        train(dataclasses.replace(run, kind="lora"), model(), examples(), draws())
+    with pytest.raises(CheckpointError, match="has no average"):
+        train(dataclasses.replace(run, ema_decay=0.9), model(), examples(), draws())
+
+
+def test_an_epoch_has_every_example_once_and_the_next_another_order():
+    order = rows_of(3, 0, 50, 10)
+    epochs = [order[i : i + 10] for i in range(0, 50, 10)]
+    assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 5
+    assert rows_of(3, 17, 20, 10) == order[17:37]
+
+
+def test_a_step_draws_the_same_again_drops_captions_and_spreads_its_timesteps():
+    drawn, again = draws().step(examples(), 5, 300), draws().step(examples(), 5, 300)
+    assert all(torch.equal(a.sample.latents, b.sample.latents) for a, b in zip(drawn, again, strict=True))
+    assert 60 < sum(not d.sample.text.any() for d in drawn) < 120
+    timesteps = sorted(d.sample.timestep for d in drawn)
+    assert all(abs(t - 1000 * (i + 0.5) / 300) < 4 for i, t in enumerate(timesteps))
+    assert [d.sample.timestep for d in drawn] != timesteps

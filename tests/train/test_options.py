@@ -1,0 +1,90 @@
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import pytest
+
+from cogvx.train.finetuning import Finetuning
+from cogvx.train.options import TrainingError, read_options, to_toml
+
+
+@dataclass(frozen=True)
+class Inner:
+    lr: float = 0.1
+    betas: tuple[float, ...] = (0.9, 0.95)
+
+
+@dataclass(frozen=True)
+class Outer:
+    out: Path
+    steps: int = 10
+    name: str = "a"
+    is_on: bool = False
+    kind: Literal["x", "y"] = "x"
+    decay: float | None = None
+    inner: Inner = field(default_factory=Inner)
+
+
+def test_words_go_before_the_file_and_the_file_before_the_defaults(tmp_path):
+    file = tmp_path / "run.toml"
+    file.write_text('out = "runs/a"\nsteps = 20\nname = "file"\n[inner]\nlr = 1\n')
+    run = read_options(Outer, file, ["steps=30", "inner.betas=[0.5, 1]", "is_on=true", "decay=0.5", "name=two words"])
+    assert run == Outer(Path("runs/a"), 30, "two words", True, "x", 0.5, Inner(1.0, (0.5, 1.0)))
+    assert isinstance(run.inner.lr, float)
+    assert read_options(Outer, file, ["decay=none"]).decay is None
+
+
+def test_the_options_come_back_from_their_toml(tmp_path):
+    run = Outer(Path('a "b" é'), 3, "c\\d", True, "y", None, Inner(1e-5))
+    (tmp_path / "run.toml").write_text(to_toml(run))
+    assert read_options(Outer, tmp_path / "run.toml") == run
+    run = Finetuning(data=Path("clips"), out=Path("runs"), ema_decay=0.99, num_frames=17)
+    (tmp_path / "run.toml").write_text(to_toml(run))
+    assert read_options(Finetuning, tmp_path / "run.toml") == run
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["stepz=3"], r"stepz is no option; did you mean steps\?"),
+        (["inner.lrr=3"], r"inner\.lrr is no option; did you mean inner\.lr\?"),
+        (["zzz=3"], "zzz is no option; valid: out, steps"),
+        (["steps"], "'steps' changes no option; write key=value"),
+        (["steps=1.5"], "steps is 1.5; it must be a whole number"),
+        (["steps=true"], "steps is True; it must be a whole number"),
+        (["inner.lr=fast"], r"inner\.lr is 'fast'; it must be a number"),
+        (["inner.lr=nan"], r"inner\.lr is nan; it must be a number"),
+        (["is_on=1"], "is_on is 1; it must be true or false"),
+        (["kind=z"], "kind is 'z'; it must be one of x, y"),
+        (["inner=3"], r"inner is 3; it is a group of options, such as inner\.lr"),
+        (["steps.a=3", "steps.b.c=4", "steps=2", "steps.d=1"], "steps is a value, not a group"),
+        (["inner.betas=3"], r"inner\.betas is 3; it must be a list"),
+    ],
+)
+def test_bad_options_are_named(words, message):
+    with pytest.raises(TrainingError, match=message):
+        read_options(Outer, None, ["out=a", *words])
+
+
+def test_a_missing_option_and_a_bad_file_are_named(tmp_path):
+    with pytest.raises(TrainingError, match="out is missing; give it in the file or as out="):
+        read_options(Outer, None)
+    with pytest.raises(TrainingError, match="cannot be read: No such file"):
+        read_options(Outer, tmp_path / "none.toml")
+    (tmp_path / "bad.toml").write_text("a = [")
+    with pytest.raises(TrainingError, match="is no valid TOML"):
+        read_options(Outer, tmp_path / "bad.toml")
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("num_steps=0", "num_steps is 0; it must be at least 1"),
+        ("num_frames=16", r"num_frames is 16; it must be 8N\+1"),
+        ("drop_text=1.5", "drop_text is 1.5; it must be from 0 to 1"),
+        ("start=scratch", "start is scratch; it must be checkpoint for a LoRA"),
+    ],
+)
+def test_values_without_meaning_are_named(word, message):
+    with pytest.raises(TrainingError, match=message):
+        read_options(Finetuning, None, ["data=a", "out=b", word])
