@@ -84,6 +84,8 @@ SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("odd_latents", "
 
 @pytest.mark.parametrize("name", ["sincos_table", "image_latent_1_5", *SLOW])
 def test_the_measured_effects_are_measured_again(name):
+    if any(f"`{name}`" in row and row.endswith("| not measured |") for row in measured_rows()):
+        pytest.skip(f"{name} is not measured in {DOCUMENT.name}")
     stated, found = (
         [cell.strip() for cell in row.strip("|").split("|")]
         for row in (next(row for row in measured_rows() if f"`{name}`" in row), effects.row(name))
