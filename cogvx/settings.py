@@ -13,7 +13,7 @@ from .diffusion.samplers import SAMPLERS
 from .diffusion.schedule import cumulative_alphas, timesteps
 from .models.checkpoint import CheckpointError, component_folder, own_or_shared, read_config, resolve_folder
 from .models.transformer import OFS
-from .numerics import DIFFUSERS, Numerics
+from .numerics import SAT, Numerics
 
 MAX_SEED = 2**63 - 1
 MAX_FRAMES = 2**14
@@ -109,7 +109,7 @@ class Settings:
     ofs: float | None = None  # of 1.5-5B-I2V; None for all others
     longer: str | None = None  # one of LONGER: how a clip longer than trained is made; None allows none
 
-    def resolve(self, configs: Configs, numerics: Numerics = DIFFUSERS) -> "Settings":
+    def resolve(self, configs: Configs, numerics: Numerics = SAT) -> "Settings":
         """The same settings, complete. Raises SettingsError for one that does not fit."""
         if self.prompt is not None and (not isinstance(self.prompt, str) or not self.prompt.strip()):
             raise SettingsError(f"prompt is {self.prompt!r}; say in words what the video shows")
