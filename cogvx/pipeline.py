@@ -23,7 +23,7 @@ from .diffusion.schedule import Step, sampling_steps
 from .finite import NonFiniteError, check_finite
 from .inputs import NAMES, Inputs, Noise, Picture, Video, checked, planned
 from .machine import environment, peak_memory, pick_device
-from .memory.choose import plan_for
+from .memory.choose import plan_for, warn_of_more
 from .memory.placed import Placed
 from .memory.plan import Plan
 from .memory.predict import Job
@@ -57,10 +57,11 @@ class Pipeline:
         numerics: Numerics = SAT,
         plan: Plan | None = None,
         device: torch.device | None = None,  # that a plan is for
+        planned_for: Settings | None = None,  # the video that it is for
     ):
         self.transformer, self.vae, self.text_encoder = transformer.eval(), vae.eval(), text_encoder
         self.configs, self.source, self.folder = configs, source, folder
-        self.numerics, self.placed = numerics, None
+        self.numerics, self.placed, self.planned_for = numerics, None, planned_for if plan else None
         if plan is not None:
             parts = {"text_encoder": text_encoder.model, "transformer": self.transformer, "vae": self.vae}
             self.placed = Placed(plan, parts, device or self.device)
@@ -76,6 +77,7 @@ class Pipeline:
         transformer: str | os.PathLike | None = None,
         vae: str | os.PathLike | None = None,
         memory: str | Plan | None = None,
+        planned_for: Settings | None = None,  # resolved
     ) -> "Pipeline":
         """Load a published folder, a hub name, or a checkpoint inside this package: "tiny", or "tiny-i2v" for images.
 
@@ -84,9 +86,9 @@ class Pipeline:
         `cogvx.numerics.Numerics`.
 
         transformer, vae: a safetensors or GGUF file in the place of the folder's. memory: what the device may hold, as
-        "8GB", or "auto", what is free there: the fastest plan that makes the model's own size of video within it; or a
-        `cogvx.memory.plan.Plan`. Raises ValueError for what is no checkpoint, with the reason, and where no plan
-        keeps the memory.
+        "8GB", or "auto", what is free there: the fastest plan that makes a video of `planned_for`, or of the model's
+        own size, within it (a call for more warns); or a `cogvx.memory.plan.Plan`. Raises ValueError for what is no
+        checkpoint, with the reason, and where no plan keeps the memory.
         """
         choices = read_numerics(numerics)
         configs, folder, device = read_configs(model), resolve_folder(model), pick_device(device)
@@ -94,14 +96,15 @@ class Pipeline:
         length, plan, place = num_text_tokens(configs.transformer, choices), None, device
         if memory is not None:
             dtype = dtype_on(device, folder, configs, transformer, dtype)
-            text, settings = TextEncoder.from_pretrained(folder, length, device="meta"), Settings("any")
-            settings = settings.resolve(configs, choices)
-            job = Job(configs, settings, dtype, text.model.config, device.type, choices)
-            plan, place = plan_for(cls, memory, job, device), "cpu"
+            text = TextEncoder.from_pretrained(folder, length, device="meta").model.config
+            settings = planned_for or Settings("any").resolve(configs, choices)
+            job = Job(configs, settings, dtype, text, device.type, choices)
+            (plan, planned_for), place = plan_for(cls, memory, job, device), "cpu"
         transformer = load_part(ExpertTransformer, folder, transformer, configs.transformer, dtype, place)
         vae = load_part(CausalVAE, folder, vae, configs.vae, dtype, place)
         text_encoder = TextEncoder.from_pretrained(folder, length, transformer.proj_out.weight.dtype, place)
-        return cls(transformer, vae, text_encoder, configs, os.fspath(model), folder, choices, plan, device)
+        parts = transformer, vae, text_encoder
+        return cls(*parts, configs, os.fspath(model), folder, choices, plan, device, planned_for)
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
         """Write the published folder layout, which diffusers loads too."""
@@ -256,6 +259,7 @@ class Pipeline:
     ) -> Tensor:
         """All but the last step: the scaled latents of the clips, [B, C, T, H, W]."""
         settings, parts = batch[0], (self.vae, self.configs, self.numerics)
+        warn_of_more(self.planned_for, settings, len(batch))
         text = self.encode_text(batch, given)
         with self.at_work("vae"):
             begin = prepare(batch, inputs, self.steps(settings.num_inference_steps), *parts)
@@ -311,12 +315,7 @@ class Pipeline:
         return text
 
     def sample(
-        self,
-        settings: Settings,
-        begin: Start,
-        text: Tensor,
-        callback: OnStepEnd | None,
-        progress: bool,
+        self, settings: Settings, begin: Start, text: Tensor, callback: OnStepEnd | None, progress: bool
     ) -> Tensor:
         """From the start to scaled latents, [B, C, T, H, W] in fp32."""
         one_by_one = self.placed is not None and self.placed.plan.sequential_guidance
@@ -390,6 +389,7 @@ class Pipeline:
             "numerics": self.numerics.as_dict(),
             "dtype": str(self.dtype).removeprefix("torch."),
             **({} if vae_dtype == self.dtype else {"vae_dtype": str(vae_dtype).removeprefix("torch.")}),
+            **({} if self.placed is None else self.placed.recorded(settings.is_guided, batch_size)),
             "not_replayable_because_of": reasons,
             "environment": environment(self.device),
         }

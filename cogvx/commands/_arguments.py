@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from ..models.vae import CausalVAE
     from ..numerics import Numerics as Choices
     from ..pipeline import Pipeline
+    from ..settings import Settings
 
 DType = Literal["float32", "bfloat16", "float16"]
 SCALES = arg(metavar="SCALE[,SCALE...]")
@@ -79,16 +80,20 @@ class Loading:
 
         return read_numerics(self.numerics)
 
-    def pipeline(self) -> "Pipeline":
-        """All weights. Raises SettingsError or CheckpointError for files that are none, or do not fit."""
+    def pipeline(self, planned_for: "Settings | None" = None) -> "Pipeline":
+        """All weights; where memory is given, under a plan for a video of these settings, resolved.
+
+        Raises SettingsError or CheckpointError for files that are none, or do not fit.
+        """
         from ..pipeline import Pipeline
         from ..settings import SettingsError
 
         if self.memory is not None and self.lora:
             raise SettingsError("memory is given with lora, whose weights no plan moves yet; leave one of them out")
         pipeline = Pipeline.from_pretrained(
-            self.model, torch_dtype(self.dtype), self.device, self.choices(), self.transformer, self.vae, self.memory
-        )
+            self.model, torch_dtype(self.dtype), self.device, self.choices(), self.transformer, self.vae,
+            self.memory, planned_for,
+        )  # fmt: skip
         load_loras(pipeline.transformer, self.lora, self.lora_weight)
         return pipeline
 

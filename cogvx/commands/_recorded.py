@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from ..data.video import VideoError
+from ..memory.plan import Plan, PlanError
 from ..models.loading import FILES, SourceFile
 from ..models.lora import fuse_lora, load_lora
+from ..models.tiling import TilingError
 from ..numerics import NumericsError, read_numerics
 from ..settings import Settings, SettingsError, read_configs
 from ._arguments import DType
@@ -55,6 +57,16 @@ def recorded_pieces(file: Path, made: dict) -> dict[str, int] | None:
     if not isinstance(pieces, dict) or set(pieces) != {"num_pieces", "overlap"} or "video" not in inputs:
         raise wrong_value(file, "continued", pieces)
     return pieces
+
+
+def recorded_plan(file: Path, made: dict) -> Plan | None:
+    """The plan that a video was made under, where it may have changed it. Raises VideoError for what is no plan."""
+    if made.get("plan") is None:
+        return None
+    try:
+        return Plan.read(made["plan"])
+    except (PlanError, TilingError) as error:
+        raise VideoError(f"{file} cannot be replayed: in its metadata {error}") from error
 
 
 def check_inputs(file: Path, made: dict, files: dict[str, Path | None], inputs: "Inputs") -> None:

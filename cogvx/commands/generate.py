@@ -56,5 +56,5 @@ def main(
     settings, _ = planned(settings, Inputs.read(**files), read_configs(loading.model), choices)
     check_writable(output, ".mp4")
 
-    made = loading.pipeline().write(output, **settings.as_dict(), **files, progress=progress)
+    made = loading.pipeline(settings).write(output, **settings.as_dict(), **files, progress=progress)
     print(f"{output}  ({made.seconds:.1f} s, seed {made.metadata['seed']})")

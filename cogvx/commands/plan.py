@@ -17,7 +17,7 @@ def main(
     width: int | None = None,
     num_inference_steps: int = 50,
     guidance_scale: float = 6.0,
-    numerics: str = "diffusers",
+    numerics: str = "sat",
     dtype: DType | None = None,
 ) -> None:
     """Print the fastest plan that makes a video on a GPU within so much memory, and what each stage of it holds.
@@ -36,34 +36,33 @@ def main(
         numerics: whose arithmetic to follow, and changes to it, as in sat,null_text=encoded.
         dtype: unset, fp16 for 2b and bf16 for all others, as they are published; of a folder, the stored one.
     """
-    from ..memory.choose import GB, choices, fitting, read_budget
+    from ..memory.choose import amount, choices, choose, read_budget
 
     budget = None if memory is None else read_budget(memory)
     job = read_job(model, num_frames, height, width, num_inference_steps, guidance_scale, numerics, dtype)
     from ..pipeline import Pipeline
 
-    found = list(choices(Pipeline, job))
     size = f"{job.settings.num_frames} frames of {job.settings.height} x {job.settings.width}"
     print(f"{model} in {str(job.dtype).removeprefix('torch.')}, {size}, {job.settings.num_inference_steps} steps")
     if budget is not None:
-        show(fitting(found, budget))
+        show(choose(Pipeline, job, budget))
         return
     least = None
-    for choice in found:
+    for choice in choices(Pipeline, job):
         if least is None or choice.prediction.peak < least:
             least = choice.prediction.peak
-            print(f"from {least / GB:6.2f} GB, {choice.seconds:5.1f} s of moves: {choice.plan}")
+            print(f"from {amount(least):>9}, {choice.seconds:5.1f} s of moves: {choice.plan}")
 
 
 def show(choice: "Choice") -> None:
-    from ..memory.choose import GB, LINK
+    from ..memory.choose import GB, LINK, amount
 
     print(f"plan: {choice.plan}")
     for name, stage in choice.prediction.stages.items():
-        print(f"  {name:12}{stage.device / GB:8.2f} GB on the device{stage.host / GB:8.2f} GB on the host")
+        print(f"  {name:12}{amount(stage.device):>10} on the device{amount(stage.host):>10} on the host")
     moved = sum(choice.prediction.moved.values())
-    print(f"peak: {choice.prediction.peak / GB:.2f} GB on the device, {choice.prediction.host / GB:.2f} GB on the host")
-    print(f"moves: {moved / GB:.1f} GB of weights, {choice.seconds:.1f} s at {LINK / GB:.0f} GB/s if none is hidden")
+    print(f"peak: {amount(choice.prediction.peak)} on the device, {amount(choice.prediction.host)} on the host")
+    print(f"moves: {amount(moved)} of weights, {choice.seconds:.1f} s at {LINK / GB:.0f} GB/s if none is hidden")
     if choice.plan.tiling is not None:
         print("tiles are blended: the frames differ a little from those of an untiled decoder")
 

@@ -84,12 +84,16 @@ def load_again(file: Path, made: dict, model: str | None, device: str | None, be
     from ..parts import load_part
     from ..pipeline import Pipeline
     from ._arguments import torch_dtype
+    from ._recorded import recorded_plan
+
+    plan = recorded_plan(file, made)
 
     dtype, parts = torch_dtype(made["dtype"]), {part: source.path for part, source in beside.parts.items()}
-    pipeline = Pipeline.from_pretrained(model or made["model"], dtype, device, made["numerics"], **parts)
+    pipeline = Pipeline.from_pretrained(model or made["model"], dtype, device, made["numerics"], **parts, memory=plan)
     if made.get("vae_dtype", made["dtype"]) != made["dtype"]:
         how = pipeline.configs.vae, torch_dtype(made["vae_dtype"]), pipeline.device
         pipeline.vae = load_part(type(pipeline.vae), pipeline.folder, parts.get("vae"), *how)
+        pipeline.vae.tiling = None if plan is None else plan.tiling
     for part, source in beside.parts.items():
         getattr(pipeline, part).file = source  # whose hash is known
     beside.load_loras(file, pipeline.transformer)

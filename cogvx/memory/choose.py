@@ -5,7 +5,9 @@ how its own part is run alone. So a few fake runs, which between them run every 
 combination holds.
 """
 
+import math
 import re
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import product
@@ -14,15 +16,14 @@ from typing import Any
 import torch
 
 from ..models.tiling import Tiling
+from ..settings import Settings
 from .plan import PLACES, Plan, PlanError
-from .predict import Job, Prediction, Stage, predict
+from .predict import PART, Job, Prediction, Stage, predict
 
 GB = 10**9
 LINK = 20 * GB  # bytes a second from pinned memory to a GPU, PCIe 4 x16 as measured on most machines
 LIBRARIES = GB  # bytes left to workspaces of libraries, and to what an allocator leaves unused
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": GB, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-PART = {"encode text": "text_encoder", "start": "vae", "modulate": "transformer", "sample": "transformer",
-        "decode": "vae"}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -49,24 +50,51 @@ def read_budget(text: str) -> int:
     return budget
 
 
-def plan_for(make: Callable[..., Any], memory: Plan | str, job: Job, device: torch.device) -> Plan:
-    """A plan as it is, or the fastest one for "8GB", or for what is free on the device, "auto".
+def amount(nbytes: int) -> str:
+    """Bytes as `read_budget` takes them, rounded up, so that a plan keeps what is said of it."""
+    unit, name = (GB, "GB") if nbytes >= GB else (10**6, "MB")
+    return f"{math.ceil(nbytes * 100 / unit) / 100:.2f} {name}"
 
-    Raises PlanError for what is no amount, and where no plan keeps it.
+
+def plan_for(
+    make: Callable[..., Any], memory: Plan | str, job: Job, device: torch.device
+) -> tuple[Plan, Settings | None]:
+    """A plan as it is, or the fastest one for "8GB", or for what is free on the device, "auto"; and for what video.
+
+    The video is None where the plan is for none. Raises PlanError for what is no amount, and where no plan keeps it.
     """
     if isinstance(memory, Plan):
-        return memory
+        return memory, None
     if memory != "auto":
-        return choose(make, job, read_budget(memory)).plan
+        return choose(make, job, read_budget(memory)).plan, job.settings
     if device.type != "cuda":
-        return Plan()  # one memory for all: nothing is won by moves
+        return Plan(), None  # one memory for all: nothing is won by moves
     free, _ = torch.cuda.mem_get_info(device)
-    return choose(make, job, free - LIBRARIES).plan
+    return choose(make, job, free - LIBRARIES).plan, job.settings
+
+
+def warn_of_more(planned: Settings | None, asked: Settings, batch_size: int) -> None:
+    """Say that a video may hold more than the one that a plan was made for."""
+    if planned is None:
+        return
+    size, more = (lambda s: f"{s.num_frames} frames of {s.height} x {s.width}"), []
+    if asked.num_frames > planned.num_frames or asked.height * asked.width > planned.height * planned.width:
+        more.append(f"the video has {size(asked)}, the one planned {size(planned)}")
+    if batch_size > 1:
+        more.append(f"{batch_size} videos are made at once, one was planned")
+    more += ["it is guided"] if asked.is_guided and not planned.is_guided else []
+    more += ["it starts from a video"] if asked.strength is not None and planned.strength is None else []
+    if more:
+        how = "give its settings to from_pretrained as planned_for"
+        warnings.warn(f"more memory may be held than was planned: {'; '.join(more)}; {how}", stacklevel=3)
 
 
 def choose(make: Callable[..., Any], job: Job, budget: int) -> Choice:
     """The fastest plan that keeps a budget, in bytes. Raises PlanError where none does."""
-    return fitting(list(choices(make, job)), budget)
+    whole = predict(make, job, Plan())  # the fastest one, which often is enough
+    if whole.peak <= budget:
+        return Choice(Plan(), whole)
+    return fitting(list(choices(make, job, {Plan(): whole})), budget)
 
 
 def fitting(found: list[Choice], budget: int) -> Choice:
@@ -75,13 +103,14 @@ def fitting(found: list[Choice], budget: int) -> Choice:
         if choice.prediction.peak <= budget:
             return choice
     least = min(found, key=lambda choice: choice.prediction.peak)
-    what = f"the least that does is {least.prediction.peak / GB:.2f} GB, with: {least.plan}"
-    raise PlanError(f"memory is {budget / GB:.2f} GB, which no plan keeps for this video; {what}")
+    what = f"the least that does is {amount(least.prediction.peak)}, with: {least.plan}"
+    raise PlanError(f"memory is {amount(budget)}, which no plan keeps for this video; {what}")
 
 
-def choices(make: Callable[..., Any], job: Job) -> Iterator[Choice]:
+def choices(make: Callable[..., Any], job: Job, known: dict[Plan, Prediction] | None = None) -> Iterator[Choice]:
     """Every plan with what it holds, those first that cost less: in what they change, then in bytes moved."""
-    runs = {plan: predict(make, job, plan, decodes=decodes) for plan, decodes in samples(job)}
+    known = known or {}
+    runs = {plan: known.get(plan) or predict(make, job, plan, decodes=decodes) for plan, decodes in samples(job)}
     combined = [Choice(plan, combine(plan, runs)) for plan in plans(job)]
     yield from sorted(combined, key=lambda c: (c.plan.tiling is not None, c.seconds, cost(c.plan)))
 

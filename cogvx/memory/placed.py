@@ -59,6 +59,10 @@ class Placed:
             if name in self.streams:
                 self.streams[name].forget()
 
+    def recorded(self, guided: bool, batch_size: int) -> dict[str, dict]:
+        """What a video carries of the plan: all of it where it may have changed the video, else nothing."""
+        return {"plan": self.plan.as_dict()} if self.plan.rounds_otherwise(guided, batch_size) else {}
+
     def moved(self, steps: float = 1.0) -> dict[str, int]:
         """Bytes of weights brought to the device so far, by part; those of the transformer's blocks `steps` times."""
         moved = {name: weights.moved for name, weights in self.whole.items()}

@@ -1,6 +1,7 @@
 """A plan: what lies in the device's memory when, and what is done in pieces."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
+from typing import Self
 
 from ..models.tiling import Tiling
 
@@ -35,6 +36,27 @@ class Plan:
             place, valid = getattr(self, name), PLACES[:2] if name == "vae" else PLACES
             if place not in valid:
                 raise PlanError(f"{name} of a plan is {place!r}; valid: {', '.join(map(repr, valid))}")
+
+    def rounds_otherwise(self, guided: bool, batch_size: int) -> bool:
+        """Whether the result may differ from that of a plan that does without nothing."""
+        return self.tiling is not None or (self.sequential_guidance and (guided or batch_size > 1))
+
+    def as_dict(self) -> dict:
+        """For JSON; `Plan.read` takes it."""
+        return asdict(self)
+
+    @classmethod
+    def read(cls, record: dict) -> Self:
+        """A plan from what a file says. Raises PlanError or TilingError for what is none."""
+        names, tiling = [f.name for f in fields(cls)], record.get("tiling") if isinstance(record, dict) else None
+        if not isinstance(record, dict) or set(record) != set(names):
+            raise PlanError(f"plan is {str(record)[:60]!r}; it must be a table of {', '.join(names)}")
+        if tiling is not None and (not isinstance(tiling, dict) or set(tiling) != {f.name for f in fields(Tiling)}):
+            raise PlanError(f"tiling of a plan is {str(tiling)[:60]!r}; it must be a table of a Tiling's fields")
+        for name in ("sequential_guidance", "halos_on_host"):
+            if not isinstance(record[name], bool):
+                raise PlanError(f"{name} of a plan is {str(record[name])[:60]!r}; it must be true or false")
+        return cls(**{**record, "tiling": None if tiling is None else Tiling(**tiling)})
 
     def __str__(self) -> str:
         parts = [f"{name.replace('_', ' ')} {getattr(self, name)}" for name in ("text_encoder", "transformer", "vae")]

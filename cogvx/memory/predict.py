@@ -37,6 +37,9 @@ from .live import LiveBytes
 from .plan import Plan
 
 STEPS = 2
+BLOCKED = ("text_encoder", "transformer")  # the parts that are blocks, all alike
+PART = {"encode text": "text_encoder", "start": "vae", "modulate": "transformer", "sample": "transformer",
+        "decode": "vae"}  # fmt: skip
 WIDE = ".wo.weight"
 CHUNKS = 3  # of those that a clip is decoded in, a first, a middle and a last one; middle ones are alike
 
@@ -106,24 +109,47 @@ def predict(make: Callable[..., Any], job: Job, plan: Plan, few: int = 2, decode
     """The peak of every stage of one clip under a plan, in bytes; `make` is the class `Pipeline`.
 
     Blocks are alike, and each adds the same to a stage: what, is the difference between a run with `few` of them and
-    one with a block more, of the text encoder and of the transformer apart. Without `decodes` the last stage is left
-    out.
+    one with a block more, of the text encoder and of the transformer. A block that does not work adds its weights,
+    where they lie. Without `decodes` the last stage is left out.
     """
     counts = job.text.num_layers, job.configs.transformer.num_layers
     shallow = tuple(min(few, count) for count in counts)
-    first, first_moved = _fake_run(make, job, plan, shallow, decodes)
-    stages, moved = dict(first), dict(first_moved)
-    for which, count in enumerate(counts):
-        more = count - shallow[which]
-        if more:
-            deeper = tuple(n + (i == which) for i, n in enumerate(shallow))
-            other, other_moved = _fake_run(make, job, plan, deeper, False)
-            if decodes:
-                other["decode"] = first["decode"] + (other["start"] - first["start"])  # weights that lie there
-            stages = {name: stage + (other[name] - first[name]) * more for name, stage in stages.items()}
-            moved = {name: n + (other_moved[name] - first_moved[name]) * more for name, n in moved.items()}
-    parts = zip(("text_encoder", "transformer", "vae"), _hollow(job), strict=True)
-    return Prediction(stages, {name: _nbytes(part, job.dtype) for name, part in parts}, moved)
+    stages, moved = _fake_run(make, job, plan, shallow, decodes)
+    more = [count - n for count, n in zip(counts, shallow, strict=True)]
+    weights = _weights(job, counts)
+    if any(more):
+        deeper = tuple(n + (rest > 0) for n, rest in zip(shallow, more, strict=True))
+        other, other_moved = _fake_run(make, job, plan, deeper, False)
+        lower, upper = _weights(job, shallow), _weights(job, deeper)
+        idle = {}
+        for name in BLOCKED:
+            block = upper[name] - lower[name]
+            idle[name] = Stage(block, 0) if getattr(plan, name) == "resident" else Stage(0, block)
+        for stage, found in stages.items():
+            grown = dict(idle)
+            if (part := PART[stage]) in BLOCKED:
+                (rest,) = (name for name in BLOCKED if name != part)
+                grown[part] = other[stage] - found - idle[rest]
+            for name, times in zip(BLOCKED, more, strict=True):
+                found += grown[name] * times
+            stages[stage] = found
+        times = dict(zip(BLOCKED, more, strict=True))
+        moved = {name: n + (other_moved.get(name, n) - n) * times.get(name, 0) for name, n in moved.items()}
+    return Prediction(stages, weights, moved)
+
+
+def _weights(job: Job, num_blocks: tuple[int, int]) -> dict[str, int]:
+    """Bytes of each part's weights, with so many blocks."""
+    parts = zip((*BLOCKED, "vae"), _hollow(_with_blocks(job, num_blocks)), strict=True)
+    return {name: _nbytes(part, job.dtype) for name, part in parts}
+
+
+def _with_blocks(job: Job, num_blocks: tuple[int, int]) -> Job:
+    """The same job for models with so many blocks, of the text encoder and the transformer."""
+    text, configs = copy.deepcopy(job.text), job.configs
+    text.num_layers = num_blocks[0]
+    configs = replace(configs, transformer=replace(configs.transformer, num_layers=num_blocks[1]))
+    return replace(job, text=text, configs=configs)
 
 
 def _fake_run(
@@ -140,11 +166,9 @@ def _fake_run(
 def _counted(
     make: Callable[..., Any], job: Job, plan: Plan, num_blocks: tuple[int, int], decodes: bool
 ) -> tuple[dict[str, Stage], dict[str, int]]:
-    text, configs = copy.deepcopy(job.text), job.configs
-    text.num_layers = num_blocks[0]
-    configs = replace(configs, transformer=replace(configs.transformer, num_layers=num_blocks[1]))
     settings, how = replace(job.settings, prompt="x"), job.numerics
-    job = replace(job, text=text, configs=configs, settings=settings)
+    job = replace(_with_blocks(job, num_blocks), settings=settings)
+    configs = job.configs
     steps = sampling_steps(configs.schedule, settings.num_inference_steps, how.rounding, how.moves, how.zero_snr)
     stages: dict[str, Stage] = {}
     hollow_parts = _hollow(job)
@@ -221,7 +245,7 @@ def _sampled(
     text = pipeline.encode_text([settings], {})
     end("encode text")
     with pipeline.at_work("vae"):
-        begin = prepare([settings], inputs, None, steps, pipeline.vae, pipeline.configs, pipeline.numerics)
+        begin = prepare([settings], inputs, steps, pipeline.vae, pipeline.configs, pipeline.numerics)
     end("start")
 
     # The modulation of all steps is made before the first one.
@@ -242,6 +266,7 @@ def _sampled(
 
 
 def _pixels(job: Job) -> Inputs:
-    if not job.configs.takes_image:
-        return Inputs()
-    return Inputs(image=np.zeros((job.settings.height, job.settings.width, 3), np.uint8))
+    size = job.settings.height, job.settings.width, 3
+    image = np.zeros(size, np.uint8) if job.configs.takes_image else None
+    starts_from_one = job.settings.strength is not None
+    return Inputs(image, video=np.zeros((job.settings.num_frames, *size), np.uint8) if starts_from_one else None)
