@@ -36,7 +36,7 @@ from .models.vae import CausalVAE
 from .numerics import DIFFUSERS, Numerics, differences, followed, read_numerics
 from .parts import check_folder, load_part, save_parts
 from .settings import Configs, Settings, SettingsError, read_configs
-from .start import Start, checked, prepare
+from .start import Start, prepare
 
 logger = logging.getLogger(__name__)
 
