@@ -299,7 +299,7 @@ PRESETS = {
     "1.5-5b": Preset(_1_5_5B, _1_5_VAE, _5B_SCHEDULE),
     "1.5-5b-i2v": Preset(replace(_1_5_5B, in_channels=32, ofs_embed_dim=512), _1_5_VAE, _5B_SCHEDULE),
     "tiny": Preset(_TINY, _TINY_VAE, _5B_SCHEDULE),
-    "tiny-i2v": Preset(replace(_TINY, in_channels=32, num_layers=4), _TINY_VAE, _5B_SCHEDULE),
+    "tiny-i2v": Preset(replace(_TINY, in_channels=32), _TINY_VAE, _5B_SCHEDULE),
 }
 
 

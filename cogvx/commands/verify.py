@@ -7,6 +7,7 @@ import importlib.util
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Any
 
 from tyro.conf import Positional, arg
@@ -152,6 +153,17 @@ class TransformerCheck(Check):
         from ..models import ExpertTransformer
 
         return ExpertTransformer.from_pretrained(self.root, "diffusers", torch.float32, self.device)
+
+    def load_theirs(self, model_class: Any) -> Any:
+        import torch
+
+        from ..models.checkpoint import frozen_weights
+
+        if not frozen_weights(self.root / self.name):
+            return super().load_theirs(model_class)
+        with TemporaryDirectory() as whole:
+            self.load().save_pretrained(whole)
+            return model_class.from_pretrained(whole, torch_dtype=torch.float32).eval().to(self.device)
 
     def inputs(self) -> "tuple[Tensor, Tensor, Tensor]":
         import torch

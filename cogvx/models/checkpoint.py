@@ -24,7 +24,7 @@ from .stored import DTYPES, CheckpointError, Stored, one_line, opened, opened_fi
 TINY = Path(__file__).parent.parent / "assets" / "tiny"
 TINY_I2V = TINY.with_name("tiny-i2v")
 EMBEDDED = {"tiny": TINY, "tiny-i2v": TINY_I2V}
-SHARED = ("vae", "text_encoder", "tokenizer")  # what the second one takes from the first
+SHARED = ("vae", "text_encoder", "tokenizer")  # what the second one takes from the first, and frozen weights
 NUMERICS = ("diffusers",)
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt"]
@@ -97,12 +97,18 @@ def component_folder(root: Path, component: str) -> Path:
 def checkpoint_files(root: Path) -> dict[str, Path]:
     """Every file of a checkpoint by its place in the folder, those included that an embedded one shares."""
     folders = {"": root} | ({f"{part}/": TINY / part for part in SHARED} if root == TINY_I2V else {})
-    return {
+    found = {
         prefix + path.relative_to(folder).as_posix(): path
         for prefix, folder in folders.items()
         for path in folder.rglob("*")
         if path.is_file()
     }
+    return found | {f"transformer/frozen-{path.name}": path for path in frozen_weights(root / "transformer")}
+
+
+def frozen_weights(folder: Path) -> list[Path]:
+    """Files of weights that a component takes from another checkpoint where it has none of the same name itself."""
+    return weight_files(TINY / "transformer", TINY) if folder == TINY_I2V / "transformer" else []
 
 
 def safe_path(path: Path, root: Path) -> Path:
@@ -209,7 +215,9 @@ def load_weights(
     """
     check_dtype(dtype)
     check_device(device)
-    with opened(weight_files(folder, root)) as stored:
+    with opened(weight_files(folder, root)) as own, opened(frozen_weights(folder)) as frozen:
+        names = {name for name, _ in own}
+        stored = [*own, *(pair for pair in frozen if pair[0] not in names)]
         dtype = DTYPE if dtype is None and is_fp8(stored) else dtype
         fill(model, unscaled(stored), folder, dtype, device, aliases or {}, keep_fp32)
 

@@ -52,6 +52,8 @@ def muon_adamw(model: nn.Module, muon_lr: float, adamw_lr: float, adamw_names: t
     """
     matrices, others = [], []
     for name, weight in model.named_parameters():
+        if not weight.requires_grad:
+            continue
         hidden = muon_lr > 0 and weight.ndim >= 2 and not any(part in name for part in adamw_names)
         (matrices if hidden else others).append(weight)
     return MuonAdamW(matrices, others, muon_lr, adamw_lr)

@@ -1,6 +1,6 @@
 """Train the embedded checkpoints from nothing: tokenizer, VAE, latents, transformer and text encoder, folder.
 
-The image-to-video variant begins with four of the transformer's layers and shares all else.
+The image-to-video variant goes on from the transformer, whose feed-forward layers stay, and shares all else.
 
     python -m cogvx.train.tiny            (or: make tiny)
 
@@ -16,15 +16,13 @@ import torch
 from ..config import PRESETS
 from ..data import shapes
 from ..data.latents import encode_ends, encode_shapes
-from ..models.checkpoint import SHARED, TINY, TINY_I2V
+from ..models.checkpoint import SHARED, STEMS, TINY, TINY_I2V, load_tensors, save_tensors
 from ..models.vae import CausalVAE
 from ..pipeline import Pipeline
 from ..settings import Configs
 from . import transformer as transformer_training
 from . import vae as vae_training
 from .tokenizer import build_tokenizer
-
-LAYERS = 0, 1, 4, 5  # of the text-to-video transformer, those that the image-to-video one begins with
 
 
 @dataclass(frozen=True)
@@ -66,15 +64,25 @@ def train_i2v(run: TinyTraining) -> None:
     encode_ends(vae, run.work / "ends", run.num_clips_i2v, run.seed)
     model, text, _ = transformer_training.train(
         transformer_training.TransformerTraining(
-            latents=run.work / "latents", ends=run.work / "ends", start_from=run.out, layers=LAYERS,
-            out=run.work / "transformer-i2v", config=preset.transformer, schedule=preset.schedule, seed=run.seed,
-            num_steps=420, batch=32, muon_lr=0.0, adamw_lr=1e-3, num_warmup=20, num_decay=220, bf16=False,
+            latents=run.work / "latents", ends=run.work / "ends", start_from=run.out, layers=tuple(range(6)),
+            frozen=(".ff.",), out=run.work / "transformer-i2v", config=preset.transformer, schedule=preset.schedule,
+            num_steps=400, batch=16, muon_lr=0.0, adamw_lr=6e-4, num_warmup=10, num_decay=250, bf16=False,
+            seed=run.seed,
         )
     )  # fmt: skip
     pipeline = Pipeline(model.half(), vae.half(), text, Configs(model.config, vae.config, preset.schedule))
     pipeline.save_pretrained(run.out_i2v)
     for part in SHARED:
         shutil.rmtree(run.out_i2v / part)
+    leave_out_frozen(run.out_i2v / "transformer", run.out / "transformer")
+
+
+def leave_out_frozen(folder: Path, source: Path) -> None:
+    """Keep of a component's weights those that training changed, bit for bit."""
+    name = f"{STEMS[0]}.safetensors"
+    weights, frozen = load_tensors(folder / name)[0], load_tensors(source / name)[0]
+    changed = {key: weight for key, weight in weights.items() if not torch.equal(weight, frozen[key])}
+    save_tensors(changed, folder / name, {"format": "pt"})
 
 
 if __name__ == "__main__":
