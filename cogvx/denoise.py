@@ -13,6 +13,7 @@ from .diffusion.samplers import Denoiser
 from .diffusion.windows import windowed
 from .finite import check_finite
 from .models.choices import placement
+from .models.fp16 import overflowed
 from .models.image_latents import with_image
 from .models.transformer import ExpertTransformer
 from .numerics import Numerics
@@ -45,14 +46,27 @@ def denoiser(
     grid = (length if in_windows else num_latents, *size)
     places = placement(transformer.config, numerics, grid, settings.longer == "riflex")
 
+    # Once fp16 has overflowed, the rest of a clip is computed with care; the next one begins anew, as it would alone.
+    careful = dtype == torch.float16 and not transformer.fits_fp16()
+
     def denoise_view(frames: Tensor, timestep: int, index: int) -> Tensor:
+        nonlocal careful
         x = (torch.cat([frames, frames]) if guided else frames).transpose(1, 2)
         inputs = x.to(dtype), text, torch.full((len(x),), timestep, device=x.device)
-        passes = zip(*(part.split(1) for part in inputs), strict=True) if sequential else [inputs]
-        made = [transformer(*one, table.at(timestep), placement=places).float() for one in passes]
-        v = (torch.cat(made) if sequential else made[0]).transpose(1, 2)
+        how = {"ofs": settings.ofs, "placement": places}
+        passes = list(zip(*(part.split(1) for part in inputs), strict=True)) if sequential else [inputs]
+
+        def predicted() -> Tensor:
+            made = [transformer(*one, table.at(timestep), **how, careful=careful) for one in passes]
+            return torch.cat(made) if sequential else made[0]
+
+        v = predicted()
+        if overflowed(v):
+            careful = True
+            v = predicted()
+        v = v.float().transpose(1, 2)
         where = f"step {index + 1} of {len(steps)}"
-        check_finite(v, where, transformer, lambda: transformer(*inputs, ofs=settings.ofs, placement=places))
+        check_finite(v, where, transformer, lambda: transformer(*inputs, **how, careful=careful))
         return guide(*v.chunk(2), settings.scale_at(timestep, index)) if guided else v
 
     view = windowed(denoise_view, length, length // 2, dim=1) if in_windows else denoise_view

@@ -52,7 +52,11 @@ class Numerics:
         "3D RoPE at sizes other than the trained one: its table is sliced, or, in 1.0 models, its coordinates are "
         "rescaled to the trained grid.",
     )  # fmt: skip
-    rope_dtype: str = choice("model", "fp32", "The precision in which q and k are rotated: the model's, or fp32.")
+    rope_dtype: str = choice(
+        "model", "fp32",
+        "The precision in which q and k are rotated: the model's, to which cosines, sines, products and sums are "
+        "rounded, or fp32.",
+    )  # fmt: skip
     sincos_table: str = choice(
         "sliced", "recomputed",
         "The positions that 2B and 5B-I2V add, at other sizes: a slice of the flat trained table, or computed anew, "
@@ -66,11 +70,14 @@ class Numerics:
     )  # fmt: skip
     vae_encode_chunks: str = choice("whole", "8_frames", "A clip is encoded whole, or in chunks of 8 frames.")
     vae_decode_chunks: str = choice(
-        "by_length", "pairs", "41 latents are decoded as 5 and nine 4s, or as 3 and 2s (up to 21 both are the same)."
-    )
+        "by_length", "pairs",
+        "Latents are decoded in at most ten chunks, 41 as 5 and nine 4s, or as 3 and 2s (up to 21 both are the same).",
+    )  # fmt: skip
     odd_latents: str = choice(
-        "four_each", "first_alone", "An odd count of more than 13 latents gives 4 frames a latent, or 4k + 1."
-    )
+        "four_each", "first_alone",
+        "An odd count of more than 13 latents is decoded to 4 frames a latent, of which a clip is the last 4k + 1; or "
+        "to 4k + 1, the first latent to one frame.",
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         for f in fields(self):
@@ -85,9 +92,6 @@ class Numerics:
 SAT = Numerics(**{f.name: f.metadata["sat"] for f in fields(Numerics)})
 DIFFUSERS = Numerics(**{f.name: f.metadata["diffusers"] for f in fields(Numerics)})
 PRESETS = {"sat": SAT, "diffusers": DIFFUSERS}
-
-# What the models do not ask for yet: they follow diffusers in these.
-PENDING = ("rope_dtype", "odd_latents")
 
 
 def read_numerics(value: "str | dict | Numerics") -> Numerics:
@@ -107,24 +111,13 @@ def read_numerics(value: "str | dict | Numerics") -> Numerics:
     return _from_choices({key: _number_or_text(text) for key, _, text in pairs}, PRESETS[name])
 
 
-def followed(numerics: Numerics) -> Numerics:
-    """The choices that are really followed: diffusers' where the models cannot do otherwise yet."""
-    return replace(numerics, **{name: getattr(DIFFUSERS, name) for name in PENDING})
-
-
-def differences(one: Numerics, other: Numerics) -> list[str]:
-    """The names of the fields that differ."""
-    return [f.name for f in fields(Numerics) if getattr(one, f.name) != getattr(other, f.name)]
-
-
 def table() -> str:
     """The choices as a table in Markdown, one a line."""
-    lines = ["| field | SAT | diffusers | what it is | followed |", "|---|---|---|---|---|"]
+    lines = ["| field | SAT | diffusers | what it is |", "|---|---|---|---|"]
     for f in fields(Numerics):
         others = "".join(f" Also valid: `{v}`." for v in f.metadata["valid"][2:])
-        state = "not yet" if f.name in PENDING else "yes"
         sat, diffusers, meaning = (f.metadata[key] for key in ("sat", "diffusers", "meaning"))
-        lines.append(f"| `{f.name}` | `{sat}` | `{diffusers}` | {meaning}{others} | {state} |")
+        lines.append(f"| `{f.name}` | `{sat}` | `{diffusers}` | {meaning}{others} |")
     return "\n".join(lines)
 
 

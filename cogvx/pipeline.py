@@ -1,6 +1,5 @@
 """Text, images and video in, video out, in five visible steps: settings, text, start, sampling, frames."""
 
-import logging
 import os
 import time
 from collections import deque
@@ -29,18 +28,16 @@ from .memory.placed import Placed
 from .memory.plan import Plan
 from .memory.predict import Job
 from .models.checkpoint import resolve_folder
-from .models.choices import decode_chunks, last_norm_eps, num_text_tokens
+from .models.choices import decode_chunks, first_alone, last_norm_eps, num_text_tokens
 from .models.files import files_beside
 from .models.saving import content_hash
 from .models.text import TextEncoder
 from .models.transformer import ExpertTransformer
 from .models.vae import CausalVAE
-from .numerics import DIFFUSERS, Numerics, differences, followed, read_numerics
+from .numerics import SAT, Numerics, read_numerics
 from .parts import check_folder, dtype_on, load_part, save_parts
 from .settings import Configs, Settings, SettingsError, read_configs
 from .start import Start, prepare
-
-logger = logging.getLogger(__name__)
 
 # (pipeline, step index, timestep, {"latents": ...}) -> a dict that may hold other latents to go on with, or None
 OnStepEnd = Callable[["Pipeline", int, int, dict], dict | None]
@@ -57,20 +54,17 @@ class Pipeline:
         configs: Configs,
         source: str = "",
         folder: Path | None = None,
-        numerics: Numerics = DIFFUSERS,
+        numerics: Numerics = SAT,
         plan: Plan | None = None,
         device: torch.device | None = None,  # that a plan is for
     ):
         self.transformer, self.vae, self.text_encoder = transformer.eval(), vae.eval(), text_encoder
         self.configs, self.source, self.folder = configs, source, folder
-        self.numerics, self.placed = followed(numerics), None
+        self.numerics, self.placed = numerics, None
         if plan is not None:
             parts = {"text_encoder": text_encoder.model, "transformer": self.transformer, "vae": self.vae}
             self.placed = Placed(plan, parts, device or self.device)
-        self.transformer.norm_out.norm.eps = last_norm_eps(configs.transformer, self.numerics)
-        if pending := differences(numerics, self.numerics):
-            names = ", ".join(pending)
-            logger.warning("numerics: these choices are not computed yet and stay diffusers': %s", names)
+        self.transformer.norm_out.norm.eps = last_norm_eps(configs.transformer, numerics)
 
     @classmethod
     def from_pretrained(
@@ -78,7 +72,7 @@ class Pipeline:
         model: str | os.PathLike = "tiny",
         dtype: torch.dtype | None = None,
         device: str | torch.device | None = None,
-        numerics: str | dict | Numerics = "diffusers",
+        numerics: str | dict | Numerics = "sat",
         transformer: str | os.PathLike | None = None,
         vae: str | os.PathLike | None = None,
         memory: str | Plan | None = None,
@@ -361,11 +355,15 @@ class Pipeline:
     def decode_levels(self, latents: Tensor) -> Iterator[Tensor]:
         """The same where the VAE computes."""
         z = (latents.to(self.dtype) / self.configs.vae.scaling_factor).to(next(self.vae.parameters()).dtype)
-        chunks = decode_chunks(z.shape[2], self.numerics)
+        alone = first_alone(z.shape[2], self.numerics)
+        plan = decode_chunks(z.shape[2], self.numerics), alone
+        # Of four frames a latent, the last ones are those of a clip whose first latent gives one.
+        surplus = self.configs.time_factor - 1 if z.shape[2] % 2 and not alone else 0
         with self.at_work("vae"):
-            for video in self.vae.decode_each(z, chunks):
-                check_finite(video, "decoding", self.vae, lambda: deque(self.vae.decode_each(z, chunks), 0))
-                yield to_levels(video)
+            for video in self.vae.decode_each(z, *plan):
+                check_finite(video, "decoding", self.vae, lambda: deque(self.vae.decode_each(z, *plan), 0))
+                yield to_levels(video[:, :, surplus:])
+                surplus = 0
 
     def check_given(self, settings: Settings, given: dict[str, Tensor | None]) -> None:
         """Raises ValueError for tensors that this model and these settings cannot take."""

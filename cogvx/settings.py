@@ -11,9 +11,9 @@ from .config import ScheduleConfig, TransformerConfig, VAEConfig
 from .diffusion.guidance import SCALES
 from .diffusion.samplers import SAMPLERS
 from .diffusion.schedule import cumulative_alphas, timesteps
-from .models.checkpoint import CheckpointError, component_folder, read_config, resolve_folder
+from .models.checkpoint import CheckpointError, component_folder, own_or_shared, read_config, resolve_folder
 from .models.transformer import OFS
-from .numerics import DIFFUSERS, Numerics
+from .numerics import SAT, Numerics
 
 MAX_SEED = 2**63 - 1
 MAX_FRAMES = 2**14
@@ -61,7 +61,7 @@ def read_configs(model: str | os.PathLike) -> Configs:
     """The configs of a checkpoint, as `resolve_folder` takes it. Raises CheckpointError for what is none."""
     root = resolve_folder(model)
     for component in ("transformer", "vae", "text_encoder", "tokenizer", "scheduler"):
-        if not (root / component).is_dir() and not component_folder(root, component).is_dir():
+        if not own_or_shared(root, component).is_dir():
             raise CheckpointError(f"{root} is no checkpoint of a pipeline: the folder {component} is missing in it")
     configs = Configs(
         read_config(TransformerConfig, component_folder(root, "transformer"), root),
@@ -109,7 +109,7 @@ class Settings:
     ofs: float | None = None  # of 1.5-5B-I2V; None for all others
     longer: str | None = None  # one of LONGER: how a clip longer than trained is made; None allows none
 
-    def resolve(self, configs: Configs, numerics: Numerics = DIFFUSERS) -> "Settings":
+    def resolve(self, configs: Configs, numerics: Numerics = SAT) -> "Settings":
         """The same settings, complete. Raises SettingsError for one that does not fit."""
         if self.prompt is not None and (not isinstance(self.prompt, str) or not self.prompt.strip()):
             raise SettingsError(f"prompt is {self.prompt!r}; say in words what the video shows")

@@ -22,7 +22,7 @@ def noise(num_frames=12, height=48, width=64):
 
 @pytest.fixture(scope="module")
 def load(small_checkpoint):
-    return lambda kind: Pipeline.from_pretrained(small_checkpoint(kind))
+    return lambda kind: Pipeline.from_pretrained(small_checkpoint(kind), numerics="diffusers")
 
 
 def test_a_text_model_goes_on_from_several_frames(load):
@@ -98,7 +98,7 @@ def test_the_command_and_its_replay(small_checkpoint, run_command, tmp_path):
 ])  # fmt: skip
 def test_with_the_embedded_checkpoint_what_moves_keeps_moving(seed, prompt):
     video = render(parse(prompt), np.random.default_rng(seed))[:9]
-    pipeline = Pipeline.from_pretrained("tiny", device="cpu")
+    pipeline = Pipeline.from_pretrained("tiny", device="cpu", numerics="diffusers")
     clip = extend(pipeline, video, prompt, seed=1, num_inference_steps=25, progress=False)
     assert len(clip.frames) == 17 and np.array_equal(clip.frames[:9], video)
     figure = np.abs(clip.frames.astype(int) - clip.frames[0, 0, 0]).sum(-1) > 150

@@ -78,3 +78,25 @@ def test_watching_leaves_no_hooks_behind(pipeline):
     with pytest.raises(NonFiniteError):
         pipeline("a red circle", **QUICK)
     assert not any(module._forward_hooks for module in pipeline.transformer.modules())
+
+
+@torch.no_grad()
+def test_fp16_that_overflows_is_computed_with_care_from_then_on(pipeline, monkeypatch):
+    transformer, settings = pipeline.transformer, {"num_inference_steps": 3, "num_frames": 9, "seed": 3}
+    for block in transformer.transformer_blocks:
+        block.ff.net[0]["proj"].weight.mul_(3e4)
+    transformer.half()
+    careful = []
+    plain = type(transformer).forward
+
+    def watched(*args, **how):
+        careful.append(how["careful"])
+        return plain(*args, **how)
+
+    monkeypatch.setattr(type(transformer), "forward", watched)
+    made = pipeline("a red circle", progress=False, **settings).frames.astype(int)
+    assert careful == [False, True, True, True]
+    monkeypatch.setattr(type(transformer), "forward", plain)
+    transformer.float()
+    exact = pipeline("a red circle", progress=False, **settings).frames.astype(int)
+    assert abs(made - exact).mean() < 2.0

@@ -30,13 +30,13 @@ def right_half(num_frames=1, height=48, width=64):
 
 @pytest.fixture(scope="module")
 def pipeline(small_checkpoint):
-    return Pipeline.from_pretrained(small_checkpoint("5b"))
+    return Pipeline.from_pretrained(small_checkpoint("5b"), numerics="diffusers")
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "dpmpp_2m_sde", "dpmpp_2m", "unipc"])
 @pytest.mark.parametrize("kind", ["2b", "1.5-5b", "5b-i2v"])
 def test_inside_changes_and_outside_stays(kind, sampler, small_checkpoint):
-    pipeline = Pipeline.from_pretrained(small_checkpoint(kind))
+    pipeline = Pipeline.from_pretrained(small_checkpoint(kind), numerics="diffusers")
     clip = pipeline(PROMPT, video=noise(), mask=right_half(), sampler=sampler, **QUICK)
     assert np.array_equal(clip.frames[:, :, :32], noise()[:, :, :32])
     assert (clip.frames[:, :, 32:] != noise()[:, :, 32:]).mean() > 0.9
@@ -119,7 +119,7 @@ def test_the_embedded_checkpoint_paints_the_masked_figure_in_another_colour():
     mask = (video != 0).any(axis=(0, 3))
     mask = np.pad(mask, 3)[None]
     grown = np.stack([mask[:, i : i + 64, j : j + 64] for i in range(7) for j in range(7)]).any(0)
-    pipeline = Pipeline.from_pretrained("tiny", device="cpu")
+    pipeline = Pipeline.from_pretrained("tiny", device="cpu", numerics="diffusers")
     clip = pipeline(new, video=video, mask=grown, strength=1.0, num_inference_steps=25, seed=1, progress=False)
     assert np.array_equal(clip.frames[:, ~grown[0]], video[:, ~grown[0]])
     red, green, blue = clip.frames[:, grown[0]].reshape(-1, 3).astype(int).T

@@ -77,7 +77,7 @@ def test_the_reconstruction_is_nearly_what_the_vae_gives_back(tiny, video):
 
 @pytest.mark.parametrize("kind", ["2b", "5b-i2v", "1.5-5b", "1.5-5b-i2v"])
 def test_the_pipeline_makes_the_same_of_the_noise(kind, small_checkpoint):
-    pipeline = Pipeline.from_pretrained(small_checkpoint(kind))
+    pipeline = Pipeline.from_pretrained(small_checkpoint(kind), numerics="diffusers")
     video = np.random.default_rng(0).integers(0, 256, (17, 48, 64, 3), np.uint8)
     inversion = invert(pipeline, video, "a red circle", num_inference_steps=4, seed=6, progress=False)
     image = {"image": video[0]} if kind.endswith("i2v") else {}
@@ -95,7 +95,7 @@ def test_the_pipeline_makes_the_same_of_the_noise(kind, small_checkpoint):
     ({"num_frames": 17}, "num_frames is 17, but video has 9 frames"),
 ])  # fmt: skip
 def test_what_does_not_fit_is_named(wrong, message, small_checkpoint):
-    pipeline = Pipeline.from_pretrained(small_checkpoint("2b"))
+    pipeline = Pipeline.from_pretrained(small_checkpoint("2b"), numerics="diffusers")
     with pytest.raises(SettingsError, match=re.escape(message)):
         invert(pipeline, np.zeros((9, 48, 64, 3), np.uint8), progress=False, **wrong)
 

@@ -25,7 +25,7 @@ QUICK = {"num_inference_steps": 2, "seed": 3, "progress": False}
 
 @pytest.fixture(scope="module")
 def load(small_checkpoint):
-    return lambda kind: Pipeline.from_pretrained(small_checkpoint(kind))
+    return lambda kind: Pipeline.from_pretrained(small_checkpoint(kind), numerics="diffusers")
 
 
 @pytest.fixture
@@ -139,7 +139,7 @@ def test_where_windows_of_a_real_clip_meet_nothing_jumps(last_latents):
 @pytest.mark.slow
 @pytest.mark.skipif(not (TINY / "transformer").is_dir(), reason=f"{TINY} holds no checkpoint; `make tiny` trains it")
 def test_with_the_embedded_checkpoint_windows_have_no_seams():
-    pipeline = Pipeline.from_pretrained("tiny", device="cpu")
+    pipeline = Pipeline.from_pretrained("tiny", device="cpu", numerics="diffusers")
     prompt = "a small cyan circle moves right on a black background"
     settings = {"num_inference_steps": 20, "seed": 2, "progress": False}
     short, long = (pipeline(prompt, num_frames=n, longer="windows", **settings).frames for n in (17, 33))

@@ -88,7 +88,7 @@ def test_the_public_face():
         return {name: p.default for name, p in inspect.signature(function).parameters.items() if name != "self"}
 
     assert face(Pipeline.from_pretrained) == {
-        "model": "tiny", "dtype": None, "device": None, "numerics": "diffusers", "transformer": None, "vae": None,
+        "model": "tiny", "dtype": None, "device": None, "numerics": "sat", "transformer": None, "vae": None,
     }  # fmt: skip
     assert face(Pipeline.__call__) == {
         "prompt": None, "image": None, "last_image": None, "video": None, "mask": None, "strength": 0.8,

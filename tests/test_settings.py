@@ -16,7 +16,7 @@ CONFIGS = Configs(PRESET.transformer, PRESET.vae, PRESET.schedule)  # 49 frames 
 
 def test_unset_settings_are_what_the_checkpoint_says():
     known = Settings("a cat").resolve(CONFIGS)
-    assert (known.num_frames, known.height, known.width, known.sampler) == (49, 480, 720, "ddim")
+    assert (known.num_frames, known.height, known.width, known.sampler) == (49, 480, 720, "dpmpp_2m_sde")
     assert known.latent_shape(CONFIGS) == (16, 13, 60, 90)
     assert known.resolve(CONFIGS) == known  # the drawn seed too
     assert known.seed != Settings("a cat").resolve(CONFIGS).seed
@@ -74,7 +74,7 @@ def test_what_does_not_fit_is_named_with_what_would(wrong, message):
 
 
 @pytest.mark.parametrize(("form", "at", "scales"), [
-    (None, [(999, 0), (19, 49)], [6, 6]),
+    ("constant", [(999, 0), (19, 49)], [6, 6]),
     ("cosine", [(999, 0), (499, 25), (199, 40)], [1, 1.01445, 2.45410]),  # half turns of 0, 0.5^5, 0.8^5
     ("wave", [(100, 45), (50, 47), (25, 48), (0, 49)], [7, 1, 1.01445, 7]),  # of (-1)^5, 0, 0.5^5, 1
 ])  # fmt: skip

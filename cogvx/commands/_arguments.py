@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from ..numerics import Numerics as Choices
     from ..pipeline import Pipeline
 
-Numerics = Literal["diffusers"]
 DType = Literal["float32", "bfloat16", "float16"]
 SCALES = arg(metavar="SCALE[,SCALE...]")
 CHOICES = arg(metavar="{sat,diffusers}[,FIELD=CHOICE...]")
@@ -69,7 +68,7 @@ class Loading:
     vae: Path | None = None
     lora: tuple[Path, ...] = ()
     lora_weight: tuple[float, ...] = ()
-    numerics: Annotated[str, CHOICES] = "diffusers"
+    numerics: Annotated[str, CHOICES] = "sat"
     dtype: DType | None = None
     device: str | None = None
     memory: str | None = None
@@ -127,12 +126,12 @@ def read_scales(text: str) -> float | list[float]:
     return scales if len(scales) > 1 else scales[0]
 
 
-def load_vae(model: str, numerics: str, device: str | None) -> "CausalVAE":
+def load_vae(model: str, device: str | None) -> "CausalVAE":
     """The VAE of a checkpoint, ready to compute on the device."""
     from ..machine import computable, pick_device
     from ..models.vae import CausalVAE
 
-    return computable(CausalVAE.from_pretrained(model, numerics, device=pick_device(device)), None)
+    return computable(CausalVAE.from_pretrained(model, device=pick_device(device)), None)
 
 
 def check_is_another_file(output: Path, source: Path) -> None:

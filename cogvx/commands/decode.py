@@ -6,8 +6,6 @@ from typing import TYPE_CHECKING, Annotated
 
 from tyro.conf import Positional, arg
 
-from ._arguments import Numerics
-
 if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
@@ -21,7 +19,7 @@ def main(
     latents: Annotated[Positional[Path], arg(metavar="LATENTS")],
     output: Annotated[Path, arg(aliases=["-o"])],
     model: str = "tiny",
-    numerics: Numerics = "diffusers",
+    numerics: Annotated[str, arg(metavar="{sat,diffusers}[,FIELD=CHOICE...]")] = "sat",
     device: str | None = None,
 ) -> None:
     """Decode unscaled latents [1, C, T, H, W] from a safetensors file, as `cogvx encode` writes it.
@@ -30,13 +28,15 @@ def main(
         latents: the safetensors file; its one tensor is named "latents".
         output: the mp4 to write.
         model: a checkpoint folder, a hub name, or "tiny".
-        numerics: whose arithmetic to follow.
+        numerics: whose arithmetic to follow, and changes to it.
         device: unset, a GPU where there is one.
     """
     from ..config import VAEConfig
     from ..data.video import check_writable
     from ..models.checkpoint import component_folder, load_tensors, read_config, resolve_folder
+    from ..numerics import read_numerics
 
+    choices = read_numerics(numerics)
     check_writable(output, ".mp4")
     root = resolve_folder(model)
     config = read_config(VAEConfig, component_folder(root, "vae"), root)
@@ -48,14 +48,16 @@ def main(
     from ..data.pixels import to_frames
     from ..data.video import write_video
     from ..finite import check_finite
+    from ..models.choices import decode_chunks, first_alone
     from ._arguments import load_vae
 
-    vae = load_vae(model, numerics, device)
+    vae = load_vae(model, device)
     z, shapes = z.to(next(vae.parameters())), []
+    plan = decode_chunks(z.shape[2], choices), first_alone(z.shape[2], choices)
 
     def frames() -> Iterator["np.ndarray"]:
-        for video in vae.decode_each(z):
-            check_finite(video, "decoding", vae, lambda: vae.decode(z))
+        for video in vae.decode_each(z, *plan):
+            check_finite(video, "decoding", vae, lambda: vae.decode(z, *plan))
             shapes.append(video.shape[2:])
             yield to_frames(video)[0]
 

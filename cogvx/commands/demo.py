@@ -26,7 +26,7 @@ def main(
 
     output.parent.mkdir(parents=True, exist_ok=True)
     check_writable(output, ".mp4")
-    clip = Pipeline.from_pretrained("tiny", numerics="diffusers")(prompt, guidance_scale=GUIDANCE, seed=seed)
+    clip = Pipeline.from_pretrained("tiny")(prompt, guidance_scale=GUIDANCE, seed=seed)
     clip.save(output)
     sheet = output.with_suffix(".png")
     write_contact_sheet(sheet, clip.frames)

@@ -5,8 +5,6 @@ from typing import TYPE_CHECKING, Annotated
 
 from tyro.conf import Positional, arg
 
-from ._arguments import Numerics
-
 if TYPE_CHECKING:
     from ..config import VAEConfig
 
@@ -15,7 +13,7 @@ def main(
     video: Annotated[Positional[Path], arg(metavar="VIDEO")],
     output: Annotated[Path, arg(aliases=["-o"])],
     model: str = "tiny",
-    numerics: Numerics = "diffusers",
+    numerics: Annotated[str, arg(metavar="{sat,diffusers}[,FIELD=CHOICE...]")] = "sat",
     device: str | None = None,
 ) -> None:
     """Encode a video to unscaled latents [1, C, T, H, W] (the posterior's mode), as safetensors.
@@ -24,13 +22,15 @@ def main(
         video: any file that the codecs read; 8N+1 frames, height and width multiples of 8.
         output: the safetensors file to write.
         model: a checkpoint folder, a hub name, or "tiny".
-        numerics: whose arithmetic to follow.
+        numerics: whose arithmetic to follow, and changes to it.
         device: unset, a GPU where there is one.
     """
     from ..config import VAEConfig
     from ..data.video import check_writable, read_video
     from ..models.checkpoint import component_folder, read_config, resolve_folder, save_tensors
+    from ..numerics import read_numerics
 
+    choices = read_numerics(numerics)
     check_writable(output, ".safetensors")
     root = resolve_folder(model)
     config = read_config(VAEConfig, component_folder(root, "vae"), root)
@@ -41,13 +41,15 @@ def main(
 
     from ..data.pixels import to_tensor
     from ..finite import check_finite
+    from ..models.choices import encode_chunks
     from ._arguments import load_vae
 
-    vae = load_vae(model, numerics, device)
+    vae = load_vae(model, device)
     x = to_tensor(frames).to(next(vae.parameters()))
     with torch.inference_mode():
-        latents = vae.encode(x).mode()
-        check_finite(latents, "encoding", vae, lambda: vae.encode(x))
+        chunks = encode_chunks(len(frames), choices)
+        latents = vae.encode(x, chunks).mode()
+        check_finite(latents, "encoding", vae, lambda: vae.encode(x, chunks))
     save_tensors({"latents": latents.float().cpu()}, output, {"fps": str(fps), "source": video.name})
     print(f"{output}  latents {list(latents.shape)}")
 

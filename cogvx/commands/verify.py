@@ -152,7 +152,7 @@ class TransformerCheck(Check):
 
         from ..models import ExpertTransformer
 
-        return ExpertTransformer.from_pretrained(self.root, "diffusers", torch.float32, self.device)
+        return ExpertTransformer.from_pretrained(self.root, torch.float32, self.device)
 
     def load_theirs(self, model_class: Any) -> Any:
         import torch
@@ -195,7 +195,7 @@ class VAECheck(Check):
 
         from ..models import CausalVAE
 
-        return CausalVAE.from_pretrained(self.root, "diffusers", torch.float32, self.device)
+        return CausalVAE.from_pretrained(self.root, torch.float32, self.device)
 
     def inputs(self) -> "tuple[Tensor, Tensor]":
         return self.draw(1, self.configs.vae.latent_channels, 5, 4, 6), self.draw(1, 3, 17, 32, 48).clamp(-1, 1)

@@ -60,7 +60,7 @@ def dpmpp_2m_sde(
         now = half_log_snr(step.alpha)
         h = half_log_snr(step.next_alpha) - now
         noise = normal_like(x, generator)
-        if previous_x0 is not None and step.next_timestep >= 0:
+        if previous_x0 is not None and step.next_alpha < 1:  # the clip itself is reached in the first order
             noise = normal_like(x, generator)  # a second-order step draws for a first-order one too and discards it
             weight = h / (2 * (now - previous_lambda))  # 0 after a step from pure noise, whose lambda is -inf
             d = (1 + weight) * x0 - weight * previous_x0

@@ -9,7 +9,7 @@ from pathlib import Path
 from ..data.video import check_writable
 from ..machine import environment
 from ..pipeline import Pipeline
-from ..settings import SettingsError
+from ..settings import Settings, SettingsError
 from .generation import GROUPS, MOST_OFF, Adherence, Share, evaluate_prompts
 from .reconstruction import Reconstruction, evaluate_reconstruction
 
@@ -99,9 +99,11 @@ def evaluate(
     """
     _check(num_prompts, num_clips, steps, batch_size, output)
     started = time.perf_counter()
-    pipeline = Pipeline.from_pretrained(model, numerics="diffusers")
+    pipeline = Pipeline.from_pretrained(model)
     about = {"model": model, "model_sha256": pipeline.model_hash, "dtype": str(pipeline.dtype).removeprefix("torch.")}
-    about |= {"sampler": pipeline.configs.schedule.sampler, "environment": environment(pipeline.device)}
+    how = Settings(None).resolve(pipeline.configs, pipeline.numerics)
+    about |= {"numerics": pipeline.numerics.as_dict(), "sampler": how.sampler, "dynamic_guidance": how.dynamic_guidance}
+    about |= {"environment": environment(pipeline.device)}
     adherence = reconstruction = None
     if num_clips:
         reconstruction = evaluate_reconstruction(pipeline.vae, num_clips, seed)

@@ -25,6 +25,7 @@ from ..diffusion.schedule import Step, sampling_steps
 from ..host import host_memory
 from ..inputs import Inputs
 from ..models.choices import decode_chunks, num_text_tokens
+from ..models.embeddings import forget_positions
 from ..models.loading import hollow
 from ..models.transformer import ExpertTransformer
 from ..models.vae import CausalVAE
@@ -129,6 +130,16 @@ def _fake_run(
     make: Callable[..., Any], job: Job, plan: Plan, num_blocks: tuple[int, int], decodes: bool
 ) -> tuple[dict[str, Stage], dict[str, int]]:
     """The stages of models with so many blocks, of the text encoder and the transformer; and the bytes moved."""
+    forget_positions()
+    try:
+        return _counted(make, job, plan, num_blocks, decodes)
+    finally:
+        forget_positions()  # which now are fake
+
+
+def _counted(
+    make: Callable[..., Any], job: Job, plan: Plan, num_blocks: tuple[int, int], decodes: bool
+) -> tuple[dict[str, Stage], dict[str, int]]:
     text, configs = copy.deepcopy(job.text), job.configs
     text.num_layers = num_blocks[0]
     configs = replace(configs, transformer=replace(configs.transformer, num_layers=num_blocks[1]))

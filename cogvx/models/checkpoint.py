@@ -25,7 +25,6 @@ TINY = Path(__file__).parent.parent / "assets" / "tiny"
 TINY_I2V = TINY.with_name("tiny-i2v")
 EMBEDDED = {"tiny": TINY, "tiny-i2v": TINY_I2V}
 SHARED = ("vae", "text_encoder", "tokenizer")  # what the second one takes from the first, and frozen weights
-NUMERICS = ("diffusers",)
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt"]
 COMPONENTS = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
@@ -34,12 +33,6 @@ CODE = (".py", ".pyc", ".so", ".dll", ".dylib")
 STEMS = ("diffusion_pytorch_model", "model")  # of weight files: diffusers' and ours, transformers'
 VARIANT = re.compile(rf"(?:{'|'.join(STEMS)})\.(?:(\w+)\.safetensors|safetensors\.index\.(\w+)\.json)")
 MAX_JSON_BYTES = 2**24  # the largest published one, a tokenizer's, has 2.4 MB
-
-
-def check_numerics(numerics: str) -> None:
-    if numerics not in NUMERICS:
-        later = '; "sat" comes later' if numerics == "sat" else ""
-        raise ValueError(f'numerics is {numerics!r}; it must be "diffusers"{later}')
 
 
 def resolve_folder(folder: str | Path) -> Path:
@@ -83,12 +76,15 @@ def check_contents(root: Path) -> Path:
     return root
 
 
+def own_or_shared(root: Path, component: str) -> Path:
+    """`root`/`component`, or the folder of the embedded checkpoint that the other embedded one takes it from."""
+    return (TINY if root == TINY_I2V and component in SHARED else root) / component
+
+
 def component_folder(root: Path, component: str) -> Path:
     """`root`/`component` of a pipeline's folder, or `root` itself where that is a component's folder."""
-    if (root / component).is_dir():
-        return root / component
-    if component in SHARED and root == TINY_I2V:
-        return TINY / component
+    if (folder := own_or_shared(root, component)).is_dir():
+        return folder
     if (root / "config.json").is_file():
         return root
     raise CheckpointError(f"{root} is no checkpoint: it holds neither {component}/config.json nor config.json")

@@ -7,6 +7,9 @@ from ..numerics import DIFFUSERS, Numerics, NumericsError
 from .embeddings import Placement, default_placement, intrinsic_frequency
 from .image_latents import default_scaling
 
+MOST_CHUNKS = 10  # that the official code decodes a clip in
+MOST_OF_1_0 = 13  # latents of the longest clip of the 1.0 models, which all code decodes alike
+
 
 def num_text_tokens(config: TransformerConfig, numerics: Numerics) -> int:
     """How many tokens a prompt becomes; there is a choice for the 226 of CogVideoX 1.5 alone."""
@@ -37,7 +40,8 @@ def placement(
         what = f"{count} patches, and the table that it slices has {math.prod(trained)}"
         raise NumericsError(f"sincos_table of numerics is 'sliced'; the video has {what}: choose 'recomputed'")
     longer = riflex and latents[0] // config.patch[0] > trained[0]
-    return Placement(rope, table, intrinsic_frequency(trained[0], config.attention_head_dim) if longer else None)
+    intrinsic = intrinsic_frequency(trained[0], config.attention_head_dim) if longer else None
+    return Placement(rope, table, intrinsic, rounded=numerics.rope_dtype == "model")
 
 
 def image_scaling(config: VAEConfig, numerics: Numerics) -> str:
@@ -53,4 +57,13 @@ def encode_chunks(num_frames: int, numerics: Numerics) -> list[int] | None:
 
 def decode_chunks(num_latents: int, numerics: Numerics) -> list[int] | None:
     """Latent frames of each chunk that they are decoded in; None is diffusers' twos."""
-    return [5] + [4] * 9 if numerics.vae_decode_chunks == "by_length" and num_latents == 41 else None
+    count = min(MOST_CHUNKS, num_latents // 2)
+    if numerics.vae_decode_chunks == "pairs" or count < MOST_CHUNKS:
+        return None
+    return [num_latents // count + (i < num_latents % count) for i in range(count)]
+
+
+def first_alone(num_latents: int, numerics: Numerics) -> bool:
+    """Whether the first of these latents is decoded to one frame, where all others become four."""
+    four_each = numerics.odd_latents == "four_each" and num_latents > MOST_OF_1_0
+    return num_latents % 2 == 1 and not four_each

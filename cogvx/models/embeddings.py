@@ -23,17 +23,19 @@ TABLE_RULES = ("recomputed", "sliced", "resampled")
 
 @dataclass(frozen=True)
 class Placement:
-    """Where the patches of a grid other than the trained one lie; at the trained one all choices agree.
+    """Where patches lie; for all but `rounded` this is a choice at grids other than the trained one alone.
 
     rope: "rescaled" fits the grid into the trained one, "sliced" counts on from 0 in whole steps.
     table: of what is added once. "recomputed" makes sinusoids for the new grid, "sliced" takes the first rows of the
     trained grid's table, whatever place they had there; "resampled", of a learned table alone, interpolates in it.
     intrinsic: RIFLEx, for clips longer than trained: the number, from 1 on, of the frequency in time that is lowered.
+    rounded: q and k are rotated in the model's dtype, as in training, instead of in fp32.
     """
 
     rope: str = "rescaled"
     table: str = "recomputed"
     intrinsic: int | None = None
+    rounded: bool = False
 
     def __post_init__(self) -> None:
         for name, rules in (("rope", ROPE_RULES), ("table", TABLE_RULES)):
@@ -47,7 +49,7 @@ class Placement:
 def default_placement(config: TransformerConfig) -> Placement:
     """What the diffusers library does, but for a learned table: that it uses at the trained grid alone.
 
-    The official training code has Placement("sliced", "sliced") for every model.
+    The official training code has Placement("sliced", "sliced", rounded=True) for every model.
     """
     return Placement(
         "rescaled" if config.patch_size_t is None else "sliced",
@@ -64,6 +66,12 @@ def timestep_embedding(
     exponents = -math.log(1e4) * torch.arange(half, dtype=torch.float32, device=timestep.device) / half
     angles = timestep[:, None].float() * exponents.exp()
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+def forget_positions() -> None:
+    """Free the tables that are kept between calls; they are made again when they are needed."""
+    sincos_positions.cache_clear()
+    rope_positions.cache_clear()
 
 
 @lru_cache(maxsize=4)

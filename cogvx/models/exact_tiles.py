@@ -68,11 +68,11 @@ class ExactTiles:
         self.tiles = [Box(*rows_of, *columns_of) for rows_of, columns_of in product(rows, columns)]
         self.latent_height = rows[-1][1]
 
-    def __call__(self, chunks: Iterable[Tensor], num_chunks: int) -> Iterator[Tensor]:
+    def __call__(self, chunks: Iterable[Tensor], num_chunks: int, first_alone: bool = True) -> Iterator[Tensor]:
         halos = Halos()
         run = self.decode if isinstance(self.half, Decoder) else self.encode
         for i, chunk in enumerate(chunks):
-            halos.last = i == num_chunks - 1
+            halos.last, halos.first_alone = i == num_chunks - 1, first_alone and i == 0
             yield to_device(run(chunk, halos), self.device)
 
     def encode(self, video: Tensor, halos: Halos) -> Tensor:
@@ -96,7 +96,7 @@ class ExactTiles:
             for resnet in block.resnets:
                 x = self.resnet(resnet, x, z, halos)
             for upsample in block.upsamplers:
-                x = self.resize(upsample, x)
+                x = self.resize(upsample, x, halos.first_alone)
         return self.conv(decoder.conv_out, x, decoder.norm_out, z, halos)
 
     def resnet(self, block: ResidualBlock, x: Tensor, z: Tensor | None, halos: Halos) -> Tensor:
@@ -151,13 +151,13 @@ class ExactTiles:
         parts = zip(shares, means, variances, strict=True)
         return mean, sum(share * (v + (m - mean).square()) for share, m, v in parts)
 
-    def resize(self, layer: nn.Module, x: Tensor) -> Tensor:
+    def resize(self, layer: nn.Module, x: Tensor, *how: bool) -> Tensor:
         """An up- or downsampling: each tile with the pixels around it that the layer's convolution sees."""
         is_down, size, y = isinstance(layer, Downsample), x.shape[3:], None
         up, down = (1, 2) if is_down else (2, 1)
         for tile in self.at_size_of(x):
             around = tile.grown(size, 0 if is_down else 1, 1)
-            result = layer(to_device(around.of(x), self.device))
+            result = layer(to_device(around.of(x), self.device), *how)
             target = tile.scaled(up, down)
             if y is None:
                 y = empty_on_host((*result.shape[:3], size[0] * up // down, size[1] * up // down), x)

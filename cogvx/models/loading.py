@@ -19,7 +19,6 @@ from .checkpoint import (
     MAX_JSON_BYTES,
     check_device,
     check_dtype,
-    check_numerics,
     component_folder,
     fill,
     load_weights,
@@ -42,7 +41,6 @@ def load_model(
     model_class: type[Model],
     component: str,
     source: str | Path,
-    numerics: str,
     dtype: torch.dtype | None,
     device: torch.device | str | None,
     config: ConfigLike = None,
@@ -51,7 +49,6 @@ def load_model(
 
     config: of a single file that does not say it itself; for a transformer of a released size it is known from that.
     """
-    check_numerics(numerics)
     check_dtype(dtype)
     check_device(device)
     path = Path(source)

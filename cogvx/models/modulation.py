@@ -21,6 +21,9 @@ class Modulation(NamedTuple):
         """The same for every sample of a batch."""
         return Modulation(*(part.expand(batch, *part.shape[1:]) for part in self))
 
+    def to(self, dtype: torch.dtype) -> "Modulation":
+        return Modulation(*(part.to(dtype) for part in self))
+
 
 class ModulationTable(nn.Module):
     """The modulation of every timestep of a schedule, at one ofs: `table.at(999)`."""

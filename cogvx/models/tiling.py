@@ -56,7 +56,9 @@ class Tiling:
             size = f"{self.height} x {self.width}"
             raise TilingError(f"overlap of a tiling is {self.overlap}; it must be less than the tile of {size}")
 
-    def __call__(self, half: Encoder | Decoder, chunks: Iterable[Tensor], num_chunks: int) -> Iterator[Tensor]:
+    def __call__(
+        self, half: Encoder | Decoder, chunks: Iterable[Tensor], num_chunks: int, first_alone: bool = True
+    ) -> Iterator[Tensor]:
         """What `in_chunks` gives, tile by tile."""
         unit = 2 ** (len(half.up_blocks if isinstance(half, Decoder) else half.down_blocks) - 1)
         if self.height % unit or self.width % unit:
@@ -71,10 +73,10 @@ class Tiling:
         given = _again(first, chunks)
         del first
         if len(rows) == len(columns) == 1:
-            return in_chunks(half, given, num_chunks)
+            return in_chunks(half, given, num_chunks, first_alone=first_alone)
         if self.kind == "exact":
-            return ExactTiles(half, rows, columns)(given, num_chunks)
-        return blended(half, given, num_chunks, rows, columns, factors)
+            return ExactTiles(half, rows, columns)(given, num_chunks, first_alone)
+        return blended(half, given, num_chunks, rows, columns, factors, first_alone)
 
 
 def partition(size: int, tile: int, overlap: int = 0) -> list[Span]:
@@ -115,6 +117,7 @@ def blended(
     rows: list[Span],
     columns: list[Span],
     factors: tuple[int, int],  # pixels a latent pixel has in what is given, and in the result
+    first_alone: bool = True,
 ) -> Iterator[Tensor]:
     """A half of the VAE over overlapping tiles; their halos wait on the host."""
     device = next(half.parameters()).device
@@ -124,7 +127,7 @@ def blended(
     for number, chunk in enumerate(chunks):
         result = None
         for (i, j), kept in halos.items():
-            kept.last = number == num_chunks - 1
+            kept.last, kept.first_alone = number == num_chunks - 1, first_alone and number == 0
             tile = half(_cut(chunk, rows[i], columns[j], factors[0]), kept)
             if result is None:
                 result = tile.new_zeros(*tile.shape[:3], *size, dtype=torch.promote_types(tile.dtype, torch.float32))

@@ -20,6 +20,7 @@ from cogvx_kernels import expert_layernorm, gated_expert_layernorm, joint_attent
 
 from ..config import TransformerConfig
 from .embeddings import Grid, Placement, default_placement, rope_positions, timestep_embedding
+from .fp16 import LARGEST, in_range, is_fp16, overflowed, widened
 from .linear import Linear
 from .loading import ConfigLike, load_model
 from .modulation import Modulation, ModulationTable
@@ -52,7 +53,6 @@ class ExpertTransformer(nn.Module):
     def from_pretrained(
         cls,
         folder: str | Path,
-        numerics: str = "diffusers",
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
         config: ConfigLike = None,
@@ -64,7 +64,7 @@ class ExpertTransformer(nn.Module):
         Raises:
             CheckpointError: the folder is no checkpoint, or a damaged, incomplete or unsafe one.
         """
-        return load_model(cls, "transformer", folder, numerics, dtype, device, config)
+        return load_model(cls, "transformer", folder, dtype, device, config)
 
     def save_pretrained(self, folder: str | Path, shard_bytes: int = SHARD_BYTES) -> None:
         """Write the transformer's own published folder; diffusers loads it too.
@@ -82,16 +82,29 @@ class ExpertTransformer(nn.Module):
         modulation: Modulation | None = None,  # of that timestep, where a table has it
         ofs: float | None = None,  # of the models that take one; None is the 2.0 they were trained with
         placement: Placement | None = None,  # at sizes other than the trained ones; None is `default_placement`
+        careful: bool = False,  # for fp16: nothing overflows, see below
     ) -> Tensor:  # [B, out_channels, T, H, W]
-        dtype, num_text, patch = self.proj_out.weight.dtype, text.shape[1], self.config.patch
+        """The velocity.
+
+        careful: the residual stream and all norms are computed in fp32, and so is every sub-layer whose result, or
+        whose logits, fp16 might not hold; the velocity is then fp32 too. In other dtypes it changes nothing but that.
+        """
+        own, num_text, patch = self.proj_out.weight.dtype, text.shape[1], self.config.patch
+        dtype = torch.float32 if careful and own == torch.float16 else own
         grid = self.check_shapes(latents, text, timestep)
         added, rope = self.positions(grid, num_text, latents.device, placement)
         modulation = (modulation or self.modulate(timestep, ofs)).expand(len(latents))
-        stream = Stream(self.patch_embed(latents.to(dtype), text.to(dtype), added))
+        modulation = modulation.to(dtype) if own == torch.float16 else modulation
+        stream = Stream(in_range(self.patch_embed, latents.to(dtype), text.to(own), added))
         for block, norms in zip(self.transformer_blocks, modulation.blocks.unbind(1), strict=True):
             stream = block(stream, norms, rope, num_text)
-        vision = self.norm_final(stream.vision(num_text))
-        return unpatchify(self.proj_out(self.norm_out(vision, modulation.last)), grid, patch)
+        vision = stream.vision(num_text)
+        vision = (widened(self.norm_final, dtype) if dtype != own else self.norm_final)(vision)
+        return unpatchify(in_range(self.proj_out, self.norm_out(vision, modulation.last)), grid, patch)
+
+    def fits_fp16(self) -> bool:
+        """Whether fp16 holds attention's logits, whatever the input; what else can overflow shows in the result."""
+        return all(block.attn1.logits_fit() for block in self.transformer_blocks)
 
     def modulate(self, timestep: Tensor, ofs: float | None = None) -> Modulation:  # [B]
         """Shift, scale and gate of every norm at a timestep.
@@ -102,11 +115,14 @@ class ExpertTransformer(nn.Module):
         ofs = self.check_ofs(ofs)
         if self.table is not None:
             return self.table.at(*timestep.tolist(), ofs=ofs)
-        dtype = self.proj_out.weight.dtype
-        condition = self.time_embedding(timestep_embedding(timestep, self.config.width).to(dtype))
+        made = self._modulation(timestep, ofs, self.proj_out.weight.dtype)
+        return self._modulation(timestep, ofs, torch.float32) if overflowed(*made) else made
+
+    def _modulation(self, timestep: Tensor, ofs: float | None, dtype: torch.dtype) -> Modulation:
+        condition = in_range(self.time_embedding, timestep_embedding(timestep, self.config.width).to(dtype))
         if ofs is not None:
-            value = torch.full((1,), ofs, device=timestep.device)
-            condition = condition + self.ofs_embedding(timestep_embedding(value, self.config.ofs_embed_dim).to(dtype))
+            value = timestep_embedding(torch.full((1,), ofs, device=timestep.device), self.config.ofs_embed_dim)
+            condition = condition + in_range(self.ofs_embedding, value.to(dtype))
         condition = F.silu(condition)
         norms = [norm.modulate(condition) for block in self.transformer_blocks for norm in (block.norm1, block.norm2)]
         return Modulation(torch.stack(norms, 1).unflatten(1, (-1, 2)), self.norm_out.modulate(condition))
@@ -170,6 +186,8 @@ class ExpertTransformer(nn.Module):
         if config.use_rotary_positional_embeddings:
             rules = placement.rope, placement.intrinsic
             rope = rope_positions(grid, config.trained_grid[1:], config.attention_head_dim, device, *rules)
+            if placement.rounded:
+                rope = tuple(part.to(self.proj_out.weight.dtype) for part in rope)
         return self.patch_embed.positions(grid, num_text, placement.table), rope
 
     def check_shapes(self, latents: Tensor, text: Tensor, timestep: Tensor) -> Grid:
@@ -243,8 +261,13 @@ class ExpertBlock(nn.Module):
         num_text: int,
     ) -> Stream:
         x, y, gate = self.norm1(stream, norms[:, 0], num_text)
-        x, y, gate = self.norm2(Stream(x, gate, self.attn1(y, rope, num_text)), norms[:, 1], num_text)
-        return Stream(x, gate, self.ff(y))
+        x, y, gate = self.norm2(Stream(x, gate, self.attend(y, rope, num_text)), norms[:, 1], num_text)
+        return Stream(x, gate, in_range(self.ff, y))
+
+    def attend(self, y: Tensor, rope: Rope, num_text: int) -> Tensor:
+        if y.dtype == torch.float32 and is_fp16(self.attn1) and not self.attn1.logits_fit():
+            return widened(self.attn1, y.dtype)(y, rope, num_text)
+        return in_range(self.attn1, y, rope, num_text)
 
 
 class ModulatedNorm(nn.Module):
@@ -257,7 +280,7 @@ class ModulatedNorm(nn.Module):
 
     def modulate(self, condition: Tensor) -> Tensor:  # [B, time_embed_dim] -> [B, 3, 2, D]
         # The six chunks are shift, scale, gate of vision, then of text; the operators want text first.
-        return self.linear(condition).unflatten(1, (2, 3, -1)).flip(1).transpose(1, 2)
+        return in_range(self.linear, condition).unflatten(1, (2, 3, -1)).flip(1).transpose(1, 2)
 
     def forward(
         self,
@@ -267,7 +290,8 @@ class ModulatedNorm(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The stream with its last sub-layer added, its norm, and the gate of the sub-layer that reads that."""
         shift, scale, gate = modulation.unbind(1)
-        norm = self.norm.weight, self.norm.bias, shift, scale, num_text, self.norm.eps
+        weight, bias = (x.to(stream.x.dtype) for x in (self.norm.weight, self.norm.bias))
+        norm = weight, bias, shift, scale, num_text, self.norm.eps
         if stream.y is None:
             return stream.x, expert_layernorm(stream.x, *norm), gate
         return *gated_expert_layernorm(stream.x, stream.y, stream.gate, *norm), gate
@@ -282,11 +306,12 @@ class LastNorm(nn.Module):
         self.norm = nn.LayerNorm(config.width, config.norm_eps)
 
     def modulate(self, condition: Tensor) -> Tensor:  # [B, time_embed_dim] -> [B, 2, D]
-        return self.linear(condition).unflatten(1, (2, -1))
+        return in_range(self.linear, condition).unflatten(1, (2, -1))
 
     def forward(self, vision: Tensor, modulation: Tensor) -> Tensor:
         shift, scale = modulation[:, :, None].expand(-1, -1, 2, -1).unbind(1)  # one for both experts
-        return expert_layernorm(vision, self.norm.weight, self.norm.bias, shift, scale, 0, self.norm.eps)
+        weight, bias = (x.to(vision.dtype) for x in (self.norm.weight, self.norm.bias))
+        return expert_layernorm(vision, weight, bias, shift, scale, 0, self.norm.eps)
 
 
 class JointAttention(nn.Module):
@@ -309,6 +334,14 @@ class JointAttention(nn.Module):
             qkv, norm_q.weight, norm_q.bias, norm_k.weight, norm_k.bias, cos, sin, num_text, self.num_heads, QK_EPS
         )
         return self.to_out[0](joint_attention(q, k, v))
+
+    def logits_fit(self) -> bool:
+        """Whether |q k| stays within fp16 for every input: |q| <= sqrt(E) max|weight| + |bias|, k likewise."""
+        lengths = [
+            norm.weight.abs().max().double() * norm.weight.numel() ** 0.5 + norm.bias.double().norm()
+            for norm in (self.norm_q, self.norm_k)
+        ]
+        return bool(lengths[0] * lengths[1] <= LARGEST)
 
 
 class FeedForward(nn.Module):

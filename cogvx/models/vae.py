@@ -23,6 +23,7 @@ from cogvx_kernels import causal_conv3d, downsample_conv, group_norm_silu, spati
 
 from ..config import VAEConfig
 from ..host import to_device, to_host
+from .fp16 import overflowed, widened
 from .loading import ConfigLike, load_model
 from .saving import SHARD_BYTES, save_model
 
@@ -31,11 +32,12 @@ class Halos(dict[nn.Module, Tensor]):
     """What each causal convolution read last; empty before the first chunk, and nothing is kept of the `last`.
 
     on_host: they wait in the host's memory. Of 480 x 720 pixels in 16 bits they are 2.5 GB.
+    first_alone: of an odd number of frames, where time doubles.
     """
 
     def __init__(self, on_host: bool = False):
         super().__init__()
-        self.on_host, self.last = on_host, False
+        self.on_host, self.last, self.first_alone = on_host, False, True
 
     def take(self, conv: nn.Module, device: torch.device) -> Tensor | None:
         halo = self.pop(conv, None)
@@ -61,7 +63,6 @@ class CausalVAE(nn.Module):
     def from_pretrained(
         cls,
         folder: str | Path,
-        numerics: str = "diffusers",
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
         config: ConfigLike = None,
@@ -73,14 +74,17 @@ class CausalVAE(nn.Module):
         Raises:
             CheckpointError: the folder is no checkpoint, or a damaged, incomplete or unsafe one.
         """
-        return load_model(cls, "vae", folder, numerics, dtype, device, config)
+        return load_model(cls, "vae", folder, dtype, device, config)
 
     def save_pretrained(self, folder: str | Path, shard_bytes: int = SHARD_BYTES) -> None:
         """Write the VAE's own published folder; diffusers loads it too."""
         save_model(self, folder, shard_bytes)
 
     def encode(self, video: Tensor, chunks: list[int] | None = None) -> "Posterior":
-        """The distribution of latents behind a video [B, 3, T, H, W] in [-1, 1]; chunks of None are `encode_chunks`."""
+        """The distribution of latents behind a video [B, 3, T, H, W] in [-1, 1]; chunks of None are `encode_chunks`.
+
+        Where fp16 cannot hold what is computed, it is computed, and answered, in fp32.
+        """
         lengths = chunks or encode_chunks(video.shape[2])
         return self.encode_each(video.split(lengths, dim=2), len(lengths))
 
@@ -89,22 +93,29 @@ class CausalVAE(nn.Module):
         moments = joined(self._run(self.encoder, parts, num_parts))
         return Posterior(*moments.contiguous().chunk(2, dim=1))
 
-    def decode(self, latents: Tensor, chunks: list[int] | None = None) -> Tensor:
+    def decode(self, latents: Tensor, chunks: list[int] | None = None, first_alone: bool | None = None) -> Tensor:
         """The video [B, 3, T, H, W] behind unscaled latents [B, C, T, H, W]; nominally in [-1, 1], not clamped.
 
-        chunks of None are `decode_chunks`.
+        chunks of None are `decode_chunks`. first_alone: the first latent gives one frame and all others four, else each
+        of them four; None is the former for an odd number of latents. From the first chunk on that fp16 cannot hold,
+        they are computed, and answered, in fp32.
         """
-        return joined(self.decode_each(latents, chunks)).contiguous()
+        return joined(self.decode_each(latents, chunks, first_alone)).contiguous()
 
-    def decode_each(self, latents: Tensor, chunks: list[int] | None = None) -> Iterator[Tensor]:
+    def decode_each(
+        self, latents: Tensor, chunks: list[int] | None = None, first_alone: bool | None = None
+    ) -> Iterator[Tensor]:
         """What `decode` gives, chunk by chunk [B, 3, t, H, W], each as soon as it is there; none is held here."""
         lengths = chunks or decode_chunks(latents.shape[2])
-        return self._run(self.decoder, latents.split(lengths, dim=2), len(lengths))
+        alone = latents.shape[2] % 2 == 1 if first_alone is None else first_alone
+        return self._run(self.decoder, latents.split(lengths, dim=2), len(lengths), alone)
 
-    def _run(self, half: nn.Module, chunks: Iterable[Tensor], num_chunks: int) -> Iterator[Tensor]:
+    def _run(
+        self, half: nn.Module, chunks: Iterable[Tensor], num_chunks: int, first_alone: bool = True
+    ) -> Iterator[Tensor]:
         if self.tiling is not None:
-            return self.tiling(half, chunks, num_chunks)
-        return in_chunks(half, chunks, num_chunks, self.halos_on_host)
+            return self.tiling(half, chunks, num_chunks, first_alone)
+        return in_chunks(half, chunks, num_chunks, self.halos_on_host, first_alone)
 
 
 @dataclass(frozen=True)
@@ -132,13 +143,23 @@ class Posterior:
 
 
 def in_chunks(
-    model: nn.Module, chunks: Iterable[Tensor], num_chunks: int, halos_on_host: bool = False
+    half: nn.Module, chunks: Iterable[Tensor], num_chunks: int, halos_on_host: bool = False, first_alone: bool = True
 ) -> Iterator[Tensor]:
-    """The results of a half of the VAE over the chunks of a clip, one after another, as each is ready."""
-    halos = Halos(halos_on_host)
+    """The results of a half of the VAE over the chunks of a clip, one after another, as each is ready.
+
+    From the first chunk on that overflows in fp16 they are computed in fp32.
+    """
+    halos, run, dtype = Halos(halos_on_host), half, None
     for i, chunk in enumerate(chunks):
-        halos.last = i == num_chunks - 1
-        yield model(chunk, halos)
+        halos.last, halos.first_alone = i == num_chunks - 1, first_alone and i == 0
+        before = dict(halos) if chunk.dtype == torch.float16 and dtype is None else {}
+        y = run(chunk if dtype is None else chunk.to(dtype), halos)
+        if overflowed(y):
+            run, dtype = widened(half, torch.float32), torch.float32
+            halos.clear()
+            halos.update({conv: halo.float() for conv, halo in before.items()})
+            y = run(chunk.float(), halos)
+        yield y
 
 
 def joined(chunks: Iterable[Tensor]) -> Tensor:
@@ -219,7 +240,7 @@ class Decoder(nn.Module):
             for resnet in block.resnets:
                 x = resnet(x, z, halos)
             for upsample in block.upsamplers:
-                x = upsample(x)
+                x = upsample(x, halos.first_alone)
         return self.conv_out(self.norm_out(x, z, halos.take(self.conv_out, x.device)), halos)
 
 
@@ -312,14 +333,17 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Twice the height and width, and with `double_time` twice the frames, an odd first frame kept alone."""
+    """Twice the height and width, and with `double_time` twice the frames, where asked an odd first one kept alone."""
 
     def __init__(self, width: int, double_time: bool):
         super().__init__()
         self.double_time = double_time
         self.conv = nn.Conv2d(width, width, 3, padding=1)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, first_alone: bool = True) -> Tensor:
+        if self.double_time and not first_alone and x.shape[2] % 2:
+            y = upsample_conv(x, self.conv.weight, self.conv.bias, False)
+            return y.repeat_interleave(2, dim=2).contiguous(memory_format=torch.channels_last_3d)
         return upsample_conv(x, self.conv.weight, self.conv.bias, self.double_time)
 
 

@@ -20,8 +20,9 @@ def qk_norm_rope(
     """From the fused projection to q, k and v as attention reads them: normalized per head, vision rotated.
 
     q = LayerNorm(q) * q_weight + q_bias over each head's E channels, k likewise. In vision rows each interleaved pair
-    (x[2i], x[2i+1]) then turns into (x[2i] cos - x[2i+1] sin, x[2i+1] cos + x[2i] sin), in fp32 at least; cos and sin
-    hold each angle twice. Text rows are not rotated; v is rearranged only.
+    (x[2i], x[2i+1]) then turns into (x[2i] cos - x[2i+1] sin, x[2i+1] cos + x[2i] sin); cos and sin hold each angle
+    twice. Their dtype is that of the rotation: in fp32 nothing is rounded before the end, in the 16 bits of qkv x, each
+    product and each sum are rounded to these. Text rows are not rotated; v is rearranged only.
 
     Raises ValueError for shapes, dtypes or devices that do not agree, one of cos and sin alone, or an odd E with them.
     Source: "RoFormer" (arXiv 2104.09864); "CogVideoX" (arXiv 2408.06072) for 3D positions.

@@ -31,7 +31,7 @@ def why_not(
 
 
 def forward(qkv: Tensor, *args: Tensor | int | float | None) -> tuple[Tensor, Tensor, Tensor]:
-    return compiled.forward(_extension.cuda(), _extension.cuda_place(qkv), qkv, *args)
+    return compiled.forward(_extension.cuda(), _extension.cuda_place(qkv), qkv, *args, narrow_angles=True)
 
 
 def backward(

@@ -25,7 +25,7 @@ def why_not(
 
 
 def forward(qkv: Tensor, *args: Tensor | int | float | None) -> tuple[Tensor, Tensor, Tensor]:
-    return compiled.forward(_extension._C, _extension.place(qkv), qkv, *args)
+    return compiled.forward(_extension._C, _extension.place(qkv), qkv, *args, narrow_angles=False)
 
 
 def backward(

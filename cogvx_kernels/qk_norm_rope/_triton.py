@@ -6,6 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .._extension import with_contiguous_rows
+from .compiled import is_narrow
 
 # Values of a head that a program holds at a time: backward, sums stand beside them in registers, and more of these
 # where cos and sin get gradients.
@@ -47,11 +48,17 @@ def _load(x, inside):
 
 @triton.jit
 def _forward_head(x, y, inside, weight, bias, cos, sin, is_vision, width, eps,
-                  TURN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+                  TURN: tl.constexpr, ROUNDED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     xhat, _ = _normalize(_load(x, inside), inside, width, eps)
     z = xhat * weight + bias
     if TURN:
-        z = tl.where(is_vision, z * cos + _across(z, ROWS, BLOCK) * sin, z)
+        if ROUNDED:
+            held: tl.constexpr = y.dtype.element_ty
+            v = z.to(held).to(tl.float32)
+            by_cos, by_sin = (v * cos).to(held).to(tl.float32), (_across(v, ROWS, BLOCK) * sin).to(held).to(tl.float32)
+            z = tl.where(is_vision, by_cos + by_sin, z)
+        else:
+            z = tl.where(is_vision, z * cos + _across(z, ROWS, BLOCK) * sin, z)
     tl.store(y, z.to(y.dtype.element_ty), mask=inside)
 
 
@@ -59,7 +66,7 @@ def _forward_head(x, y, inside, weight, bias, cos, sin, is_vision, width, eps,
 def forward_kernel(
     qkv, q_weight, q_bias, k_weight, k_bias, cos, sin, q, k, v, num_rows, num_text, num_heads, width, eps,
     qkv_b, qkv_n,
-    TURN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    TURN: tl.constexpr, ROUNDED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     n, columns, inside = _rows(num_rows, width, ROWS, BLOCK)
     head, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
@@ -73,9 +80,10 @@ def forward_kernel(
     y = ((b * num_heads + head) * num_rows + n) * width + columns
     within = columns < width
     weight, bias = _load(q_weight + columns, within), _load(q_bias + columns, within)
-    _forward_head(x, q + y, inside, weight, bias, turn, across, is_vision, width, eps, TURN, ROWS, BLOCK)
+    _forward_head(x, q + y, inside, weight, bias, turn, across, is_vision, width, eps, TURN, ROUNDED, ROWS, BLOCK)
     weight, bias = _load(k_weight + columns, within), _load(k_bias + columns, within)
-    _forward_head(x + part, k + y, inside, weight, bias, turn, across, is_vision, width, eps, TURN, ROWS, BLOCK)
+    _forward_head(x + part, k + y, inside, weight, bias, turn, across, is_vision, width, eps, TURN, ROUNDED, ROWS,
+                  BLOCK)  # fmt: skip
     tl.store(v + y, tl.load(x + 2 * part, mask=inside, other=0.0), mask=inside)
 
 
@@ -220,7 +228,7 @@ def forward(
     with torch.cuda.device_of(qkv):
         forward_kernel[grid](
             qkv, *norms, *_angles(cos, sin, norms[0]), q, k, v, n, num_text, num_heads, e, eps, *qkv.stride()[:2],
-            TURN=cos is not None, **settings,
+            TURN=cos is not None, ROUNDED=cos is not None and is_narrow(cos, sin, qkv), **settings,
         )  # fmt: skip
     return q, k, v
 

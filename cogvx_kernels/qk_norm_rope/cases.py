@@ -17,6 +17,7 @@ def make(
     num_heads: int,
     head_width: int,
     rope: bool = True,
+    narrow: bool = False,  # whether the angles are of `dtype`, so that the rotation is rounded to it
     *,
     dtype=torch.float32,
     device="cpu",
@@ -28,8 +29,8 @@ def make(
     if rope:
         angles = normal(tokens - num_text, head_width // 2, std=3.0, dtype=torch.float32).repeat_interleave(2, dim=1)
         cos, sin = angles.cos(), angles.sin()
-        if dtype == torch.float64:
-            cos, sin = cos.double(), sin.double()
+        if narrow or dtype == torch.float64:
+            cos, sin = cos.to(dtype), sin.to(dtype)
     return (
         normal(batch, tokens, 3 * num_heads * head_width, std=scale, mean=scale / 2),
         normal(head_width, mean=1.0, std=0.5),
@@ -48,6 +49,8 @@ SMALL = [
     partial(make, 2, 11, 3, 3, 64),
     partial(make, 1, 7, 2, 2, 59, rope=False),
     partial(make, 1, 35, 18, 2, 64),
+    partial(make, 2, 21, 3, 2, 64, narrow=True),
+    partial(make, 1, 5, 1, 3, 6, narrow=True),
     partial(make, 1, 5, 0, 1, 64),
     partial(make, 1, 5, 0, 1, 6),
     partial(make, 1, 3, 3, 2, 64),
@@ -62,6 +65,7 @@ REAL = {
     "2b, 49 x 480 x 720": partial(make, 2, 17776, 226, 30, 64, rope=False),
     "5b, 49 x 480 x 720": partial(make, 2, 17776, 226, 48, 64),
     "1.5-5b, 81 x 768 x 1360": partial(make, 1, 45106, 226, 48, 64),
+    "5b, rounded as in training": partial(make, 2, 17776, 226, 48, 64, narrow=True),
 }
 
 ILLEGAL = [
@@ -86,24 +90,31 @@ def draw(rng: random.Random) -> partial:
     head_width = rng.choice([1, 2, 6, 59, 64, 111, 128])
     rope = head_width % 2 == 0 and rng.random() < 0.7
     return partial(
-        make, rng.choice([0, 1, 1, 2]), tokens, rng.randint(0, tokens), rng.choice([1, 2, 3, 5]), head_width, rope
-    )
+        make, rng.choice([0, 1, 1, 2]), tokens, rng.randint(0, tokens), rng.choice([1, 2, 3, 5]), head_width, rope,
+        narrow=rng.random() < 0.3,
+    )  # fmt: skip
 
 
 def kernels(module: ModuleType, capability: int) -> Iterator[tuple]:
     """Every Triton kernel at the real sizes: kernel, types of its arguments, constants and options."""
     forward, backward = module.forward_kernel, module.backward_kernel
-    for dtype, turn in (("bf16", False), ("bf16", True), ("fp32", True)):
-        wide = {"angles"} | ({"cos", "sin"} if turn else set())
-        kinds = [(forward, False, module.FORWARD_VALUES), (backward, False, module.BACKWARD_VALUES)]
-        kinds += [(backward, True, module.ANGLE_VALUES)] if turn else []
+    for dtype, turn, rounded in (
+        ("bf16", False, False),
+        ("bf16", True, False),
+        ("bf16", True, True),
+        ("fp32", True, False),
+    ):
+        wide = {"angles"} | ({"cos", "sin"} if turn and not rounded else set())
+        kinds = [(forward, False, module.FORWARD_VALUES)]
+        kinds += [(backward, False, module.BACKWARD_VALUES)] if not rounded else []  # gradients are not rounded
+        kinds += [(backward, True, module.ANGLE_VALUES)] if turn and not rounded else []
         for kernel, angles, values in kinds:
             types = {name: f"*{'fp32' if name in wide else dtype}:16" for name in kernel.arg_names}
             types |= {name: "i32:16" for name in kernel.arg_names if name.endswith(("_b", "_a", "_n"))}
             types |= {"partials": "*fp64:16"} if "partials" in types else {}
             types |= {"num_rows": "i32", "num_text": "i32", "num_heads": "i32", "width": "i32:16", "eps": "fp32"}
             options = module.options(64, values)
-            constants = {"TURN": turn, "ANGLES": angles, "HEADS": module.BACKWARD_HEADS}
+            constants = {"TURN": turn, "ROUNDED": rounded, "ANGLES": angles, "HEADS": module.BACKWARD_HEADS}
             constants |= {name: options.pop(name) for name in ("ROWS", "BLOCK")}
             constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
             yield kernel, {name: types[name] for name in kernel.arg_names if name not in constants}, constants, options

@@ -21,18 +21,30 @@ def forward(
     num_text: int,
     num_heads: int,
     eps: float,
+    *,
+    narrow_angles: bool,  # whether the kernel that rounds reads cos and sin as they are
 ) -> tuple[Tensor, Tensor, Tensor]:  # [B, A, N, E] each
     b, n, _ = qkv.shape
     e = q_weight.shape[0]
     parts = tuple(torch.empty(b, num_heads, n, e, dtype=qkv.dtype, device=qkv.device) for _ in range(3))
     if qkv.numel():
         qkv, *norms = map(with_contiguous_rows, (qkv, q_weight, q_bias, k_weight, k_bias))
-        turns = widened(cos, qkv), widened(sin, qkv)
+        rounded = cos is not None and is_narrow(cos, sin, qkv)
+        turns = (
+            (cos.contiguous(), sin.contiguous())
+            if rounded and narrow_angles
+            else (widened(cos, qkv), widened(sin, qkv))
+        )
         module.qk_norm_rope_forward(
             place, DTYPES[qkv.dtype], (b, n, num_text, num_heads, e), eps,
-            rows(qkv), addresses(*norms), addresses(*turns), tuple(map(heads, parts)),
+            rows(qkv), addresses(*norms), addresses(*turns), rounded, tuple(map(heads, parts)),
         )  # fmt: skip
     return parts
+
+
+def is_narrow(cos: Tensor, sin: Tensor, like: Tensor) -> bool:
+    """Whether cos and sin are of 16 bits, as `like`: then what they turn is rounded to those."""
+    return cos.dtype == sin.dtype == like.dtype and like.dtype.itemsize == 2
 
 
 def widened(angles: Tensor | None, like: Tensor) -> Tensor | None:

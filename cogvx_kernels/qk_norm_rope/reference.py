@@ -31,5 +31,5 @@ def _rotate_vision(x: Tensor, cos: Tensor, sin: Tensor, num_text: int) -> Tensor
     text, vision = x[:, :, :num_text], x[:, :, num_text:]
     even, odd = vision.unflatten(3, (x.shape[3] // 2, 2)).unbind(4)
     turned = torch.stack([-odd, even], dim=4).flatten(3)
-    # cos and sin are float32, so the products are too, whatever x is.
+    # Where cos and sin are float32, the products are too, whatever x is.
     return torch.cat([text, (vision * cos + turned * sin).to(x.dtype)], dim=2)

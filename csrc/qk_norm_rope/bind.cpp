@@ -46,8 +46,9 @@ Args inputs(const std::string& dtype, const Sizes& sizes, double eps, const PyRo
 }
 
 void forward(const PyPlace& where, const std::string& dtype, const Sizes& sizes, double eps, const PyRows& qkv,
-             const Norms& norms, const Turns& turns, const Three& y) {
+             const Norms& norms, const Turns& turns, bool rounded, const Three& y) {
   Args args = inputs(dtype, sizes, eps, qkv, norms, turns);
+  args.rounded = rounded;
   fill(y, args.y);
   const Place at = place(where);
   const py::gil_scoped_release release;

@@ -28,7 +28,7 @@ Span<T> span(const Args& args, const Scratch<T>& scratch, int part, int64_t b, i
   return {first, last, args.num_text, args.width, static_cast<A>(args.eps),
           x + (part * args.num_heads + a) * args.width, args.qkv.stride_n,
           normed ? scratch.weight(part) : nullptr, normed ? scratch.bias(part) : nullptr,
-          reinterpret_cast<const A*>(args.cos), reinterpret_cast<const A*>(args.sin)};
+          reinterpret_cast<const A*>(args.cos), reinterpret_cast<const A*>(args.sin), args.rounded};
 }
 
 template <class T> void forward_head(const Span<T>& at, int part, T* y, const Scratch<T>& scratch, bool stream) {

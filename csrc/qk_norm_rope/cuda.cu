@@ -1,5 +1,7 @@
 // A block takes a chunk of tokens and one of q, k and v. A few lanes of a warp hold a head's row; they keep the token's
 // angles and the norm's weights and go from head to head, so that sums over heads stay in their registers.
+#include <type_traits>
+
 #include "common/by_dtype.cuh"
 #include "common/launch.cuh"
 #include "common/ptx.cuh"
@@ -93,8 +95,12 @@ template <class Layout, class F> __device__ void each_token(const Task& task, in
   }
 }
 
-template <class T, class Layout> __global__ void __launch_bounds__(kThreads, 4) forward_kernel(Args args) {
+// kRounded as Args says; cos and sin are then of T.
+template <class T, class Layout, bool kRounded>
+__global__ void __launch_bounds__(kThreads, 4) forward_kernel(Args args) {
   using Row = typename Of<Layout>::Row;
+  using Angle = std::conditional_t<kRounded, T, float>;
+  const auto held = [](float value) { return kRounded ? to_accumulator(from_accumulator<T>(value)) : value; };
   const int width = Layout::kWidth ? Layout::kWidth : static_cast<int>(args.width);
   const int num_heads = static_cast<int>(args.num_heads);
   const Task task(args);
@@ -109,8 +115,8 @@ template <class T, class Layout> __global__ void __launch_bounds__(kThreads, 4) 
   each_token<Layout>(task, width, [&](int64_t n, int inside) {
     const bool turns = args.cos && n >= args.num_text && inside && task.part != kV;
     const int64_t angle = (n - args.num_text) * width;
-    cos.load(reinterpret_cast<const float*>(args.cos) + angle, turns ? width : 0);
-    sin.load(reinterpret_cast<const float*>(args.sin) + angle, turns ? width : 0);
+    cos.load(reinterpret_cast<const Angle*>(args.cos) + angle, turns ? width : 0);
+    sin.load(reinterpret_cast<const Angle*>(args.sin) + angle, turns ? width : 0);
     const T* from = row_of<T>(args.qkv, args, task, n);
     T* to = row_of<T>(heads, task, n);
 #pragma unroll 1
@@ -130,8 +136,10 @@ template <class T, class Layout> __global__ void __launch_bounds__(kThreads, 4) 
         x.unpack(packed[i]);
         normalize(x, inside, width, eps);
         x.set(inside, [](float h, float w, float b) { return h * w + b; }, x, weight, bias);
+        if (kRounded && turns) x.set(width, held, x);
         const Row turned = across(x);
-        if (turns) x.set(width, [](float z, float c, float t, float s) { return z * c + t * s; }, x, cos, turned, sin);
+        const auto turn = [held](float z, float c, float t, float s) { return held(z * c) + held(t * s); };
+        if (turns) x.set(width, turn, x, cos, turned, sin);
         x.store(y, inside);
       }
     }
@@ -272,10 +280,18 @@ template <class T, class Layout> const char* launch_backward(const Args& args, c
   return launch<backward_kernel<T, Layout, false>>(num_blocks(args), kThreads, kShared, stream, args);
 }
 
+template <class T, bool kRounded> const char* launch_forward(const Args& args, bool in_vectors, cudaStream_t stream) {
+  if (in_vectors)
+    return launch<forward_kernel<T, Heads64<T>, kRounded>>(num_blocks(args), kThreads, 0, stream, args);
+  return launch<forward_kernel<T, AnyHeads<T>, kRounded>>(num_blocks(args), kThreads, 0, stream, args);
+}
+
 template <class T> const char* forward_as(const Args& args, cudaStream_t stream) {
-  if (args.width == 64 && is_aligned<T>(args))
-    return launch<forward_kernel<T, Heads64<T>>>(num_blocks(args), kThreads, 0, stream, args);
-  return launch<forward_kernel<T, AnyHeads<T>>>(num_blocks(args), kThreads, 0, stream, args);
+  const bool in_vectors = args.width == 64 && is_aligned<T>(args);
+  if constexpr (sizeof(T) < sizeof(float)) {
+    if (args.rounded) return launch_forward<T, true>(args, in_vectors, stream);
+  }
+  return launch_forward<T, false>(args, in_vectors, stream);
 }
 
 template <class T> const char* backward_as(const Args& args, cudaStream_t stream) {

@@ -26,6 +26,9 @@ struct Args {
   Rows qkv;                  // [B, N, 3 A E]
   char *weight[2], *bias[2];  // [E], of q and of k
   char *cos, *sin;           // [N - num_text, E], or both null: nothing turns
+  // Forward alone, of 16-bit types: what turns, its products with cos and sin and their sums are rounded to the type,
+  // and on a GPU cos and sin are of it.
+  bool rounded;
   Heads y[3];                // q, k, v: forward alone; the rest backward alone
   Heads grad[3];             // of q, k, v
   Rows grad_qkv;

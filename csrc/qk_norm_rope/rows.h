@@ -19,6 +19,7 @@ template <class T> struct Span {
   int64_t stride;
   const A *weight, *bias;  // [E]; null for v
   const A *cos, *sin;      // of the first vision token, or null
+  bool rounded;            // see Args
 
   bool turns(int64_t n) const { return cos && n >= num_text; }
   int64_t angle(int64_t n) const { return (n - num_text) * width; }
@@ -90,6 +91,25 @@ template <class T> accumulator_t<T> normalize(const T* x, accumulator_t<T>* row,
   return rstd;
 }
 
+// `value` with the digits that T has.
+template <class T> accumulator_t<T> as_held(accumulator_t<T> value) {
+  T held;
+  store(&held, value);
+  return widen(held);
+}
+
+// Each pair of `row`, turned; kRounded as Args says.
+template <class T, bool kRounded, class A>
+inline void turn(A* row, const A* cos, const A* sin, A* turned, int64_t width) {
+  const auto held = [](A value) { return kRounded ? as_held<T>(value) : value; };
+#pragma omp simd
+  for (int64_t i = 0; i < width / 2; ++i) {
+    const A even = held(row[2 * i]), odd = held(row[2 * i + 1]);
+    turned[2 * i] = held(even * cos[2 * i]) - held(odd * sin[2 * i]);
+    turned[2 * i + 1] = held(odd * cos[2 * i + 1]) + held(even * sin[2 * i + 1]);
+  }
+}
+
 // kWidth is the head width where it is known when this is compiled, else 0.
 template <class T, int kWidth> void forward_rows(const Span<T>& at, T* y, const Scratch<T>& scratch) {
   using A = accumulator_t<T>;
@@ -104,11 +124,7 @@ template <class T, int kWidth> void forward_rows(const Span<T>& at, T* y, const 
     for (int64_t i = 0; i < width; ++i) row[i] = row[i] * at.weight[i] + at.bias[i];
     if (at.turns(n)) {
       const A *cos = at.cos + at.angle(n), *sin = at.sin + at.angle(n);
-#pragma omp simd
-      for (int64_t i = 0; i < width / 2; ++i) {
-        turned[2 * i] = row[2 * i] * cos[2 * i] - row[2 * i + 1] * sin[2 * i];
-        turned[2 * i + 1] = row[2 * i + 1] * cos[2 * i + 1] + row[2 * i] * sin[2 * i + 1];
-      }
+      at.rounded ? turn<T, true>(row, cos, sin, turned, width) : turn<T, false>(row, cos, sin, turned, width);
     }
     const A* result = at.turns(n) ? turned : row;
 #pragma omp simd

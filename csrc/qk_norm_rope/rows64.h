@@ -155,11 +155,32 @@ inline float normalize64(Row64& row, float eps) {
   return rstd;
 }
 
-// (x[2i] cos - x[2i+1] sin, x[2i+1] cos + x[2i] sin)
-inline void turn64(Row64& row, const float* cos, const float* sin) {
+// Values with the digits that a type has.
+inline __m512 as_held64(__m512 x, float) { return x; }
+
+inline __m512 as_held64(__m512 x, Half) {
+  return _mm512_cvtph_ps(_mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+
+inline __m512 as_held64(__m512 x, BFloat16) {
+  const __m512i bits = _mm512_castps_si512(x);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+  const __mmask16 is_number = _mm512_cmp_ps_mask(x, x, _CMP_ORD_Q);
+  return _mm512_castsi512_ps(_mm512_mask_and_epi32(bits, is_number, rounded, _mm512_set1_epi32(~0xffff)));
+}
+
+// (x[2i] cos - x[2i+1] sin, x[2i+1] cos + x[2i] sin); kRounded as Args says.
+template <bool kRounded, class T> inline void turn64(Row64& row, const float* cos, const float* sin) {
   for (int i = 0; i < 4; ++i) {
-    const __m512 across = _mm512_mul_ps(swap_pairs(row.v[i]), _mm512_loadu_ps(sin + 16 * i));
-    row.v[i] = _mm512_fmaddsub_ps(row.v[i], _mm512_loadu_ps(cos + 16 * i), across);
+    const __m512 by_cos = _mm512_loadu_ps(cos + 16 * i), by_sin = _mm512_loadu_ps(sin + 16 * i);
+    if (kRounded) {
+      const __m512 x = as_held64(row.v[i], T{});
+      const __m512 across = as_held64(_mm512_mul_ps(swap_pairs(x), by_sin), T{});
+      row.v[i] = _mm512_fmaddsub_ps(as_held64(_mm512_mul_ps(x, by_cos), T{}), _mm512_set1_ps(1.0f), across);
+    } else {
+      row.v[i] = _mm512_fmaddsub_ps(row.v[i], by_cos, _mm512_mul_ps(swap_pairs(row.v[i]), by_sin));
+    }
   }
 }
 
@@ -178,7 +199,8 @@ inline void add64(double* to, const Row64& row) {
   }
 }
 
-template <bool kStream, bool kTurn, class T> void forward_rows64(const Span<T>& at, int64_t first, int64_t last, T* y) {
+template <bool kStream, bool kTurn, bool kRounded, class T>
+void forward_rows64(const Span<T>& at, int64_t first, int64_t last, T* y) {
   const Row64 weight = load64(at.weight), bias = load64(at.bias);
   for (int64_t n = first; n < last; n += 4) {
     Row64 rows[4];
@@ -192,7 +214,7 @@ template <bool kStream, bool kTurn, class T> void forward_rows64(const Span<T>& 
     normalize64(rows, at.eps);
     for (int r = 0; r < 4; ++r) {
       for (int i = 0; i < 4; ++i) rows[r].v[i] = _mm512_fmadd_ps(rows[r].v[i], weight.v[i], bias.v[i]);
-      if (kTurn) turn64(rows[r], at.cos + at.angle(each[r]), at.sin + at.angle(each[r]));
+      if (kTurn) turn64<kRounded, T>(rows[r], at.cos + at.angle(each[r]), at.sin + at.angle(each[r]));
       store64<kStream>(y + (each[r] - at.first) * 64, rows[r]);
     }
   }
@@ -200,8 +222,11 @@ template <bool kStream, bool kTurn, class T> void forward_rows64(const Span<T>& 
 
 template <bool kStream, class T> void forward_rows64(const Span<T>& at, T* y) {
   const int64_t turning = !at.cos || at.num_text > at.last ? at.last : at.num_text < at.first ? at.first : at.num_text;
-  forward_rows64<kStream, false>(at, at.first, turning, y);
-  forward_rows64<kStream, true>(at, turning, at.last, y);
+  forward_rows64<kStream, false, false>(at, at.first, turning, y);
+  if (at.rounded)
+    forward_rows64<kStream, true, true>(at, turning, at.last, y);
+  else
+    forward_rows64<kStream, true, false>(at, turning, at.last, y);
 }
 
 template <bool kStream, class T> void copy_rows64(const Span<T>& at, T* y) {

@@ -151,7 +151,7 @@ def test_a_model_is_evaluated_from_its_folder(untrained, tmp_path):
     shares = report.adherence["all"]
     assert shares["all right"] == Share(0, 4) and not report.reached  # it never saw a clip
     assert len(report.reconstruction.psnr) == 2 and 0 < report.reconstruction.mean < 20
-    assert len(report.settings["model_sha256"]) == 64 and report.settings["sampler"] == "ddim"
+    assert len(report.settings["model_sha256"]) == 64 and report.settings["sampler"] == "dpmpp_2m_sde"
     assert {file.name for file in (tmp_path / "out").iterdir()} == {"clips.jsonl", "evaluation.json", "evaluation.md"}
     assert (tmp_path / "out" / "evaluation.md").read_text() == str(report)
     again = evaluate(str(untrained), **settings, output=tmp_path / "out")  # from the log

@@ -5,7 +5,8 @@ import math
 import numpy as np
 import torch
 
-from cogvx_kernels import qk_norm_rope
+from cogvx_kernels import qk_norm_rope, use_backend
+from cogvx_kernels._op import OPS
 from cogvx_kernels.qk_norm_rope.cases import make
 
 
@@ -70,3 +71,21 @@ def test_rotation_keeps_lengths_and_angle_zero_does_nothing():
     args[5:7] = torch.ones_like(args[5]), torch.zeros_like(args[6])
     for y, z in zip(qk_norm_rope(*args), plain, strict=True):
         torch.testing.assert_close(y, z, rtol=0, atol=0)
+
+
+def test_angles_in_16_bits_round_every_product_and_sum():
+    for dtype in (torch.bfloat16, torch.float16):
+        for backend in ("native", "cuda", "triton"):
+            args = make(1, 40, 4, 2, 64, narrow=True, dtype=dtype)
+            # Triton's interpreter cuts bf16 off where a GPU rounds.
+            interpreted = backend == "triton" and dtype == torch.bfloat16 and not args[0].is_cuda
+            if interpreted or OPS["qk_norm_rope"].why_not(backend, *args) is not None:
+                continue
+            with use_backend(backend):
+                turned = qk_norm_rope(*args)[0].float()
+                plain = qk_norm_rope(*args[:5], None, None, *args[7:])[0][:, :, 4:]  # in 16 bits, as it is turned
+                wide = qk_norm_rope(*args[:5], args[5].float(), args[6].float(), *args[7:])[0].float()
+            across = torch.stack([-plain[..., 1::2], plain[..., ::2]], dim=-1).flatten(-2)
+            expected = (plain * args[5] + across * args[6]).float()
+            assert torch.equal(turned[:, :, 4:], expected), backend
+            assert 0.2 < (wide[:, :, 4:] != expected).double().mean() < 0.9

@@ -207,15 +207,6 @@ def test_tiny_is_inside_the_package():
     assert resolve_folder("tiny-i2v").parts[-3:] == ("cogvx", "assets", "tiny-i2v")
 
 
-def test_arguments_are_checked_before_anything_is_read():
-    for change, message in (
-        ({"numerics": "sat"}, 'numerics is \'sat\'; it must be "diffusers"; "sat" comes later'),
-        ({"numerics": "fast"}, "numerics is 'fast'; it must be \"diffusers\"$"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            CausalVAE.from_pretrained("/nowhere", **change)
-
-
 def test_a_dtype_or_device_that_is_none_is_named(folder):
     with pytest.raises(ValueError, match=r"dtype is torch\.int8; it must be None or one of torch\.float64, "):
         CausalVAE.from_pretrained(folder, dtype=torch.int8)
