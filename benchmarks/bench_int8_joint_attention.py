@@ -22,7 +22,7 @@ def test_forward(measure, op, name, backend, case):
     batch, heads, tokens, width = REAL[case].args
     tokens, heads = (tokens, heads) if DEVICE == "cuda" else (min(tokens, TOKENS_ON_CPU), 4)
     args = REAL[case].func(batch, heads, tokens, width, dtype=torch.bfloat16, device=DEVICE)
-    others = (None,) if name == "joint_attention" else ()
+    others = (None, False) if name == "joint_attention" else ()
     skip_unless_live(name, backend, *args, *others)
     y = measure(f"int8 forward {case} {list(args[0].shape)}", backend, lambda: op(*args), cost.of(name, args))
     with use_backend("reference"):

@@ -59,14 +59,14 @@ class Cost:
 
 
 # What an operator computes beside passing its tensors through memory, from its arguments and its first result.
-def _attention(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int] | None, y: Tensor) -> Cost:
+def _attention(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int] | None, return_lse: bool, y: Tensor) -> Cost:
     batch, heads, tokens, width = q.shape
     pairs = batch * heads * sum(n * n for n in lengths or [tokens])
     return Cost(flops=4 * pairs * width, exps=pairs)
 
 
 def _int8_attention(q: Tensor, k: Tensor, v: Tensor, y: Tensor) -> Cost:
-    whole = _attention(q, k, v, None, y)
+    whole = _attention(q, k, v, None, False, y)
     return Cost(flops=whole.flops // 2, int8_flops=whole.flops // 2, exps=whole.exps)
 
 

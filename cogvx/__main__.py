@@ -19,9 +19,10 @@ COMMANDS = {
     "extend": "go on where a video ends",
     "invert": "find the noise that a video is made from, and make it again",
     "verify": "check a checkpoint folder: names, shapes, hashes, a forward pass, parity with diffusers",
+    "plan": "say in how much memory a video can be made, and how",
     "doctor": "print versions, devices, and which kernels run",
     "convert": "write a transformer, VAE or LoRA in another format: diffusers, one file, SAT",
-    "train": "train a transformer or a LoRA on a folder of clips with captions",
+    "train": "train a transformer, a LoRA or a VAE on a folder of clips",
     "evaluate": "measure the embedded checkpoint on Shapes World",
     "demo": "make a video with the embedded checkpoint, and a contact sheet beside it",
 }

@@ -64,9 +64,11 @@ def invert(
         raise SettingsError(f"refinements is {refinements!r}; it must be a whole number from 0")
     steps = chained_steps(pipeline, num_inference_steps)
     text = pipeline.encode_text([settings], {"prompt_embeds": None if prompt else pipeline.encode_prompts([""])})
-    begin = clean_start(pipeline, settings, inputs, steps)
-    denoise = denoiser(pipeline.transformer, settings, begin, text, pipeline.numerics)
-    with tqdm(total=len(steps), unit="step", disable=not progress) as bar:
+    with pipeline.at_work("vae"):
+        begin = clean_start(pipeline, settings, inputs, steps)
+    with pipeline.at_work("transformer"), tqdm(total=len(steps), unit="step", disable=not progress) as bar:
+        with pipeline.at_work("modulation"):
+            denoise = denoiser(pipeline.transformer, settings, begin, text, pipeline.numerics)
         noise = ddim_inversion(
             denoise, begin.noisy.transpose(1, 2), steps, refinements, on_step=lambda *_: bar.update() and None
         ).transpose(1, 2)

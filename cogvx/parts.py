@@ -31,6 +31,14 @@ def load_part(
     return computable(part.from_pretrained(file or folder, dtype=dtype, device=device, **beside), dtype)
 
 
+def dtype_on(
+    device: torch.device, folder: Path, configs: Configs, transformer: Any, dtype: torch.dtype | None
+) -> torch.dtype:
+    """What the transformer will be computed in on a device; see `computable`."""
+    stored = load_part(ExpertTransformer, folder, transformer, configs.transformer, dtype, "meta").proj_out.weight.dtype
+    return torch.float32 if dtype is None and stored == torch.float16 and device.type == "cpu" else stored
+
+
 def check_folder(folder: Path, configs: Configs, transformer: Any = None, vae: Any = None) -> None:
     """Raises CheckpointError if any part of a checkpoint lacks a tensor or has a wrong one; reads no weights.
 

@@ -24,8 +24,10 @@ from .diffusion.schedule import Step, sampling_steps
 from .finite import NonFiniteError, check_finite
 from .inputs import NAMES, Inputs, Noise, Picture, Video, checked, planned
 from .machine import environment, peak_memory, pick_device
+from .memory.choose import plan_for
 from .memory.placed import Placed
 from .memory.plan import Plan
+from .memory.predict import Job
 from .models.checkpoint import resolve_folder
 from .models.choices import decode_chunks, last_norm_eps, num_text_tokens
 from .models.files import files_beside
@@ -34,9 +36,9 @@ from .models.text import TextEncoder
 from .models.transformer import ExpertTransformer
 from .models.vae import CausalVAE
 from .numerics import DIFFUSERS, Numerics, differences, followed, read_numerics
-from .parts import check_folder, load_part, save_parts
+from .parts import check_folder, dtype_on, load_part, save_parts
 from .settings import Configs, Settings, SettingsError, read_configs
-from .start import Start, checked, prepare
+from .start import Start, prepare
 
 logger = logging.getLogger(__name__)
 
@@ -79,6 +81,7 @@ class Pipeline:
         numerics: str | dict | Numerics = "diffusers",
         transformer: str | os.PathLike | None = None,
         vae: str | os.PathLike | None = None,
+        memory: str | Plan | None = None,
     ) -> "Pipeline":
         """Load a published folder, a hub name, or a checkpoint inside this package: "tiny", or "tiny-i2v" for images.
 
@@ -86,17 +89,25 @@ class Pipeline:
         there is one. numerics: "sat", what the weights were trained with, "diffusers", or the choices one by one, a
         `cogvx.numerics.Numerics`.
 
-        transformer, vae: a safetensors or GGUF file in the place of the folder's. Raises ValueError for what is no
-        checkpoint, with the reason.
+        transformer, vae: a safetensors or GGUF file in the place of the folder's. memory: what the device may hold, as
+        "8GB", or "auto", what is free there: the fastest plan that makes the model's own size of video within it; or a
+        `cogvx.memory.plan.Plan`. Raises ValueError for what is no checkpoint, with the reason, and where no plan
+        keeps the memory.
         """
         choices = read_numerics(numerics)
         configs, folder, device = read_configs(model), resolve_folder(model), pick_device(device)
         check_folder(folder, configs, transformer, vae)
-        transformer = load_part(ExpertTransformer, folder, transformer, configs.transformer, dtype, device)
-        vae = load_part(CausalVAE, folder, vae, configs.vae, dtype, device)
-        length = num_text_tokens(configs.transformer, choices)
-        text_encoder = TextEncoder.from_pretrained(folder, length, transformer.proj_out.weight.dtype, device)
-        return cls(transformer, vae, text_encoder, configs, os.fspath(model), folder, choices)
+        length, plan, place = num_text_tokens(configs.transformer, choices), None, device
+        if memory is not None:
+            dtype = dtype_on(device, folder, configs, transformer, dtype)
+            text, settings = TextEncoder.from_pretrained(folder, length, device="meta"), Settings("any")
+            settings = settings.resolve(configs, choices)
+            job = Job(configs, settings, dtype, text.model.config, device.type, choices)
+            plan, place = plan_for(cls, memory, job, device), "cpu"
+        transformer = load_part(ExpertTransformer, folder, transformer, configs.transformer, dtype, place)
+        vae = load_part(CausalVAE, folder, vae, configs.vae, dtype, place)
+        text_encoder = TextEncoder.from_pretrained(folder, length, transformer.proj_out.weight.dtype, place)
+        return cls(transformer, vae, text_encoder, configs, os.fspath(model), folder, choices, plan, device)
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
         """Write the published folder layout, which diffusers loads too."""
@@ -332,7 +343,8 @@ class Pipeline:
 
         bar = tqdm(total=len(begin.steps), unit="step", disable=not progress)
         with bar, self.at_work("transformer"):
-            denoise = denoiser(self.transformer, settings, begin, text, self.numerics, one_by_one)
+            with self.at_work("modulation"):
+                denoise = denoiser(self.transformer, settings, begin, text, self.numerics, one_by_one)
             frames = begin.noisy.transpose(1, 2)
             frames = SAMPLERS[settings.sampler](denoise, frames, begin.steps, begin.generators, on_step, kept)
             return frames.transpose(1, 2)

@@ -3,7 +3,6 @@
 B clips that are made together, C latent channels, T latent frames, H W height and width, of latents unless said.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,14 +12,14 @@ from torch import Tensor
 from .data.pixels import to_tensor
 from .diffusion.loss import add_noise
 from .diffusion.schedule import Step
-from .finite import all_finite, check_finite
+from .finite import check_finite
 from .inputs import Inputs
 from .models.choices import encode_chunks, image_scaling
 from .models.image_latents import encode_image, in_frames
 from .models.vae import CausalVAE, Posterior
 from .models.vae import encode_chunks as eights
 from .numerics import Numerics
-from .settings import Configs, Settings, SettingsError
+from .settings import Configs, Settings
 
 
 @dataclass(frozen=True)
@@ -127,17 +126,6 @@ def latent_mask(mask: np.ndarray, num_latents: int, height: int, width: int) -> 
         space = torch.cat([first, others.unflatten(0, (-1, 4)).any(1)])
     # A single mask is that of every frame; in front, latents that only fill up a patch go with the first.
     return torch.cat([space[:1].expand(num_latents - len(space), -1, -1), space])[None, None]
-
-
-def checked(name: str, value: object, shape: Sequence[int]) -> Tensor:
-    """`value`, if it is a tensor of that shape with finite values. Raises SettingsError otherwise."""
-    if not isinstance(value, Tensor):
-        raise SettingsError(f"{name} is of type {type(value).__name__}; it must be a tensor")
-    if tuple(value.shape) != tuple(shape):
-        raise SettingsError(f"{name} has shape {list(value.shape)}; here it must be {list(shape)}")
-    if not all_finite(value):
-        raise SettingsError(f"{name} holds values that are not finite; it must hold finite numbers alone")
-    return value
 
 
 def _alphas(alpha: float) -> Tensor:

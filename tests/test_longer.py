@@ -12,10 +12,11 @@ from cogvx.config import PRESETS
 from cogvx.data.video import read_video
 from cogvx.denoise import window_length
 from cogvx.diffusion.windows import window_starts, windowed
+from cogvx.inputs import Inputs, planned
 from cogvx.models.checkpoint import TINY
 from cogvx.models.choices import placement
 from cogvx.numerics import DIFFUSERS
-from cogvx.settings import SettingsError
+from cogvx.settings import Settings, SettingsError
 
 PROMPT = "a red circle moves left"
 CLIPS = Path(__file__).parents[2] / "shared" / "clips"
@@ -112,10 +113,12 @@ def last_latents(load):
 
     def run(num_frames, **inputs):
         one = torch.randn(1, 4, 1, 6, 8, generator=torch.Generator().manual_seed(1))
-        latents, kept = one.expand(-1, -1, (num_frames - 1) // 4 + 1, -1, -1), []
-        load("2b")(PROMPT, latents=latents, num_frames=num_frames, longer="windows", sampler="ddim", **inputs, **QUICK,
-                   callback_on_step_end=lambda p, i, t, tensors: kept.append(tensors["latents"].clone()))  # fmt: skip
-        return kept[-1]
+        inputs = Inputs.read(**inputs, latents=one.expand(-1, -1, (num_frames - 1) // 4 + 1, -1, -1))
+        pipeline = load("2b")
+        asked = Settings(PROMPT, num_inference_steps=2, guidance_scale=1.0, seed=3, strength=0.5, longer="windows")
+        settings, inputs = planned(asked, inputs, pipeline.configs, pipeline.numerics)
+        with torch.inference_mode():
+            return pipeline.make_latents([settings], inputs, {}, None, progress=False)
 
     return run
 
@@ -130,7 +133,7 @@ def test_where_windows_of_a_real_clip_meet_nothing_jumps(last_latents):
     if not (CLIPS / "t2v_1.mp4").is_file():
         pytest.skip(f"t2v_1.mp4 is not in {CLIPS}")
     frames, _ = read_video(CLIPS / "t2v_1.mp4")
-    assert jumps(last_latents(33, video=frames[:33], strength=0.5), overlap=2) < 1.2
+    assert jumps(last_latents(33, video=frames[:33]), overlap=2) < 1.2
 
 
 @pytest.mark.slow

@@ -61,6 +61,7 @@ class Loading:
         numerics: whose arithmetic to follow, and changes to it, as in sat,null_text=encoded.
         dtype: unset, the stored one (fp16 is computed in fp32 on a CPU).
         device: unset, a GPU where there is one.
+        memory: what the device may hold, as in 8GB, or auto, what is free there; unset, all it takes. See cogvx plan.
     """
 
     model: str = "tiny"
@@ -71,6 +72,7 @@ class Loading:
     numerics: Annotated[str, CHOICES] = "diffusers"
     dtype: DType | None = None
     device: str | None = None
+    memory: str | None = None
 
     def choices(self) -> "Choices":
         """The numerics field by field. Raises NumericsError for none."""
@@ -81,9 +83,12 @@ class Loading:
     def pipeline(self) -> "Pipeline":
         """All weights. Raises SettingsError or CheckpointError for files that are none, or do not fit."""
         from ..pipeline import Pipeline
+        from ..settings import SettingsError
 
+        if self.memory is not None and self.lora:
+            raise SettingsError("memory is given with lora, whose weights no plan moves yet; leave one of them out")
         pipeline = Pipeline.from_pretrained(
-            self.model, torch_dtype(self.dtype), self.device, self.choices(), self.transformer, self.vae
+            self.model, torch_dtype(self.dtype), self.device, self.choices(), self.transformer, self.vae, self.memory
         )
         load_loras(pipeline.transformer, self.lora, self.lora_weight)
         return pipeline

@@ -1,5 +1,7 @@
-"""cogvx train: train a transformer, or a LoRA, on a folder of clips with captions."""
+"""cogvx train: train a transformer, a LoRA or a VAE on a folder of clips."""
 
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -7,45 +9,78 @@ from tyro.conf import Positional, arg
 
 
 def main(
-    kind: Annotated[Positional[Literal["transformer", "lora"]], arg(metavar="transformer|lora")],
+    kind: Annotated[Positional[Literal["transformer", "lora", "vae"]], arg(metavar="transformer|lora|vae")],
     options: Annotated[Positional[tuple[str, ...]], arg(metavar="[CONFIG.toml] [KEY=VALUE ...]")] = (),
     dry_run: bool = False,
     print_config: bool = False,
 ) -> None:
-    """Train on a folder in which every clip has its caption in a .txt file of the same name.
+    """Train on a folder of clips, each with its caption in a .txt file of the same name (a VAE needs none).
 
     A stopped run goes on where its last state was saved; on SIGTERM it saves one and ends.
 
     Args:
-        kind: all of the transformer, or a LoRA beside it, which diffusers loads too.
+        kind: all of the transformer, a LoRA beside it, which diffusers loads too, or the VAE.
         options: a TOML file, and words that change it, such as data=clips out=runs/a optimiser.lr=1e-4; before flags.
         dry_run: check options, model and data, say what would be done, and stop.
         print_config: print every option and its value as TOML, and stop.
     """
+    file = Path(options[0]) if options and "=" not in options[0] else None
+    words = options[1:] if file else options
+    train = train_vae if kind == "vae" else train_transformer
+    train(file, words if kind == "vae" else [*words, f"kind={kind}"], dry_run, print_config)
+
+
+def train_transformer(file: Path | None, words: Sequence[str], dry_run: bool, print_config: bool) -> None:
     from ..train.finetuning import Finetuning
     from ..train.options import read_options, to_toml
 
-    file = Path(options[0]) if options and "=" not in options[0] else None
-    run = read_options(Finetuning, file, [*(options[1:] if file else options), f"kind={kind}"])
+    run = read_options(Finetuning, file, words)
     if print_config:
         print(to_toml(run), end="")
         return
-
-    import sys
 
     from ..data.clips import accepted, find_clips
     from ..train.finetune import learning, train
     from ..train.finetuning import describe, examples_of, load_transformer, text_to_video_configs, unit_of
 
     configs = text_to_video_configs(run)
-    report = find_clips(run.data, unit_of(configs), run.num_frames)
-    clips = accepted(report, run.on_fault, lambda message: print(f"cogvx: warning: {message}", file=sys.stderr))
+    clips = accepted(find_clips(run.data, unit_of(configs), run.num_frames), run.on_fault, warn)
     model = load_transformer(run, configs)
     if dry_run:
         weights = sum(p.nbytes for p in model.parameters())
         learnt = sum(p.numel() for p in learning(run, model).values())
         print(describe(run, clips, configs, learnt, weights))
         return
-    step = train(run, model, *examples_of(run, clips, configs))
-    done = "" if step == run.num_steps else f", stopped before {run.num_steps}; the same command goes on"
-    print(f"{run.out}  step {step}{done}")
+    report(run.out, train(run, model, *examples_of(run, clips, configs)), run.num_steps)
+
+
+def train_vae(file: Path | None, words: Sequence[str], dry_run: bool, print_config: bool) -> None:
+    from ..train.options import read_options, to_toml
+    from ..train.vae_clips import VAERun
+
+    run = read_options(VAERun, file, words)
+    if print_config:
+        print(to_toml(run), end="")
+        return
+
+    from ..data.clips import accepted, find_clips
+    from ..train.vae_clips import load_perceptual, load_vae, train
+
+    found = find_clips(run.data, (1, 1), run.num_frames, captions=False, least=(run.size, run.size))
+    clips = accepted(found, run.on_fault, warn)
+    vae, perceptual = load_vae(run), load_perceptual(run)
+    if dry_run:
+        count = sum(p.numel() for p in vae.parameters())
+        print(f"{len(clips)} clips; {run.num_steps} steps of {run.batch} crops of {run.num_frames} frames and "
+              f"{run.size} x {run.size} pixels; {count:,} numbers learn")  # fmt: skip
+        return
+    report(run.out, train(run, vae, clips, perceptual), run.num_steps)
+
+
+def warn(message: str) -> None:
+    print(f"cogvx: warning: {message}", file=sys.stderr)
+
+
+def report(out: Path, step: int, num_steps: int) -> None:
+    done = "" if step == num_steps else f", stopped before {num_steps}; the same command goes on"
+    print(f"{out}  step {step}{done}")

@@ -49,11 +49,18 @@ class Report:
         return "; ".join(lines)
 
 
-def find_clips(folder: Path, unit: tuple[int, int], num_frames: int | None = None) -> Report:
+def find_clips(
+    folder: Path,
+    unit: tuple[int, int],
+    num_frames: int | None = None,
+    captions: bool = True,
+    least: tuple[int, int] = (1, 1),
+) -> Report:
     """Every clip of a folder and its sub-folders, each read whole, and what is wrong with the others.
 
-    unit: height and width must be multiples of these, in pixels. num_frames: 8N+1, of which shorter clips are faults;
-    None takes as many as each clip has. Raises DataError for a folder that is missing or without any video.
+    unit, least: height and width must be multiples of these, and at least those, in pixels. num_frames: 8N+1, of which
+    shorter clips are faults; None takes as many as each clip has. captions: whether each clip must have one. Raises
+    DataError for a folder that is missing or without any video.
     """
     if not folder.is_dir():
         raise DataError(f"data is {str(folder)!r}, which is no folder")
@@ -62,7 +69,7 @@ def find_clips(folder: Path, unit: tuple[int, int], num_frames: int | None = Non
         raise DataError(f"data is {str(folder)!r}, which holds no video ({', '.join(SUFFIXES)})")
     report = Report()
     for file in files:
-        found = _clip(file, unit, num_frames)
+        found = _clip(file, unit, num_frames, captions, least)
         if isinstance(found, Clip):
             report.clips.append(found)
         else:
@@ -80,14 +87,18 @@ def accepted(report: Report, on_fault: str, warn: Callable[[str], None]) -> list
     return report.clips
 
 
-def _clip(file: Path, unit: tuple[int, int], num_frames: int | None) -> Clip | str:
+def _clip(
+    file: Path, unit: tuple[int, int], num_frames: int | None, captions: bool, least: tuple[int, int]
+) -> Clip | str:
     """The clip, or what is wrong with it."""
-    try:
-        caption = file.with_suffix(".txt").read_text().strip()
-    except (OSError, UnicodeDecodeError):
-        return "have no caption in a .txt file beside them"
-    if not caption:
-        return "have an empty caption"
+    caption = ""
+    if captions:
+        try:
+            caption = file.with_suffix(".txt").read_text().strip()
+        except (OSError, UnicodeDecodeError):
+            return "have no caption in a .txt file beside them"
+        if not caption:
+            return "have an empty caption"
     try:
         frames, _ = read_video(file)
     except VideoError:
@@ -98,6 +109,8 @@ def _clip(file: Path, unit: tuple[int, int], num_frames: int | None) -> Clip | s
         return f"have fewer than {used} frames"
     if height % unit[0] or width % unit[1]:
         return f"have a size that is no multiple of {unit[0]} x {unit[1]} pixels"
+    if height < least[0] or width < least[1]:
+        return f"are smaller than {least[0]} x {least[1]} pixels"
     with open(file, "rb") as content:
         digest = hashlib.file_digest(content, "sha256").hexdigest()
     return Clip(file, caption, digest, used, height, width)

@@ -24,7 +24,7 @@ class Placed:
     def __init__(self, plan: Plan, parts: dict[str, nn.Module], device: torch.device):
         self.plan, self.device = plan, device
         self.whole: dict[str, Waiting] = {}
-        self.alone: list[Waiting] = []
+        self.modulation: list[Waiting] = []  # what makes the norms' shifts and scales, before the first step alone
         self.streams: dict[str, Stream] = {}
         for name, part in parts.items():
             place = getattr(plan, name)
@@ -33,38 +33,40 @@ class Placed:
                     part.to(device)
                 continue
             blocks = blocks_of(part) if place == "streamed" else []
-            inside = {id(module) for block in blocks for module in block}
-            rest = [module for module in part.modules() if id(module) not in inside]
-            alone = [m.linear for m in rest if isinstance(m, ModulatedNorm) and m.linear is not None]
-            alone = alone if blocks else []
-            rest = [module for module in rest if all(module is not other for other in alone)]
-            self.whole[name] = Waiting(rest, device)
+            modulating = [module.linear for module in part.modules() if isinstance(module, ModulatedNorm)]
+            self.modulation += [come_and_go(linear, Waiting([linear], device)) for linear in modulating if linear]
+            apart = {id(module) for block in [*blocks, modulating] for module in block}
+            self.whole[name] = Waiting([module for module in part.modules() if id(module) not in apart], device)
             if blocks:
                 self.streams[name] = Stream([Waiting(block, device) for block in blocks], blocks, device)
-                self.alone += [come_and_go(linear, Waiting([linear], device)) for linear in alone]
         vae = parts["vae"]
         vae.tiling, vae.halos_on_host = plan.tiling, plan.halos_on_host
 
     @contextmanager
     def at_work(self, name: str) -> Iterator[None]:
-        """While a part computes: what visits is there, what streams may come."""
-        weights = self.whole.get(name)
-        if weights is not None:
+        """While a part computes: what visits is there, what streams may come.
+
+        "modulation" is the part of the transformer that works before the first step.
+        """
+        waiting = self.modulation if name == "modulation" else [self.whole[name]] if name in self.whole else []
+        for weights in waiting:
             weights.install(weights.fetch())
         try:
             yield
         finally:
-            if weights is not None:
+            for weights in waiting:
                 weights.leave()
             if name in self.streams:
                 self.streams[name].forget()
 
-    def moved(self, steps: float = 1.0) -> int:
-        """Bytes of weights brought to the device so far, those of the transformer's blocks `steps` times."""
-        once = [*self.whole.values(), *self.alone]
-        blocks = {name: sum(w.moved for w in stream.weights) for name, stream in self.streams.items()}
-        blocks["transformer"] = round(steps * blocks.get("transformer", 0))
-        return sum(weights.moved for weights in once) + sum(blocks.values())
+    def moved(self, steps: float = 1.0) -> dict[str, int]:
+        """Bytes of weights brought to the device so far, by part; those of the transformer's blocks `steps` times."""
+        moved = {name: weights.moved for name, weights in self.whole.items()}
+        for name, stream in self.streams.items():
+            streamed = sum(weights.moved for weights in stream.weights)
+            moved[name] += round(steps * streamed) if name == "transformer" else streamed
+        moved["transformer"] = moved.get("transformer", 0) + sum(weights.moved for weights in self.modulation)
+        return moved
 
 
 class Waiting:
@@ -72,12 +74,16 @@ class Waiting:
 
     def __init__(self, modules: list[nn.Module], device: torch.device):
         self.device, self.owners, self.host, self.moved = device, [], [], 0
+        places: dict[int, int] = {}  # of a tensor that two modules share, once
         for module in modules:
             for table in (module._parameters, module._buffers):
                 for name, tensor in table.items():
-                    if tensor is not None:
-                        self.owners.append((table, name))
+                    if tensor is None:
+                        continue
+                    if id(tensor) not in places:
+                        places[id(tensor)] = len(self.host)
                         self.host.append(_waiting(tensor, device))
+                    self.owners.append((table, name, places[id(tensor)]))
         self.leave()
 
     def fetch(self) -> list[Tensor]:
@@ -87,7 +93,9 @@ class Waiting:
         return [to_device(tensor, self.device) for tensor in self.host]
 
     def install(self, tensors: list[Tensor]) -> None:
-        for (table, name), tensor in zip(self.owners, tensors, strict=True):
+        self.here = tensors is not self.host
+        for table, name, place in self.owners:
+            tensor = tensors[place]
             is_parameter = isinstance(table[name], nn.Parameter)
             table[name] = nn.Parameter(tensor, requires_grad=False) if is_parameter else tensor
 
@@ -128,13 +136,27 @@ class Stream:
             return self.weights[i].fetch(), self.side.record_event()
 
     def forget(self) -> None:
+        """Nothing is on its way any more, nor left on the device by a call that ended in an error."""
         self.ready.clear()
+        for weights in self.weights:
+            weights.leave()
 
 
 def come_and_go(module: nn.Module, weights: Waiting) -> Waiting:
-    """Weights that are on the device during their module's own call alone."""
-    module.register_forward_pre_hook(lambda *_: weights.install(weights.fetch()))
-    module.register_forward_hook(lambda *_: weights.leave())
+    """Weights that are on the device during their module's own call alone, unless they are already there."""
+    own: list[bool] = []
+
+    def before(*given: object) -> None:
+        own.append(not weights.here)
+        if own[-1]:
+            weights.install(weights.fetch())
+
+    def after(*given: object) -> None:
+        if own.pop():
+            weights.leave()
+
+    module.register_forward_pre_hook(before)
+    module.register_forward_hook(after)
     return weights
 
 

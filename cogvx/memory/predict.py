@@ -1,15 +1,17 @@
 """What a plan will hold, stage by stage: the real pipeline, run on fake tensors that hold nothing.
 
-No formula stands for a layer: the modules, the samplers and the executor of the plan are those that will run. Two
-steps are made, since each is like the one before. Nothing is allocated and no GPU is asked for; a fake run for a GPU
+No formula stands for a layer: the modules, the samplers and the executor of the plan are those that will run. Of
+steps that are like the one before, two are made. Nothing is allocated and no GPU is asked for; a fake run for a GPU
 takes place on the CPU with the operators' backends for GPUs.
 
 Not in it is what libraries take for themselves: the CUDA context, cuBLAS's and cuDNN's workspaces, and what an
 allocator leaves unused between tensors.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+import copy
+import gc
+from collections.abc import Callable
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -59,16 +61,26 @@ class Job:
 
 @dataclass(frozen=True)
 class Stage:
-    """Bytes held at most while one part works, those of weights that wait on the device included."""
+    """Bytes held at most while one part works, those of weights that wait on the host included."""
 
     device: int
     host: int
 
+    def __add__(self, other: "Stage") -> "Stage":
+        return Stage(self.device + other.device, self.host + other.host)
+
+    def __sub__(self, other: "Stage") -> "Stage":
+        return Stage(self.device - other.device, self.host - other.host)
+
+    def __mul__(self, times: int) -> "Stage":
+        return Stage(self.device * times, self.host * times)
+
 
 @dataclass(frozen=True)
 class Prediction:
-    stages: dict[str, Stage]  # "encode text", "start", "sample", "decode"
-    moved: int  # bytes of weights brought to the device in a whole clip
+    stages: dict[str, Stage]  # "encode text", "start", "modulate", "sample", "decode"
+    weights: dict[str, int]  # bytes of "text_encoder", "transformer", "vae"
+    moved: dict[str, int]  # bytes of weights that each of them brings to the device for a whole clip
 
     @property
     def peak(self) -> int:
@@ -89,27 +101,60 @@ class Tokenless:
         return self.model(torch.zeros(len(prompts), self.max_length, dtype=torch.long))[0]
 
 
-def predict(make: Callable[..., Any], job: Job, plan: Plan) -> Prediction:
-    """The peak of every stage of one clip under a plan, in bytes; `make` is the class `Pipeline`."""
-    num_moves = job.settings.num_moves
-    settings = replace(job.settings, num_inference_steps=STEPS, prompt="x")
-    settings = replace(settings, guidance_scale=6.0 if settings.is_guided else 1.0, dynamic_guidance="constant")
-    job = replace(job, settings=settings)
+def predict(make: Callable[..., Any], job: Job, plan: Plan, few: int = 2, decodes: bool = True) -> Prediction:
+    """The peak of every stage of one clip under a plan, in bytes; `make` is the class `Pipeline`.
+
+    Blocks are alike, and each adds the same to a stage: what, is the difference between a run with `few` of them and
+    one with a block more, of the text encoder and of the transformer apart. Without `decodes` the last stage is left
+    out.
+    """
+    counts = job.text.num_layers, job.configs.transformer.num_layers
+    shallow = tuple(min(few, count) for count in counts)
+    first, first_moved = _fake_run(make, job, plan, shallow, decodes)
+    stages, moved = dict(first), dict(first_moved)
+    for which, count in enumerate(counts):
+        more = count - shallow[which]
+        if more:
+            deeper = tuple(n + (i == which) for i, n in enumerate(shallow))
+            other, other_moved = _fake_run(make, job, plan, deeper, False)
+            if decodes:
+                other["decode"] = first["decode"] + (other["start"] - first["start"])  # weights that lie there
+            stages = {name: stage + (other[name] - first[name]) * more for name, stage in stages.items()}
+            moved = {name: n + (other_moved[name] - first_moved[name]) * more for name, n in moved.items()}
+    parts = zip(("text_encoder", "transformer", "vae"), _hollow(job), strict=True)
+    return Prediction(stages, {name: _nbytes(part, job.dtype) for name, part in parts}, moved)
+
+
+def _fake_run(
+    make: Callable[..., Any], job: Job, plan: Plan, num_blocks: tuple[int, int], decodes: bool
+) -> tuple[dict[str, Stage], dict[str, int]]:
+    """The stages of models with so many blocks, of the text encoder and the transformer; and the bytes moved."""
+    text, configs = copy.deepcopy(job.text), job.configs
+    text.num_layers = num_blocks[0]
+    configs = replace(configs, transformer=replace(configs.transformer, num_layers=num_blocks[1]))
+    settings, how = replace(job.settings, prompt="x"), job.numerics
+    job = replace(job, text=text, configs=configs, settings=settings)
+    steps = sampling_steps(configs.schedule, settings.num_inference_steps, how.rounding, how.moves, how.zero_snr)
     stages: dict[str, Stage] = {}
-    hollow_parts, how = _hollow(job), job.numerics
-    steps = sampling_steps(job.configs.schedule, STEPS, how.rounding, how.moves, how.zero_snr)
+    hollow_parts = _hollow(job)
     with FakeTensorMode(allow_non_fake_inputs=True), LiveBytes(job.target) as live, torch.inference_mode():
         pipeline = _fake_pipeline(make, job, plan, *hollow_parts)
 
-        @contextmanager
-        def stage(name: str) -> Iterator[None]:
-            live.start_peak()
-            yield
+        def end(name: str) -> None:
             stages[name] = Stage(live.device.peak, live.host.peak)
+            gc.collect()  # what only cycles hold would be freed at any time
+            live.start_peak()
 
-        _run(pipeline, settings, _pixels(job), steps, stage)
-        moved = pipeline.placed.moved(num_moves / STEPS)
-    return Prediction(stages, moved)
+        live.start_peak()
+        latents = _sampled(pipeline, settings, _pixels(job), steps, end)
+        moved = pipeline.placed.moved(settings.num_moves / STEPS)
+        if decodes:
+            chunks = decode_chunks(latents.shape[2], how) or pairs(latents.shape[2])
+            for _ in pipeline.decode_levels(latents[:, :, : sum(chunks[:CHUNKS])]):
+                pass
+            end("decode")
+            moved = pipeline.placed.moved(settings.num_moves / STEPS)
+    return stages, moved
 
 
 def _hollow(job: Job) -> tuple[nn.Module, nn.Module, nn.Module]:
@@ -137,29 +182,52 @@ def _fill(part: nn.Module, dtype: torch.dtype) -> None:
             for name, tensor in table.items():
                 if tensor is None:
                     continue
-                # As the loader does: this layer of T5 overflows in fp16.
-                kept = (
-                    torch.float32 if isinstance(part, T5EncoderModel) and f"{prefix}.{name}".endswith(WIDE) else dtype
-                )
-                new = torch.empty(tensor.shape, dtype=kept if tensor.is_floating_point() else tensor.dtype)
+                new = torch.empty(tensor.shape, dtype=_loaded_dtype(part, f"{prefix}.{name}", tensor, dtype))
                 is_parameter = isinstance(tensor, nn.Parameter)
                 table[name] = nn.Parameter(new, requires_grad=False) if is_parameter else new
 
 
-def _run(pipeline: Any, settings: Settings, inputs: Inputs, steps: list[Step], stage: Any) -> None:
-    """One clip, as `Pipeline.generate` makes it."""
-    with stage("encode text"):
-        text = pipeline.encode_text([settings], {})
-    with stage("start"), pipeline.at_work("vae"):
+def _loaded_dtype(part: nn.Module, name: str, tensor: Tensor, dtype: torch.dtype) -> torch.dtype:
+    if not tensor.is_floating_point():
+        return tensor.dtype
+    # As the loader does: this layer of T5 overflows in fp16.
+    return torch.float32 if isinstance(part, T5EncoderModel) and name.endswith(WIDE) else dtype
+
+
+def _nbytes(part: nn.Module, dtype: torch.dtype) -> int:
+    named = {**dict(part.named_parameters()), **dict(part.named_buffers())}
+    return sum(x.numel() * _loaded_dtype(part, name, x, dtype).itemsize for name, x in named.items())
+
+
+class _Enough(Exception):
+    """Thrown once the steps that were to be made are."""
+
+
+def _sampled(
+    pipeline: Any, settings: Settings, inputs: Inputs, steps: list[Step], end: Callable[[str], None]
+) -> Tensor:
+    """The latents of a clip as `Pipeline.make_latents` makes them, of which the first STEPS steps are."""
+    text = pipeline.encode_text([settings], {})
+    end("encode text")
+    with pipeline.at_work("vae"):
         begin = prepare([settings], inputs, None, steps, pipeline.vae, pipeline.configs, pipeline.numerics)
-    with stage("sample"):
-        latents = pipeline.sample(settings, begin, text, None, False)
-    del begin, text
-    with stage("decode"):
-        latents = latents[:, :, settings.surplus_latents(pipeline.configs) :]
-        chunks = decode_chunks(latents.shape[2], pipeline.numerics) or pairs(latents.shape[2])
-        for _ in pipeline.decode_levels(latents[:, :, : sum(chunks[:CHUNKS])]):
-            pass
+    end("start")
+
+    # The modulation of all steps is made before the first one.
+    def first_call(*given: Any) -> None:
+        hook.remove()
+        end("modulate")
+
+    hook = pipeline.transformer.register_forward_pre_hook(first_call)
+
+    def on_step_end(pipeline: Any, index: int, timestep: int, tensors: dict) -> None:
+        if index == STEPS - 1:
+            raise _Enough
+
+    with suppress(_Enough):
+        pipeline.sample(settings, begin, text, on_step_end, False)
+    end("sample")
+    return torch.empty_like(begin.noisy)[:, :, settings.surplus_latents(pipeline.configs) :]
 
 
 def _pixels(job: Job) -> Inputs:

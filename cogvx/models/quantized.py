@@ -1,6 +1,7 @@
 """Weights in fewer bits: fp8 in safetensors, and GGUF. They are computed with in the dtype that they are loaded as."""
 
 import math
+import struct
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +17,10 @@ DTYPE = torch.bfloat16  # that such files are loaded as, unless another is asked
 # Beside a weight "x.weight", of the two conventions; "x.scale_input" and "x.input_scale" are for fp8 products.
 SCALES, UNUSED = ("scale_weight", "weight_scale"), (".scale_input", ".input_scale")
 MARK = "scaled_fp8"
+# What a GGUF header may count, fields, items of arrays and tensors together; diffusion models have some thousands.
+MAX_ITEMS = 2**16
+STRING, ARRAY = 8, 9  # kinds of a field's value, beside numbers of so many bytes
+BYTES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 
 
 def is_fp8(stored: Iterable[tuple[str, Stored]]) -> bool:
@@ -66,6 +71,46 @@ def gguf_errors(file: Path) -> Iterator[None]:
         raise CheckpointError(f"{file} is no intact GGUF file: {one_line(error)}") from error
 
 
+def check_header(file: Path) -> None:
+    """Raises CheckpointError for a GGUF file whose header counts more than MAX_ITEMS.
+
+    The package reads arrays item by item: a damaged length would have it read the whole file so.
+    """
+    with open(file, "rb") as content:
+        start = content.read(8)
+        order = "<" if start[4:6] != b"\0\0" else ">"  # the version is a small number
+        items = 0
+
+        def number(code: str) -> int:
+            return struct.unpack(order + code, content.read(struct.calcsize(order + code)))[0]
+
+        def count(more: int) -> int:
+            nonlocal items
+            items += more
+            if items > MAX_ITEMS:
+                raise CheckpointError(f"{file} is no intact GGUF file: its header counts more than {MAX_ITEMS} items")
+            return more
+
+        def skip(kind: int) -> None:
+            if kind == STRING:
+                content.seek(number("Q"), 1)
+            elif kind == ARRAY:
+                of, length = number("I"), count(number("Q"))
+                if of in BYTES:
+                    content.seek(BYTES[of] * length, 1)
+                else:
+                    for _ in range(length):
+                        skip(of)
+            else:
+                content.seek(BYTES[kind], 1)
+
+        tensors, fields = number("Q"), number("Q")
+        count(tensors)
+        for _ in range(count(fields)):
+            skip(STRING)  # its name
+            skip(number("I"))
+
+
 def opened_gguf(file: Path) -> list[tuple[str, Stored]]:
     """The tensors in a GGUF file, in fp32 where they are quantised. Raises CheckpointError without the gguf package."""
     try:
@@ -73,6 +118,7 @@ def opened_gguf(file: Path) -> list[tuple[str, Stored]]:
     except ImportError as error:
         raise CheckpointError(f"{file} is a GGUF file; the package gguf reads those: pip install gguf") from error
     with gguf_errors(file):
+        check_header(file)
         reader = gguf.GGUFReader(file)
         return [(tensor.name, _of_gguf(gguf, file, reader, tensor)) for tensor in reader.tensors]
 

@@ -6,14 +6,12 @@ Text to video on one device. The clips' latents and their captions' embeddings a
 stopped run goes on exactly where its last state was saved.
 """
 
-import signal
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..diffusion.loss import velocity_loss
 from ..models.packed import forward_packed
@@ -24,43 +22,12 @@ from .finetuning import Finetuning
 from .log import Log
 from .lora import add_lora, save_learnt
 from .optim import cosine
-from .options import TrainingError, to_toml
+from .options import to_toml
 from .randomness import RandomStates
+from .run import Progress, Weights, is_usable, stopping
 from .sampling import Drawn, Draws, Example
 
 ADAPTER = "pytorch_lora_weights.safetensors"  # where diffusers looks for it
-
-
-class Weights:
-    """Parameters by name, as a part of a state."""
-
-    def __init__(self, parameters: dict[str, nn.Parameter]):
-        self.parameters = parameters
-
-    def state_dict(self) -> dict[str, Tensor]:
-        return {name: parameter.detach() for name, parameter in self.parameters.items()}
-
-    @torch.no_grad()
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        if state.keys() != self.parameters.keys():
-            raise ValueError(f"it holds {len(state)} weights by other names than the {len(self.parameters)} that learn")
-        for name, value in state.items():
-            if value.shape != self.parameters[name].shape:
-                raise ValueError(f"{name} is {list(value.shape)}, here {list(self.parameters[name].shape)}")
-            self.parameters[name].copy_(value)
-
-
-class Progress:
-    """Where a run stands besides its step."""
-
-    def __init__(self) -> None:
-        self.skipped = 0  # steps whose loss or gradient was not finite
-
-    def state_dict(self) -> dict:
-        return {"skipped": self.skipped}
-
-    def load_state_dict(self, state: dict) -> None:
-        self.skipped = state["skipped"]
 
 
 def learning(run: Finetuning, model: ExpertTransformer) -> dict[str, nn.Parameter]:
@@ -102,7 +69,7 @@ def train(run: Finetuning, model: ExpertTransformer, examples: list[Example], dr
             loss = accumulate(run, model, drawn, scaler)
             scaler.unscale_(optimiser)
             gradient = nn.utils.clip_grad_norm_(parameters.values(), rates.clip_norm).item()
-            if is_usable(run, step, loss, gradient, scaler, progress):
+            if is_usable(run.non_finite, step, loss, gradient, progress, scaler.is_enabled()):
                 scaler.step(optimiser)
                 if average is not None:
                     average.update()
@@ -135,34 +102,6 @@ def accumulate(run: Finetuning, model: ExpertTransformer, drawn: list[Drawn], sc
         scaler.scale(loss).backward()
         total += loss.item()
     return total
-
-
-def is_usable(
-    run: Finetuning, step: int, loss: float, gradient: float, scaler: torch.amp.GradScaler, progress: Progress
-) -> bool:
-    """Whether the optimiser may step. Raises TrainingError where it may not and the run is to stop then."""
-    infinite = float("inf")
-    if abs(loss) < infinite and (gradient < infinite or scaler.is_enabled()):  # a scaler leaves such steps out itself
-        return True
-    if run.non_finite == "stop":
-        what = f"the loss is {loss}" if not abs(loss) < infinite else f"the gradient's norm is {gradient}"
-        raise TrainingError(
-            f"step {step + 1}: {what}; no weight was changed. Try a lower optimiser.lr, or precision=bf16 or fp32, or "
-            "leave such steps out with non_finite=skip"
-        )
-    progress.skipped += 1
-    return False
-
-
-@contextmanager
-def stopping() -> Iterator[Callable[[], bool]]:
-    """Whether SIGTERM has come; it then no longer ends the process, so that the step can be finished and saved."""
-    came: list[int] = []
-    before = signal.signal(signal.SIGTERM, lambda number, frame: came.append(number))
-    try:
-        yield lambda: bool(came)
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def write_beside(run: Finetuning, model: ExpertTransformer, folder: Path) -> None:

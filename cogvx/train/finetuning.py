@@ -73,17 +73,17 @@ class Finetuning:
 
     def __post_init__(self) -> None:
         for name in ("num_steps", "batch", "accumulation", "save_every", "keep_last"):
-            _check(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
-        _check("num_frames", self.num_frames, self.num_frames is None or self.num_frames % 8 == 1, "8N+1")
-        _check("drop_text", self.drop_text, 0 <= self.drop_text <= 1, "from 0 to 1")
-        _check("ema_decay", self.ema_decay, self.ema_decay is None or 0 <= self.ema_decay < 1, "from 0 to below 1")
-        _check("lora.rank", self.lora.rank, self.lora.rank >= 1, "at least 1")
-        _check("optimiser.lr", self.optimiser.lr, self.optimiser.lr > 0, "above 0")
-        _check("optimiser.betas", self.optimiser.betas, len(self.optimiser.betas) == 2, "two numbers")
-        _check("start", self.start, self.kind == "transformer" or self.start == "checkpoint", "checkpoint for a LoRA")
+            check(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
+        check("num_frames", self.num_frames, self.num_frames is None or self.num_frames % 8 == 1, "8N+1")
+        check("drop_text", self.drop_text, 0 <= self.drop_text <= 1, "from 0 to 1")
+        check("ema_decay", self.ema_decay, self.ema_decay is None or 0 <= self.ema_decay < 1, "from 0 to below 1")
+        check("lora.rank", self.lora.rank, self.lora.rank >= 1, "at least 1")
+        check("optimiser.lr", self.optimiser.lr, self.optimiser.lr > 0, "above 0")
+        check("optimiser.betas", self.optimiser.betas, len(self.optimiser.betas) == 2, "two numbers")
+        check("start", self.start, self.kind == "transformer" or self.start == "checkpoint", "checkpoint for a LoRA")
 
 
-def _check(name: str, value: object, is_valid: bool, wanted: str) -> None:
+def check(name: str, value: object, is_valid: bool, wanted: str) -> None:
     if not is_valid:
         raise TrainingError(f"{name} is {value}; it must be {wanted}")
 

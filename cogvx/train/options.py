@@ -44,7 +44,7 @@ def read_options(config_class: type[Config], file: Path | None, words: Sequence[
 
 
 def to_toml(config: Any) -> str:
-    """The options as TOML that `read_options` reads; those that are None are left out."""
+    """The options as TOML that `read_options` reads; TOML has no None, so that is written as "none"."""
     return "\n".join(_lines(config, "")) + "\n"
 
 
@@ -120,12 +120,14 @@ def _lines(config: Any, path: str) -> list[str]:
         value = getattr(config, field.name)
         if dataclasses.is_dataclass(value):
             groups += ["", f"[{path}{field.name}]", *_lines(value, f"{path}{field.name}.")]
-        elif value is not None:
+        else:
             lines.append(f"{field.name} = {_text(value)}")
     return lines + groups
 
 
 def _text(value: Any) -> str:
+    if value is None:
+        return '"none"'
     if isinstance(value, tuple):
         return f"[{', '.join(map(_text, value))}]"
     return json.dumps(str(value) if isinstance(value, Path) else value, ensure_ascii=False)

@@ -13,7 +13,7 @@ from . import compiled
 _NARROW = 8  # channels; in narrower heads all of a gradient can cancel, and few errors average out: they take double
 
 
-def why_not(q: Tensor, k: Tensor, v: Tensor, lengths: list[int] | None) -> str | None:
+def why_not(q: Tensor, k: Tensor, v: Tensor, lengths: list[int] | None, return_lse: bool) -> str | None:
     if any(x.dtype != q.dtype or x.device != q.device for x in (k, v)):
         return f"every tensor must be {q.dtype} on {q.device}, as q is"
     return _extension.why_not(q)
@@ -24,25 +24,30 @@ def forward(
     k: Tensor,  # [B, A, N, E]
     v: Tensor,  # [B, A, N, E]
     lengths: list[int] | None,
-) -> Tensor:  # [B, N, A E]
+    return_lse: bool,
+) -> tuple[Tensor, Tensor]:  # [B, N, A E] and [B, A, N], or [B, A, 0]
     if q.shape[3] < _NARROW and q.dtype != torch.float64:
-        return forward(q.double(), k.double(), v.double(), lengths).to(q.dtype)
+        y, lse = forward(q.double(), k.double(), v.double(), lengths, return_lse)
+        return y.to(q.dtype), lse.float()
     q, k, v = map(with_contiguous_rows, (q, k, v))
-    return compiled.forward(_extension._C, place(q), _samples(q, lengths), q, k, v)
+    return compiled.forward(_extension._C, place(q), _samples(q, lengths), q, k, v, return_lse)
 
 
 def backward(
     grad: Tensor,  # [B, N, A E]
+    grad_lse: Tensor,  # [B, A, N], or [B, A, 0]
     q: Tensor,
     k: Tensor,
     v: Tensor,
     lengths: list[int] | None,
+    return_lse: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # of q, k, v
     """The gradients, the same whatever the number of threads: one thread sums a head of a sample, in one order."""
     if q.shape[3] < _NARROW and q.dtype != torch.float64:
-        return tuple(g.to(q.dtype) for g in backward(grad.double(), q.double(), k.double(), v.double(), lengths))
+        wide = (x.double() for x in (grad, grad_lse, q, k, v))
+        return tuple(g.to(q.dtype) for g in backward(*wide, lengths, return_lse))
     grad, q, k, v = map(with_contiguous_rows, (grad, q, k, v))
-    return compiled.backward(_extension._C, place(q), _samples(q, lengths), grad, q, k, v)
+    return compiled.backward(_extension._C, place(q), _samples(q, lengths), grad, grad_lse, q, k, v)
 
 
 def _samples(q: Tensor, lengths: list[int] | None) -> compiled.Tokens:

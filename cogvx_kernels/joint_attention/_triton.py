@@ -5,13 +5,15 @@ sum has one owner, so that results repeat bit for bit.
 """
 
 import math
-from functools import lru_cache
-from itertools import accumulate
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from ._triton_tiles import options
+from .reference import lse_dtype
+from .tiles import tiles as table_of_tiles
 
 FOR_SHAPES = "head widths of 8 to 128"  # in narrower heads all of a gradient can cancel, and its errors stay
 _MAX_STRIDE = 2**23  # of a token; within a tile offsets are 32-bit
@@ -125,7 +127,7 @@ def _visit_keys(
 
 @triton.jit
 def forward_kernel(
-    q, k, v, y, tiles, num_tiles, num_heads, num_tokens, scale,
+    q, k, v, y, lse, tiles, num_tiles, num_heads, num_tokens, scale,
     q_b, q_a, q_n, k_b, k_a, k_n, v_b, v_a, v_n,
     QUERIES: tl.constexpr, KEYS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
@@ -147,6 +149,10 @@ def forward_kernel(
         queries, q, k, v, q_n, k_n, v_n, row, last, end, scale, peak, total, sums,
         QUERIES, KEYS, WIDTH, BLOCK, CHUNK, False,
     )  # fmt: skip
+    if lse is not None:
+        inside = tl.arange(0, QUERIES) < end - row
+        lse += (b * num_heads + a) * num_tokens + row
+        tl.store(lse + tl.arange(0, QUERIES), peak * scale + tl.log(total), mask=inside)
     y += (b * num_tokens * num_heads + a) * WIDTH
     _store(y, sums / total[:, None], row, end, num_heads * WIDTH, QUERIES, WIDTH, BLOCK)
 
@@ -185,7 +191,7 @@ def _visit_keys_for_gradient(
 
 @triton.jit
 def queries_backward_kernel(
-    grad, q, k, v, grad_q, peaks, shares, deltas, tiles, num_tiles, num_heads, num_tokens, scale,
+    grad, q, k, v, grad_q, peaks, shares, deltas, grad_lse, tiles, num_tiles, num_heads, num_tokens, scale,
     grad_b, grad_n, q_b, q_a, q_n, k_b, k_a, k_n, v_b, v_a, v_n,
     QUERIES: tl.constexpr, KEYS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
@@ -193,7 +199,8 @@ def queries_backward_kernel(
 
     A first pass over the keys finds the peak of the scores, the share of a weight of 1 in the sum of weights and
     delta = sum(p * grad v^T), which the keys need too. delta is sum(grad * y) as well, but rounded otherwise: where one
-    key takes all the weight, the difference must be nothing, not noise.
+    key takes all the weight, the difference must be nothing, not noise. What lse passes on is p times its gradient,
+    which is taken from delta.
     """
     b, a, row, start, end = _place(tiles, num_tiles, num_heads, num_tokens, QUERIES)
     q += b * q_b + a * q_a
@@ -217,6 +224,9 @@ def queries_backward_kernel(
     )  # fmt: skip
     share = 1.0 / total
     delta *= share
+    if grad_lse is not None:
+        grad_lse += (b * num_heads + a) * num_tokens + row
+        delta -= tl.load(grad_lse + tl.arange(0, QUERIES), mask=tl.arange(0, QUERIES) < end - row, other=0.0)
     sums = tl.zeros([QUERIES, BLOCK], tl.float32)
     for first in range(start, last, KEYS):
         sums = _visit_keys_for_gradient(
@@ -294,30 +304,7 @@ def keys_backward_kernel(
     _store(grad_v + head, sums_v, row, end, WIDTH, KEYS, WIDTH, BLOCK)
 
 
-def options(kernel: str, dtype: torch.dtype, width: int, capability: int) -> dict:
-    """The compile-time arguments of a kernel; capability is 90 for sm_90, and 0 for the interpreter."""
-    block = max(triton.next_power_of_2(width), 16)
-    chunk, stages, backward = block, 2, kernel != "forward"
-    # Rows of the tile that a program owns, rows of the tiles that it visits: as many as registers hold.
-    own, visited, warps = 128, 64 if width <= 64 else 32, 8
-    if capability == 0:  # as many of each: how numpy sums depends on the shape
-        own, visited, chunk = 32, 32, min(block, 32) if dtype == torch.float32 else block
-    elif dtype == torch.float32:
-        own, visited, chunk, warps, stages = 32, 16, 16, 8 if backward else 4, 1
-    elif backward and width > 64:
-        own, visited, chunk = 64, 32, block if capability in (90, 100) else 64
-    elif capability == 90:
-        visited = visited if backward else 2 * visited
-    elif backward:
-        visited = 32
-    else:
-        stages = 3
-    queries, keys = (visited, own) if kernel == "keys_backward" else (own, visited)
-    sizes = {"QUERIES": queries, "KEYS": keys, "WIDTH": width, "BLOCK": block, "CHUNK": chunk}
-    return sizes | {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
-
-
-def why_not(q: Tensor, k: Tensor, v: Tensor, lengths: list[int] | None) -> str | None:
+def why_not(q: Tensor, k: Tensor, v: Tensor, lengths: list[int] | None, return_lse: bool) -> str | None:
     if not (q.is_cuda or triton.knobs.runtime.interpret):
         return "Triton runs on CUDA tensors, or anywhere with TRITON_INTERPRET=1"
     if q.dtype not in _DTYPES or any(x.dtype != q.dtype for x in (k, v)):
@@ -330,36 +317,41 @@ def forward(
     k: Tensor,  # [B, A, N, E]
     v: Tensor,  # [B, A, N, E]
     lengths: list[int] | None,
-) -> Tensor:  # [B, N, A E]
+    return_lse: bool,
+) -> tuple[Tensor, Tensor]:  # [B, N, A E] and [B, A, N], or [B, A, 0]
     b, a, n, e = q.shape
     y = torch.empty(b, n, a * e, dtype=q.dtype, device=q.device)
+    lse = torch.empty(b, a, n if return_lse else 0, dtype=lse_dtype(q), device=q.device)
     if y.numel():
-        _launch("forward", lengths, [*map(_with_close_rows, (q, k, v))], [y])
-    return y
+        _launch("forward", lengths, [*map(_with_close_rows, (q, k, v))], [y, lse if return_lse else None])
+    return y, lse
 
 
 def backward(
     grad: Tensor,  # [B, N, A E]
+    grad_lse: Tensor,  # [B, A, N], or [B, A, 0]
     q: Tensor,
     k: Tensor,
     v: Tensor,
     lengths: list[int] | None,
+    return_lse: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # of q, k, v
     grads = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v)]
     if grad.numel():
         inputs = [*map(_with_close_rows, (grad, q, k, v))]
         statistics = [torch.empty(q.shape[:3], dtype=torch.float32, device=q.device) for _ in range(3)]
-        _launch("queries_backward", lengths, inputs, [grads[0], *statistics])
+        of_lse = grad_lse.contiguous() if return_lse else None
+        _launch("queries_backward", lengths, inputs, [grads[0], *statistics, of_lse])
         _launch("keys_backward", lengths, inputs, [*grads[1:], *statistics])
     return tuple(grads)
 
 
-def _launch(name: str, lengths: list[int] | None, inputs: list[Tensor], others: list[Tensor]) -> None:
+def _launch(name: str, lengths: list[int] | None, inputs: list[Tensor], others: list[Tensor | None]) -> None:
     q = inputs[-3]
     b, a, n, e = q.shape
     chosen = options(name, q.dtype, e, _capability(q))
     size = chosen["KEYS" if name == "keys_backward" else "QUERIES"]
-    tiles = _tiles(tuple(lengths), size, q.is_cuda).to(q.device, non_blocking=True) if lengths else None
+    tiles = table_of_tiles(lengths, size, q)
     num_tiles = -(-n // size) if tiles is None else len(tiles)
     strides = [stride for x in inputs for stride in x.stride()[:-1]]
     with torch.cuda.device_of(q):
@@ -371,18 +363,6 @@ KERNELS = {
     "queries_backward": queries_backward_kernel,
     "keys_backward": keys_backward_kernel,
 }
-
-
-@lru_cache(maxsize=256)
-def _tiles(lengths: tuple[int, ...], size: int, pinned: bool) -> Tensor:  # [tiles, 3]
-    """First row of each tile, first row of its sample and the row after the last; long samples first.
-
-    The table stays on the host, pinned: copying it does not wait for the device, and a captured graph copies it again.
-    """
-    samples = zip(accumulate(lengths, initial=0), lengths, strict=False)
-    rows = [(first, start, start + n) for start, n in samples for first in range(start, start + n, size)]
-    table = torch.tensor(sorted(rows, key=lambda row: row[1] - row[2]), dtype=torch.int32)
-    return table.pin_memory() if pinned else table
 
 
 def _capability(x: Tensor) -> int:

@@ -16,6 +16,7 @@ def make(
     tokens: int,
     head_width: int,
     lengths: list[int] | None = None,
+    return_lse: bool = False,
     *,
     dtype=torch.float32,
     device="cpu",
@@ -26,21 +27,22 @@ def make(
     shape = batch, num_heads, tokens, head_width
     # Larger scores than these overflow float16 itself.
     std = min(scale, 4.0)
-    return normal(*shape, std=std), normal(*shape, std=std), normal(*shape, std=scale), lengths
+    return normal(*shape, std=std), normal(*shape, std=std), normal(*shape, std=scale), lengths, return_lse
 
 
 SMALL = [
     partial(make, 2, 3, 17, 64),
-    partial(make, 1, 2, 13, 59),
+    partial(make, 1, 2, 13, 59, return_lse=True),
     partial(make, 1, 1, 7, 111),
-    partial(make, 1, 2, 1, 16),
+    partial(make, 1, 2, 1, 16, return_lse=True),
     partial(make, 1, 2, 19, 64, lengths=[7, 1, 11]),
     partial(make, 1, 1, 5, 8, lengths=[5]),
     partial(make, 1, 1, 133, 32),
-    partial(make, 1, 1, 144, 16, lengths=[131, 13]),
+    partial(make, 1, 1, 144, 16, lengths=[131, 13], return_lse=True),
     partial(make, 1, 1, 194, 72, lengths=[193, 1]),
+    partial(make, 1, 1, 33, 128, return_lse=True),
     partial(make, 1, 2, 0, 16),
-    partial(make, 0, 2, 3, 16),
+    partial(make, 0, 2, 3, 16, return_lse=True),
 ]
 
 REAL = {
@@ -58,6 +60,7 @@ ILLEGAL = [
     ("lengths", lambda _: [-1, 2]),
     ("lengths", lambda _: [0]),
     ("lengths", lambda _: 3),
+    ("return_lse", lambda _: None),
 ]
 
 
@@ -69,19 +72,23 @@ def draw(rng: random.Random) -> partial:
         batch, tokens = 1, sum(lengths)
     if batch * heads > 2 and tokens > 31:  # an interpreted kernel takes seconds for each head of several tiles
         batch, heads = min(batch, 1), 2
-    return partial(make, batch, heads, tokens, rng.choice([1, 8, 59, 64, 111, 128]), lengths)
+    return partial(make, batch, heads, tokens, rng.choice([1, 8, 59, 64, 111, 128]), lengths, rng.random() < 0.4)
 
 
 def kernels(module: ModuleType, capability: int) -> Iterator[tuple]:
     """Kernel, types of its arguments, constants and options, for compiling ahead of time."""
     whole = [("bf16", 64), ("bf16", 128), ("fp32", 64), ("fp32", 128)]
-    for dtype, width, packed in [(*one, False) for one in whole] + [("bf16", 64, True)]:
+    calls = [(*one, False, False) for one in whole] + [("bf16", 64, True, False), ("bf16", 64, False, True)]
+    for dtype, width, packed, lse in calls:
         for name, kernel in module.KERNELS.items():
+            if lse and name == "keys_backward":
+                continue  # it knows nothing of lse
             options = module.options(name, torch.float32 if dtype == "fp32" else torch.bfloat16, width, capability)
             constants = {name: options.pop(name) for name in kernel.arg_names if name in options}
-            constants |= {} if packed else {"tiles": None}
+            absent = {"tiles": not packed, "lse": not lse, "grad_lse": not lse}
+            constants |= {argument: None for argument in kernel.arg_names if absent.get(argument)}
             kinds = {"tiles": "*i32:16", "scale": "fp32"}
-            kinds |= dict.fromkeys(("peaks", "shares", "deltas"), "*fp32:16")
+            kinds |= dict.fromkeys(("peaks", "shares", "deltas", "lse", "grad_lse"), "*fp32:16")
             kinds |= {name: "i32:16" for name in kernel.arg_names if name.endswith(("_b", "_a", "_n"))}
             kinds |= dict.fromkeys(("num_tiles", "num_heads", "num_tokens"), "i32")
             types = {name: kinds.get(name, f"*{dtype}:16") for name in kernel.arg_names if name not in constants}

@@ -10,10 +10,24 @@ def forward(
     k: Tensor,  # [B, A, N, E]
     v: Tensor,  # [B, A, N, E]
     lengths: list[int] | None,
-) -> Tensor:  # [B, N, A E]
+    return_lse: bool,
+) -> tuple[Tensor, Tensor]:  # [B, N, A E] and [B, A, N], or [B, A, 0]
     if lengths:
         samples = zip(*(x.split(lengths, dim=2) for x in (q, k, v)), strict=True)
-        y = torch.cat([F.scaled_dot_product_attention(*sample) for sample in samples], dim=2)
+        parts = zip(*(_attend(*sample, return_lse) for sample in samples), strict=True)
+        y, lse = (torch.cat(part, dim=2) for part in parts)
     else:
-        y = F.scaled_dot_product_attention(q, k, v)
-    return y.transpose(1, 2).flatten(2)
+        y, lse = _attend(q, k, v, return_lse)
+    return y.transpose(1, 2).flatten(2), lse
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, return_lse: bool) -> tuple[Tensor, Tensor]:
+    y, dtype = F.scaled_dot_product_attention(q, k, v), lse_dtype(q)
+    if not return_lse:
+        return y, q[:, :, :0].sum(-1, dtype=dtype)
+    return y, (q.to(dtype) @ k.to(dtype).mT * q.shape[-1] ** -0.5).logsumexp(-1)
+
+
+def lse_dtype(q: Tensor) -> torch.dtype:
+    """Of the logarithms of sums: the difference of two of them weighs one result against another."""
+    return torch.promote_types(q.dtype, torch.float32)

@@ -4,6 +4,7 @@
 // the next row is on its way while sums of this one wait for one another.
 #pragma once
 
+#include "common/by_dtype.cuh"
 #include "common/launch.cuh"
 #include "common/ptx.cuh"
 #include "common/vec.cuh"

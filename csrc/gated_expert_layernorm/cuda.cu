@@ -154,22 +154,16 @@ template <class T> const char* backward_as(const Args& args, cudaStream_t stream
 
 const char* forward_cuda(const Args& args, int device, uintptr_t stream_address) {
   if (const char* reason = why_not(args.norm)) return reason;
-  const DeviceGuard guard(device);
-  const auto stream = reinterpret_cast<cudaStream_t>(stream_address);
-  if (args.norm.dtype == DType::float32) return forward_as<float>(args, stream);
-  if (args.norm.dtype == DType::float16) return forward_as<__half>(args, stream);
-  if (args.norm.dtype == DType::bfloat16) return forward_as<__nv_bfloat16>(args, stream);
-  return "a dtype that is not compiled";
+  return by_dtype(args.norm.dtype, device, stream_address, [&](auto zero, cudaStream_t stream) {
+    return forward_as<decltype(zero)>(args, stream);
+  });
 }
 
 const char* backward_cuda(const Args& args, int device, uintptr_t stream_address) {
   if (const char* reason = why_not(args.norm)) return reason;
-  const DeviceGuard guard(device);
-  const auto stream = reinterpret_cast<cudaStream_t>(stream_address);
-  if (args.norm.dtype == DType::float32) return backward_as<float>(args, stream);
-  if (args.norm.dtype == DType::float16) return backward_as<__half>(args, stream);
-  if (args.norm.dtype == DType::bfloat16) return backward_as<__nv_bfloat16>(args, stream);
-  return "a dtype that is not compiled";
+  return by_dtype(args.norm.dtype, device, stream_address, [&](auto zero, cudaStream_t stream) {
+    return backward_as<decltype(zero)>(args, stream);
+  });
 }
 
 }  // namespace cogvx::gated_expert_layernorm

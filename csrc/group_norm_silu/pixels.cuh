@@ -3,6 +3,7 @@
 // A thread keeps what it needs of a few channels, kVec of them side by side in memory, and goes from pixel to pixel.
 #pragma once
 
+#include "common/by_dtype.cuh"
 #include "common/launch.cuh"
 #include "common/ptx.cuh"
 #include "common/vec.cuh"
@@ -310,17 +311,11 @@ inline const char* why_not(const Stage& stage) {
 // Calls launch<T, kVec>(stage, stream), kVec being 1 where vectors do not fit.
 template <class Launch> const char* run(const Stage& stage, int device, uintptr_t address, Launch launch) {
   if (const char* reason = why_not(stage)) return reason;
-  const DeviceGuard guard(device);
-  const auto stream = reinterpret_cast<cudaStream_t>(address);
-  const auto as = [&](auto zero) -> const char* {
+  return by_dtype(stage.dtype, device, address, [&](auto zero, cudaStream_t stream) {
     using T = decltype(zero);
     if (is_aligned<T>(stage)) return launch.template operator()<T, 16 / sizeof(T)>(stage, stream);
     return launch.template operator()<T, 1>(stage, stream);
-  };
-  if (stage.dtype == DType::float32) return as(float{});
-  if (stage.dtype == DType::float16) return as(__half{});
-  if (stage.dtype == DType::bfloat16) return as(__nv_bfloat16{});
-  return "a dtype that is not compiled";
+  });
 }
 
 // Calls launch(zero) with a zero of the type in which sums and gradients are made.

@@ -44,10 +44,11 @@ Args inputs(const std::string& dtype, const Sizes& sizes, const std::vector<Samp
 }
 
 void forward(const PyPlace& where, const std::string& dtype, const Sizes& sizes, const Tokens& tokens, const PyHeads& q,
-             const PyHeads& k, const PyHeads& v, const PyHeads& y) {
+             const PyHeads& k, const PyHeads& v, const PyHeads& y, uintptr_t lse) {
   const std::vector<Sample> samples = samples_of(tokens);
   Args args = inputs(dtype, sizes, samples, tokens, q, k, v);
   args.y = heads(y);
+  args.lse = pointer(lse);
   const Place at = place(where);
   const py::gil_scoped_release release;
   if (at.is_cuda)
@@ -58,13 +59,14 @@ void forward(const PyPlace& where, const std::string& dtype, const Sizes& sizes,
 
 void backward(const PyPlace& where, const std::string& dtype, const Sizes& sizes, const Tokens& tokens,
               const PyHeads& q, const PyHeads& k, const PyHeads& v, const PyHeads& grad, const PyHeads& grad_q,
-              const PyHeads& grad_k, const PyHeads& grad_v, uintptr_t statistics) {
+              const PyHeads& grad_k, const PyHeads& grad_v, uintptr_t grad_lse, uintptr_t statistics) {
   const std::vector<Sample> samples = samples_of(tokens);
   Args args = inputs(dtype, sizes, samples, tokens, q, k, v);
   args.grad = heads(grad);
   args.grad_q = heads(grad_q);
   args.grad_k = heads(grad_k);
   args.grad_v = heads(grad_v);
+  args.grad_lse = pointer(grad_lse);
   args.statistics = reinterpret_cast<float*>(statistics);
   const Place at = place(where);
   const py::gil_scoped_release release;

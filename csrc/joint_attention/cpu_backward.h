@@ -2,7 +2,8 @@
 // over tiles of keys and, for each, over blocks of queries. Every sum has one order.
 //
 // With p = softmax(score), delta[n] = sum over e of grad[n, e] y[n, e]:
-// grad_v = p^T grad, d = p * (grad v^T - delta), grad_q = d k / sqrt(E), grad_k = d^T q / sqrt(E).
+// grad_v = p^T grad, d = p * (grad v^T - delta), grad_q = d k / sqrt(E), grad_k = d^T q / sqrt(E). What the logarithm of
+// a row's sum passes on is p times its gradient, which is taken from delta.
 #pragma once
 
 #include "joint_attention/cpu_forward.h"
@@ -99,7 +100,8 @@ template <class T> void sum_rows(const HeadScratch<T>& at, int64_t query, int64_
 // The logarithm (base 2) of each row's sum of weights over 2^top, and delta. This is taken from the products that it
 // is to be subtracted from, and kept in two numbers: where a query sees little but one key, next to nothing is left of
 // the difference, and its error should be smaller still.
-template <class T> void prepare(const Args& args, int64_t num_tokens, const HeadScratch<T>& at) {
+template <class T>
+void prepare(const Args& args, int64_t num_tokens, const Sum<T>* grad_lse, const HeadScratch<T>& at) {
   using A = Sum<T>;
   constexpr int kKeys = Kind<T>::kKeyTile;
   const int64_t steps = steps_of<T>(args.width);
@@ -114,7 +116,8 @@ template <class T> void prepare(const Args& args, int64_t num_tokens, const Head
     }
     for (int r = 0; r < kBlockRows; ++r) {
       const double sum = sum_of<A>(load(at.sums + r * kLanes<T>));
-      const double delta = sum_of<A>(load(at.weighted + r * kLanes<T>)) / sum;
+      double delta = sum_of<A>(load(at.weighted + r * kLanes<T>)) / sum;
+      if (grad_lse && query + r < num_tokens) delta -= grad_lse[query + r];
       at.delta[query + r] = static_cast<A>(delta);
       at.delta_rest[query + r] = static_cast<A>(delta - static_cast<double>(at.delta[query + r]));
       at.log_sum[query + r] = static_cast<A>(log2(sum));
@@ -218,7 +221,8 @@ void backward_head(const Args& args, int64_t b, int64_t a, const Sample& sample,
   const int64_t columns = columns_of<T>(args.width);
   const A factor = static_cast<A>(1 / sqrt(static_cast<double>(args.width)));
   pack_head<T>(args, b, a, sample, at);
-  prepare<T>(args, sample.count, at);
+  const int64_t row = (b * args.num_heads + a) * args.num_tokens + sample.first;
+  prepare<T>(args, sample.count, args.grad_lse ? reinterpret_cast<const A*>(args.grad_lse) + row : nullptr, at);
   for (int64_t i = 0; i < round_up(sample.count, kQueryBlock) * columns; ++i) at.grad_q[i] = 0;
   for (int64_t key = 0; key < sample.count; key += kKeys) {
     const int64_t keys_left = sample.count - key, keys = keys_left < kKeys ? keys_left : kKeys;

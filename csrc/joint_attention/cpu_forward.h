@@ -135,8 +135,8 @@ template <class A> inline A raise_top(const A* scores, int64_t keys, A factor, A
   return before;
 }
 
-// Turns kBlockRows rows of scores into weights and adds these up.
-template <class T> void soften(const Queries<T>& at, int64_t row, int64_t keys, int64_t columns, Sum<T> factor) {
+// Turns kBlockRows rows of scores into weights and adds these up; coarse ones have errors that their rounding hides.
+template <class T, bool kCoarse> void soften(const Queries<T>& at, int64_t row, int64_t keys, int64_t columns, Sum<T> factor) {
   using A = Sum<T>;
   constexpr int kCount = kLanes<T>, kPair = Kind<T>::kPair;
   for (int r = 0; r < kBlockRows; ++r) {
@@ -155,7 +155,7 @@ template <class T> void soften(const Queries<T>& at, int64_t row, int64_t keys, 
       Vec<A> weights[2] = {};
       for (int i = 0; i < kPair; ++i) {
         const Vec<A> score = load(scores + j + i * kCount);
-        weights[i] = exp2_of<Kind<T>::kCoarse>(Kind<T>::kCoarse ? score * factor - shift : (score - top) * factor);
+        weights[i] = exp2_of<kCoarse>(kCoarse ? score * factor - shift : (score - top) * factor);
         sum += weights[i];
       }
       put_weights<T>(at.weights + (r * Kind<T>::kKeyTile + j) / kPair, weights[0], weights[1]);
@@ -165,14 +165,14 @@ template <class T> void soften(const Queries<T>& at, int64_t row, int64_t keys, 
 }
 
 // Attention of a tile of queries over every key of its sample; `k` and `v` are the sample's packed keys and values.
-template <class T>
+template <class T, bool kCoarse>
 void attend(const Args& args, const T* q, int64_t stride, int64_t count, int64_t num_keys, const Word<T>* k,
             const Word<T>* v, const Queries<T>& at) {
   using A = Sum<T>;
   constexpr int kKeys = Kind<T>::kKeyTile, kPair = Kind<T>::kPair;
   const int64_t steps = steps_of<T>(args.width), columns = columns_of<T>(args.width);
   const A factor = score_factor<A>(args.width);
-    const int64_t rows = round_up(count, kBlockRows);
+  const int64_t rows = round_up(count, kBlockRows);
   pack_left<T>(q, stride, count, rows, args.width, at.q);
   for (int64_t i = 0; i < rows * columns; ++i) at.out[i] = 0;
   for (int64_t i = 0; i < rows * kLanes<T>; ++i) at.sums[i] = 0;
@@ -182,20 +182,29 @@ void attend(const Args& args, const T* q, int64_t stride, int64_t count, int64_t
     for (int64_t row = 0; row < count; row += kBlockRows) {
       multiply_by_keys<T>({at.q + row * steps, steps, 1}, k + first * steps, steps, filled, at.scores, kKeys);
       if (filled < keys) mask_scores(at.scores, kKeys, filled, keys);
-      soften<T>(at, row, keys, columns, factor);
+      soften<T, kCoarse>(at, row, keys, columns, factor);
       multiply<T, true>({at.weights, kKeys / kPair, 1}, v + first / kPair * columns, keys / kPair, columns,
                         at.out + row * columns, columns);
     }
   }
 }
 
+// The logarithms of a head's sums, from a row on.
+template <class T> Sum<T>* lse_of(const Args& args, int64_t b, int64_t a, int64_t n) {
+  return reinterpret_cast<Sum<T>*>(args.lse) + (b * args.num_heads + a) * args.num_tokens + n;
+}
+
 template <class T>
 void forward_tile(const Args& args, int64_t b, int64_t a, const Tile& tile, const Word<T>* k, const Word<T>* v,
                   const Queries<T>& at) {
   const int64_t first = tile.sample.first + tile.first, columns = columns_of<T>(args.width);
-  attend<T>(args, row_of<T>(args.q, b, a, first), args.q.stride_n, tile.count, tile.sample.count, k, v, at);
+  const auto run = args.lse ? attend<T, false> : attend<T, Kind<T>::kCoarse>;  // a logarithm is not rounded to T
+  run(args, row_of<T>(args.q, b, a, first), args.q.stride_n, tile.count, tile.sample.count, k, v, at);
+  const double scale = 1 / sqrt(static_cast<double>(args.width));
   for (int64_t i = 0; i < tile.count; ++i) {
-    const Sum<T> inverse = static_cast<Sum<T>>(1 / sum_of<Sum<T>>(load(at.sums + i * kLanes<T>)));
+    const double sum = sum_of<Sum<T>>(load(at.sums + i * kLanes<T>));
+    if (args.lse) lse_of<T>(args, b, a, first)[i] = static_cast<Sum<T>>(at.top[i] * scale + log(sum));
+    const Sum<T> inverse = static_cast<Sum<T>>(1 / sum);
     const Sum<T>* out = at.out + i * columns;
     T* y = mutable_row_of<T>(args.y, b, a, first + i);
 #pragma omp simd

@@ -15,8 +15,8 @@ template <int kWidth> struct Sizes {
   static_assert(kOwned * kWidth <= 2 * kTile);  // queries lie where later a stage does
 };
 
-template <class T, int kWidth> __global__ void __launch_bounds__(Sizes<kWidth>::kThreads, kWidth <= 64 ? 2 : 1)
-forward_kernel(Args args) {
+template <class T, int kWidth, bool kWithLse>
+__global__ void __launch_bounds__(Sizes<kWidth>::kThreads, kWidth <= 64 ? 2 : 1) forward_kernel(Args args) {
   using S = Sizes<kWidth>;
   constexpr int kBlocks = S::kBlocks, kKeys = S::kKeys;
   T* const shared = reinterpret_cast<T*>(shared_memory());
@@ -42,8 +42,8 @@ forward_kernel(Args args) {
 
   Sums<kBlocks, kWidth> sums;
   clear<kBlocks, kWidth>(sums);
-  Softmax<T, kBlocks> softmax;
-  const float bits = kBits / sqrtf(static_cast<float>(width));
+  Softmax<T, kBlocks, kWithLse> softmax;  // a logarithm is not rounded to T
+  const float scale = 1.0f / sqrtf(static_cast<float>(width)), bits = kBits / sqrtf(static_cast<float>(width));
   pipeline.run(start, [&](int stage, int step) {
     Sums<kBlocks, kKeys> scores;
     multiply_by_rows<kBlocks, kKeys>(scores, queries, keys(stage), 0);
@@ -52,6 +52,10 @@ forward_kernel(Args args) {
     add_weighted<kBlocks, kKeys>(sums, scores, values(stage), 0);
   });
 
+  if (kWithLse) {
+    float* const lse = reinterpret_cast<float*>(args.lse) + (owner.b * args.num_heads + owner.a) * args.num_tokens;
+    softmax.store_logarithms(lse + owner.row + row, owner.end - owner.row - row, bits, scale);
+  }
   float factors[kBlocks][2];
   softmax.inverse_totals(factors);
   store_rows<kBlocks>(sums, factors, keys(0), row, owner.at<T>(args.y, owner.row + row), args.y.stride_n,
@@ -61,7 +65,8 @@ forward_kernel(Args args) {
 template <class T, int kWidth> struct Forward {
   static const char* run(const Args& args, unsigned blocks, cudaStream_t stream) {
     using S = Sizes<kWidth>;
-    return launch<forward_kernel<T, kWidth>>(blocks, S::kThreads, S::kBytes, stream, args);
+    return args.lse ? launch<forward_kernel<T, kWidth, true>>(blocks, S::kThreads, S::kBytes, stream, args)
+                    : launch<forward_kernel<T, kWidth, false>>(blocks, S::kThreads, S::kBytes, stream, args);
   }
 };
 

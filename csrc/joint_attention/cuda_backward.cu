@@ -1,6 +1,7 @@
 // The gradients, without a matrix of scores in memory. With p the weights and ds = p * (grad v^T - delta) / sqrt(E):
 // grad_q = ds k, grad_k = ds^T q, grad_v = p^T grad. Two kernels, so that each sum has one owner: a block that owns
-// queries visits keys and values, one that owns keys visits queries and the gradients of their results.
+// queries visits keys and values, one that owns keys visits queries and the gradients of their results. What the
+// logarithm of a row's sum passes on is p times its gradient, which is taken from delta.
 #include <type_traits>
 
 #include "joint_attention/owner.cuh"
@@ -117,6 +118,17 @@ template <int kBlocks> struct Statistics {
       }
   }
 
+  // Takes the gradients of the rows' logarithms from the deltas; `from` and `count` as of `store`.
+  __device__ void subtract_from_deltas(const float* from, int count) {
+#pragma unroll
+    for (int i = 0; i < kBlocks; ++i)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int row = 16 * i + 8 * half + threadIdx.x % 32 / 4;
+        if (row < count) deltas[i][half] -= from[row];
+      }
+  }
+
   // `to` is for the warp's first row, `count` how many rows it has.
   __device__ void store(float4* to, int count) const {
     if (threadIdx.x % 4) return;
@@ -167,7 +179,12 @@ __global__ void __launch_bounds__(Sizes<kWidth>::kThreads, Sizes<kWidth>::kPerPr
     }
   });
   of.finish();
-  of.store(statistics_of(args, owner) + owner.row + row, owner.end - owner.row - row);
+  const int count = owner.end - owner.row - row;
+  if (args.grad_lse) {
+    const int64_t head = (owner.b * args.num_heads + owner.a) * args.num_tokens;
+    of.subtract_from_deltas(reinterpret_cast<const float*>(args.grad_lse) + head + owner.row + row, count);
+  }
+  of.store(statistics_of(args, owner) + owner.row + row, count);
 
   Sums<kBlocks, kWidth> sums;
   clear<kBlocks, kWidth>(sums);
@@ -191,7 +208,7 @@ __global__ void __launch_bounds__(Sizes<kWidth>::kThreads, Sizes<kWidth>::kPerPr
 #pragma unroll
   for (int i = 0; i < 2 * kBlocks; ++i) ones[i / 2][i % 2] = 1.0f;
   store_rows<kBlocks>(sums, ones, owned<T, kWidth>(0), row, owner.at<T>(args.grad_q, owner.row + row),
-                      args.grad_q.stride_n, owner.end - owner.row - row, width);
+                      args.grad_q.stride_n, count, width);
 }
 
 template <int kWidth> constexpr int kResident = Sizes<kWidth>::kIsNarrow ? 1 : 2;  // owned tiles that stay: of v, of k

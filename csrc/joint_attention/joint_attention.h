@@ -32,9 +32,11 @@ struct Args {
   const Sample* samples;  // they follow one another and make up the tokens
   int64_t num_samples;
   Heads q, k, v;
-  Heads y;                       // forward alone; the rest backward alone
-  Heads grad;                    // of y
+  Heads y;                       // of the forward pass
+  char* lse;                     // [B, A, N] in what a dtype is summed in, or nullptr; of the forward pass
+  Heads grad;                    // of y; this and the rest are of the backward pass
   Heads grad_q, grad_k, grad_v;
+  const char* grad_lse;          // like lse
 
   // For CUDA, instead of samples: [num_tiles, 3], the first row of a tile, of its sample, and the row after the sample;
   // nullptr where all tokens see one another.

@@ -55,8 +55,9 @@ template <int kBlocks, int kColumns> __device__ void mask(Sums<kBlocks, kColumns
 }
 
 // A weight is 2^(score * bits - peak * bits). A peak is a score that was the largest, and stays while later ones are
-// not much larger: what was added up under it need not be scaled. A NaN among the scores becomes the peak.
-template <class T, int kBlocks> struct Softmax {
+// not much larger: what was added up under it need not be scaled. A NaN among the scores becomes the peak. Exact, no
+// exponential is emulated for the precision of T.
+template <class T, int kBlocks, bool kIsExact = false> struct Softmax {
   static constexpr float kSlack = 8.0f;       // bits; a weight of 2^8 is far from the limit of float16
   static constexpr float kLarge = 4194304.0f;  // 2^22
   float peaks[kBlocks][2], totals[kBlocks][2];  // of rows g and g + 8; of a total, this lane's part
@@ -101,13 +102,32 @@ template <class T, int kBlocks> struct Softmax {
     for (int i = 0; i < 2 * kBlocks; ++i) inverses[i / 2][i % 2] = 1.0f / sum_of_row(totals[i / 2][i % 2]);
   }
 
+  // For each row log(sum of e^(score * scale)); `to` is for the warp's first row, `count` how many rows it has. What
+  // rounding added to the exponents of a row is taken from the logarithm of their sum.
+  __device__ void store_logarithms(float* to, int count, float bits, float scale) const {
+    constexpr float kLog2 = 0.693147181f;
+#pragma unroll
+    for (int i = 0; i < kBlocks; ++i)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const float total = sum_of_row(totals[i][half]), peak = finite(peaks[i][half]), own_bits = bits_for(peak, bits);
+        const float added = __fmaf_rn(peak, own_bits, -__fmul_rn(peak, own_bits));
+        const int row = 16 * i + 8 * half + threadIdx.x % 32 / 4;
+        if (threadIdx.x % 4 == 0 && row < count) to[row] = peak * scale + (logf(total) - added * kLog2);
+      }
+  }
+
  private:
+  static __device__ float bits_for(float peak, float bits) {
+    return fabsf(peak) < kLarge ? bits : __uint_as_float(__float_as_uint(bits) & 0xff800000u);
+  }
+
   // One instruction takes a score to its exponent. What rounding the peak's product adds to all exponents alike divides
   // out, as long as it is small: a peak so large that floats near it lie further apart than its neighbours' exponents
   // could tell gets a power of two, whose products are exact.
   template <int kVectors>
   static __device__ void weigh_row(float (&scores)[kVectors][4], int half, float bits, float peak, float& total) {
-    const float own_bits = fabsf(peak) < kLarge ? bits : __uint_as_float(__float_as_uint(bits) & 0xff800000u);
+    const float own_bits = bits_for(peak, bits);
     const float peak_bits = peak * own_bits;
 #pragma unroll
     for (int j = 0; j < kVectors; ++j)
@@ -115,7 +135,8 @@ template <class T, int kBlocks> struct Softmax {
       for (int c = 0; c < 2; ++c) {
         float& score = scores[j][2 * half + c];
         const float x = __fmaf_rn(score, own_bits, -peak_bits);
-        score = (j + 2 * half + c) % kEmulatedEvery == 0 ? exp2_emulated<T>(x) : exp2_approximate(x);
+        const bool is_emulated = !kIsExact && (j + 2 * half + c) % kEmulatedEvery == 0;
+        score = is_emulated ? exp2_emulated<T>(x) : exp2_approximate(x);
         total += score;
       }
   }

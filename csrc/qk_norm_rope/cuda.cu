@@ -1,5 +1,6 @@
 // A block takes a chunk of tokens and one of q, k and v. A few lanes of a warp hold a head's row; they keep the token's
 // angles and the norm's weights and go from head to head, so that sums over heads stay in their registers.
+#include "common/by_dtype.cuh"
 #include "common/launch.cuh"
 #include "common/ptx.cuh"
 #include "common/vec.cuh"
@@ -290,22 +291,16 @@ const char* why_not(const Args& args) {
 
 const char* forward_cuda(const Args& args, int device, uintptr_t stream_address) {
   if (const char* reason = why_not(args)) return reason;
-  const DeviceGuard guard(device);
-  const auto stream = reinterpret_cast<cudaStream_t>(stream_address);
-  if (args.dtype == DType::float32) return forward_as<float>(args, stream);
-  if (args.dtype == DType::float16) return forward_as<__half>(args, stream);
-  if (args.dtype == DType::bfloat16) return forward_as<__nv_bfloat16>(args, stream);
-  return "a dtype that is not compiled";
+  return by_dtype(args.dtype, device, stream_address, [&](auto zero, cudaStream_t stream) {
+    return forward_as<decltype(zero)>(args, stream);
+  });
 }
 
 const char* backward_cuda(const Args& args, int device, uintptr_t stream_address) {
   if (const char* reason = why_not(args)) return reason;
-  const DeviceGuard guard(device);
-  const auto stream = reinterpret_cast<cudaStream_t>(stream_address);
-  if (args.dtype == DType::float32) return backward_as<float>(args, stream);
-  if (args.dtype == DType::float16) return backward_as<__half>(args, stream);
-  if (args.dtype == DType::bfloat16) return backward_as<__nv_bfloat16>(args, stream);
-  return "a dtype that is not compiled";
+  return by_dtype(args.dtype, device, stream_address, [&](auto zero, cudaStream_t stream) {
+    return backward_as<decltype(zero)>(args, stream);
+  });
 }
 
 }  // namespace cogvx::qk_norm_rope

@@ -1,6 +1,7 @@
 // Scale and shift of every latent pixel, two 1x1x1 convolutions: [pixels, C_z] times [C_z, 2 C], and the biases.
 #include <cstring>
 
+#include "common/by_dtype.cuh"
 #include "common/launch.cuh"
 #include "common/ptx.cuh"
 #include "common/vec.cuh"
@@ -109,12 +110,9 @@ template <class T> const char* run(const LatentArgs& args, cudaStream_t stream) 
 }  // namespace
 
 const char* project_cuda(const LatentArgs& args, int device, uintptr_t address) {
-  const DeviceGuard guard(device);
-  const auto stream = reinterpret_cast<cudaStream_t>(address);
-  if (args.dtype == DType::float32) return run<float>(args, stream);
-  if (args.dtype == DType::float16) return run<__half>(args, stream);
-  if (args.dtype == DType::bfloat16) return run<__nv_bfloat16>(args, stream);
-  return "a dtype that is not compiled";
+  return by_dtype(args.dtype, device, address, [&](auto zero, cudaStream_t stream) {
+    return run<decltype(zero)>(args, stream);
+  });
 }
 
 }  // namespace cogvx::spatial_norm_silu

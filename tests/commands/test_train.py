@@ -81,3 +81,24 @@ def test_nothing_is_computed_or_written_before_all_is_checked(run_command, optio
         status, _, err = run_command("train", *words)
         assert status == 2 and message in err and err.startswith("cogvx: error: "), err
     assert [path.name for path in tmp_path.iterdir()] == ["run.toml"]
+
+
+def test_a_vae_is_trained_on_clips_without_captions(run_command, clips, small_checkpoint, tmp_path):
+    words = [
+        "vae",
+        f"data={clips}",
+        f"out={tmp_path / 'run'}",
+        f"model={small_checkpoint('2b')}",
+        "num_steps=1",
+        "size=32",
+    ]
+    words += ["num_frames=9", "weights.adversarial_start=none", "device=cpu", "on_fault=skip"]
+    status, out, err = run_command("train", *words, "--dry-run")
+    assert status == 0 and "1 clips; 1 steps of 1 crops of 9 frames and 32 x 32 pixels" in out
+    assert "1 have fewer than 9 frames: b.mp4" in err
+    status, out, _ = run_command("train", *words)
+    assert status == 0 and out == f"{tmp_path / 'run'}  step 1\n"
+    from diffusers import AutoencoderKLCogVideoX
+
+    AutoencoderKLCogVideoX.from_pretrained(tmp_path / "run" / "vae")
+    assert 'adversarial_start = "none"\n' in run_command("train", *words, "--print-config")[1]

@@ -1,6 +1,7 @@
 """Weights in fewer bits: GGUF as the gguf package reads it, bit for bit, and fp8 with and without scales."""
 
 import random
+import struct
 import time
 
 import numpy as np
@@ -125,6 +126,20 @@ def test_a_damaged_gguf_file_gives_our_error(weights, tmp_path):
             assert "\n" not in str(error) and len(str(error)) < 1000
         assert time.process_time() - start < 2.0, case
     assert refused > 30
+
+
+@pytest.mark.parametrize("order", "<>")
+@pytest.mark.parametrize("what", ["fields", "tensors", "items", "strings"])
+def test_a_gguf_header_that_counts_too_much_costs_nothing(tmp_path, order, what):
+    counts = {"tensors": 0, "fields": 1, "items": 0, "strings": 0} | {what: 2**24}
+    array = struct.pack(order + "IIQ", 9, 8, counts["strings"]) if what == "strings" else struct.pack(
+        order + "IIQ", 9, 0, counts["items"])  # fmt: skip
+    head = struct.pack(order + "4sIQQ", b"GGUF", 3, counts["tensors"], counts["fields"])
+    (tmp_path / "x.gguf").write_bytes(head + struct.pack(order + "Q1s", 1, b"x") + array + bytes(2**24))
+    start = time.process_time()
+    with pytest.raises(CheckpointError, match="its header counts more than 65536 items"):
+        ExpertTransformer.from_pretrained(tmp_path / "x.gguf", config=CONFIG)
+    assert time.process_time() - start < 0.5
 
 
 def test_without_the_package_gguf_says_what_to_install(tmp_path, monkeypatch):

@@ -5,7 +5,9 @@ from typing import Literal
 import pytest
 
 from cogvx.train.finetuning import Finetuning
+from cogvx.train.losses import LossWeights
 from cogvx.train.options import TrainingError, read_options, to_toml
+from cogvx.train.vae_clips import VAERun
 
 
 @dataclass(frozen=True)
@@ -38,9 +40,12 @@ def test_the_options_come_back_from_their_toml(tmp_path):
     run = Outer(Path('a "b" é'), 3, "c\\d", True, "y", None, Inner(1e-5))
     (tmp_path / "run.toml").write_text(to_toml(run))
     assert read_options(Outer, tmp_path / "run.toml") == run
-    run = Finetuning(data=Path("clips"), out=Path("runs"), ema_decay=0.99, num_frames=17)
-    (tmp_path / "run.toml").write_text(to_toml(run))
-    assert read_options(Finetuning, tmp_path / "run.toml") == run
+    for run in (
+        Finetuning(data=Path("clips"), out=Path("runs"), ema_decay=0.99, num_frames=17),
+        VAERun(data=Path("clips"), out=Path("runs"), weights=LossWeights(adversarial_start=None)),
+    ):
+        (tmp_path / "run.toml").write_text(to_toml(run))
+        assert read_options(type(run), tmp_path / "run.toml") == run
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,104 @@
+"""cogvx plan: say in how much memory a video can be made, and how."""
+
+from typing import TYPE_CHECKING
+
+from ._arguments import DType
+
+if TYPE_CHECKING:
+    from ..memory.choose import Choice
+    from ..memory.predict import Job
+
+
+def main(
+    model: str = "2b",
+    memory: str | None = None,
+    num_frames: int | None = None,
+    height: int | None = None,
+    width: int | None = None,
+    num_inference_steps: int = 50,
+    guidance_scale: float = 6.0,
+    numerics: str = "diffusers",
+    dtype: DType | None = None,
+) -> None:
+    """Print the fastest plan that makes a video on a GPU within so much memory, and what each stage of it holds.
+
+    Nothing is loaded and no GPU is needed: the models run on tensors without memory. The CUDA context, the workspaces
+    of libraries and what an allocator leaves unused come on top, often about 1 GB.
+
+    Args:
+        model: 2b, 5b, 5b-i2v, 1.5-5b, 1.5-5b-i2v, or a checkpoint folder, a hub name, "tiny".
+        memory: as in 12GB or 7.5GiB; unset, the fastest plan for every amount.
+        num_frames: unset, what the model was trained on, as for height and width.
+        height: in pixels.
+        width: in pixels.
+        num_inference_steps: from 1 to 1000.
+        guidance_scale: up to 1 is no guidance.
+        numerics: whose arithmetic to follow, and changes to it, as in sat,null_text=encoded.
+        dtype: unset, fp16 for 2b and bf16 for all others, as they are published; of a folder, the stored one.
+    """
+    from ..memory.choose import GB, choices, fitting, read_budget
+
+    budget = None if memory is None else read_budget(memory)
+    job = read_job(model, num_frames, height, width, num_inference_steps, guidance_scale, numerics, dtype)
+    from ..pipeline import Pipeline
+
+    found = list(choices(Pipeline, job))
+    size = f"{job.settings.num_frames} frames of {job.settings.height} x {job.settings.width}"
+    print(f"{model} in {str(job.dtype).removeprefix('torch.')}, {size}, {job.settings.num_inference_steps} steps")
+    if budget is not None:
+        show(fitting(found, budget))
+        return
+    least = None
+    for choice in found:
+        if least is None or choice.prediction.peak < least:
+            least = choice.prediction.peak
+            print(f"from {least / GB:6.2f} GB, {choice.seconds:5.1f} s of moves: {choice.plan}")
+
+
+def show(choice: "Choice") -> None:
+    from ..memory.choose import GB, LINK
+
+    print(f"plan: {choice.plan}")
+    for name, stage in choice.prediction.stages.items():
+        print(f"  {name:12}{stage.device / GB:8.2f} GB on the device{stage.host / GB:8.2f} GB on the host")
+    moved = sum(choice.prediction.moved.values())
+    print(f"peak: {choice.prediction.peak / GB:.2f} GB on the device, {choice.prediction.host / GB:.2f} GB on the host")
+    print(f"moves: {moved / GB:.1f} GB of weights, {choice.seconds:.1f} s at {LINK / GB:.0f} GB/s if none is hidden")
+    if choice.plan.tiling is not None:
+        print("tiles are blended: the frames differ a little from those of an untiled decoder")
+
+
+def read_job(
+    model: str,
+    num_frames: int | None,
+    height: int | None,
+    width: int | None,
+    steps: int,
+    scale: float,
+    numerics: str,
+    dtype: str | None,
+) -> "Job":
+    import torch
+
+    from ..config import PRESETS
+    from ..memory.predict import Job
+    from ..models.checkpoint import resolve_folder
+    from ..models.text import TextEncoder
+    from ..numerics import read_numerics
+    from ..parts import dtype_on
+    from ..settings import Configs, Settings, read_configs
+    from ._arguments import torch_dtype
+
+    how, text = read_numerics(numerics), {}
+    if model in PRESETS and model != "tiny":
+        preset = PRESETS[model]
+        configs = Configs(preset.transformer, preset.vae, preset.schedule)
+        used = torch_dtype(dtype) or (torch.float16 if model == "2b" else torch.bfloat16)
+    else:
+        configs, folder = read_configs(model), resolve_folder(model)
+        used = dtype_on(torch.device("cuda"), folder, configs, None, torch_dtype(dtype))
+        text["text"] = TextEncoder.from_pretrained(folder, device="meta").model.config
+    settings = Settings(
+        "any", num_frames=num_frames, height=height, width=width, num_inference_steps=steps, guidance_scale=scale
+    )
+    return Job(configs, settings.resolve(configs, how), used, numerics=how, **text)

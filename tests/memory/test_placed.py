@@ -1,0 +1,66 @@
+"""Where weights wait changes no bit of a video."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from cogvx import Pipeline
+from cogvx.memory.plan import Plan, PlanError
+
+VISITING = Plan("visiting", "visiting", "visiting", halos_on_host=True)
+STREAMED = replace(VISITING, text_encoder="streamed", transformer="streamed")
+QUICK = {"num_inference_steps": 2, "num_frames": 17, "seed": 0, "progress": False}
+
+
+def placed(folder, plan: Plan) -> Pipeline:
+    pipeline = Pipeline.from_pretrained(folder, device="cpu")
+    parts = pipeline.transformer, pipeline.vae, pipeline.text_encoder, pipeline.configs
+    return Pipeline(*parts, numerics=pipeline.numerics, plan=plan, device=torch.device("cpu"))
+
+
+@pytest.mark.parametrize("kind", ["2b", "1.5-5b-i2v"])
+def test_resident_visiting_and_streamed_runs_are_equal_bit_by_bit(small_checkpoint, kind):
+    folder, given = small_checkpoint(kind), {}
+    if kind.endswith("i2v"):
+        given["image"] = np.random.default_rng(0).integers(0, 256, (48, 64, 3), np.uint8)
+    plain = Pipeline.from_pretrained(folder, device="cpu")("a red circle", **QUICK, **given)
+    assert plain.frames.std() > 1
+    for plan in (Plan(), VISITING, STREAMED):
+        pipeline = placed(folder, plan)
+        for _ in range(2):  # a second call finds everything where the first one did
+            assert np.array_equal(pipeline("a red circle", **QUICK, **given).frames, plain.frames), plan
+
+
+def test_guidance_one_after_another_is_within_a_level(small_checkpoint):
+    folder = small_checkpoint("5b")
+    plain = Pipeline.from_pretrained(folder, device="cpu")("a red circle", **QUICK).frames
+    found = placed(folder, Plan(sequential_guidance=True))("a red circle", **QUICK).frames
+    assert np.abs(found.astype(int) - plain).max() <= 1
+
+
+def test_weights_are_brought_no_oftener_than_they_must(small_checkpoint):
+    pipeline = placed(small_checkpoint("5b"), STREAMED)
+    model = pipeline.transformer
+
+    def nbytes(modules) -> int:
+        return sum(p.nbytes for module in modules for p in module._parameters.values() if p is not None)
+
+    whole = nbytes(model.modules())
+    linears = [norm.linear for block in model.transformer_blocks for norm in (block.norm1, block.norm2)]
+    blocks = nbytes(m for block in model.transformer_blocks for m in block.modules()) - nbytes(linears)
+    pipeline("a red circle", **QUICK)
+    moved = sum(w.moved for w in (pipeline.placed.whole["transformer"], *pipeline.placed.modulation))
+    streamed = sum(w.moved for w in pipeline.placed.streams["transformer"].weights)
+    once = whole - blocks - nbytes(linears)
+    assert moved == once + nbytes(linears)
+    first = nbytes(model.transformer_blocks[0].modules()) - nbytes(linears[:2])
+    assert streamed == 2 * blocks + first  # the one after the last step's is on its way when the work ends
+
+
+def test_places_that_there_are_not():
+    with pytest.raises(PlanError, match="transformer of a plan is 'disk'; valid: 'resident', 'visiting', 'streamed'"):
+        Plan(transformer="disk")
+    with pytest.raises(PlanError, match="vae of a plan is 'streamed'; valid: 'resident', 'visiting'"):
+        Plan(vae="streamed")
