@@ -95,13 +95,15 @@ _COMPUTED: dict[str, Callable[..., Cost]] = {
     "joint_attention": _attention,
     "int8_joint_attention": _int8_attention,
     "causal_conv3d": _conv,
+    "causal_conv3d_moments": _conv,
     "upsample_conv": _upsample,
     "downsample_conv": _downsample,
     "linear": _linear,
     "group_norm_silu": _silu,
     "spatial_norm_silu": _silu,
 }
-# The statistics of a chunk, which fits into no cache, must be known before its first value is written.
+# The statistics of a chunk, which fits into no cache, must be known before its first value is written: where the last
+# argument does not give its moments.
 _READ_TWICE = ("group_norm_silu", "spatial_norm_silu")
 # Products of the backward pass by those of the forward pass; attention computes its scores again.
 _BACKWARD = {"joint_attention": 2.5}
@@ -112,7 +114,7 @@ def of(name: str, args: Sequence[Any], results: Any = None) -> Cost:
     args = _complete(name, args)
     results = _parts(_on_meta(name, args) if results is None else results)
     computed = _COMPUTED[name](*args, results[0]) if name in _COMPUTED else Cost()
-    again = args[0].nbytes if name in _READ_TWICE else 0
+    again = args[0].nbytes if name in _READ_TWICE and args[-1] is None else 0
     return computed + Cost(bytes=_bytes(args) + _bytes(results) + again)
 
 
@@ -161,9 +163,9 @@ class Count(TorchDispatchMode):
         results = func(*args, **(kwargs or {}))
         if space == "cogvx" and name in OPS:
             found = of(name, args, results)
-            if name == "causal_conv3d" and id(args[1]) not in self._met:
+            if name.startswith("causal_conv3d") and id(args[1]) not in self._met:
                 self._met.add(id(args[1]))
-                found += Cost(flops=-_still_frames(args[1], results))
+                found += Cost(flops=-_still_frames(args[1], _parts(results)[0]))
         elif func._overloadpacket in flop_registry:
             flops = flop_registry[func._overloadpacket](*args, **(kwargs or {}), out_val=results)
             found = Cost(flops=flops, bytes=_bytes(args) + _bytes(_parts(results)))

@@ -5,6 +5,7 @@
 
 from ._op import explain, use_backend
 from .causal_conv3d import causal_conv3d
+from .causal_conv3d_moments import causal_conv3d_for_norm, causal_conv3d_moments
 from .downsample_conv import downsample_conv
 from .expert_layernorm import expert_layernorm
 from .gated_expert_layernorm import gated_expert_layernorm
@@ -18,6 +19,8 @@ from .upsample_conv import upsample_conv
 
 __all__ = [
     "causal_conv3d",
+    "causal_conv3d_for_norm",
+    "causal_conv3d_moments",
     "downsample_conv",
     "expert_layernorm",
     "explain",

@@ -8,6 +8,9 @@ from torch import Tensor
 
 from . import _extension
 
+FOR_DTYPES = (torch.bfloat16, torch.float16)
+FOR_SHAPES = "kernels of up to 9 x 9 in a frame"  # of causal convolutions
+_LARGEST = 9
 _VECTOR = 8  # channels of 16 bytes
 # The gradient of a weight is summed in splits: enough blocks for any GPU, the same on all, so that sums are too.
 _BLOCKS, _LEAST_PATCHES = 1024, 16
@@ -65,15 +68,45 @@ def convolve(
     bias: Tensor | None = None,  # [C_out]
     residual: Tensor | None = None,  # as y
     repeated: bool = False,
+    moments: Tensor | None = None,  # [B, tiles, 3, C_out], of a kernel that measures
 ) -> None:
     """Write y, or with `repeated` each frame of it twice; what the kernel computes, `common/convolution.h` says."""
     x, bias = in_vectors(x), None if bias is None else bias.contiguous()
     residual = None if residual is None else in_vectors(residual)
     frames_out = x.shape[2] + 2 * pads[0] - taps[0] + 1
     sizes = (*x.shape[:2], y.shape[1], x.shape[2], frames_out, pads[0], *x.shape[3:], *y.shape[3:], *taps, *pads[1:])
-    tensors = (0 if t is None else t.data_ptr() for t in (x, tiles, bias, residual, y))
+    tensors = (0 if t is None else t.data_ptr() for t in (x, tiles, bias, residual, y, moments))
     place, dtype = _extension.cuda_place(x), _extension.DTYPES[x.dtype]
     kernel(place, dtype, (*sizes, block_of(y.shape[1])), repeated, tuple(tensors))
+
+
+def why_not_causally(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> str | None:
+    """The reason why a causal convolution cannot run here, or None."""
+    if any(t is not None and t.dtype != x.dtype for t in (weight, bias, residual)):
+        return f"every tensor must be {x.dtype}, as x is"
+    if max(weight.shape[3:]) > _LARGEST:
+        return f"the CUDA kernel is for {FOR_SHAPES}, not {list(weight.shape[3:])}"
+    return _extension.why_not_cuda(x, FOR_DTYPES)
+
+
+def convolve_causally(
+    kernel: Callable[..., None],
+    x: Tensor,  # [B, C, frames, H, W]
+    weight: Tensor,  # [C_out, C, K_t, K_h, K_w], odd K_h and K_w
+    bias: Tensor | None,  # [C_out]
+    residual: Tensor | None,  # as the result
+    pad_t: int = 0,
+    moments: Tensor | None = None,
+) -> Tensor:  # [B, C_out, frames + 2 pad_t - K_t + 1, H, W]
+    """The convolution with `pad_t` frames of zeros on both sides of x, frames of their own size; else as `convolve`."""
+    b, _, frames_in, h, w = x.shape
+    c_out, _, k_t, k_h, k_w = weight.shape
+    shape = (b, c_out, frames_in + 2 * pad_t - k_t + 1, h, w)
+    y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last_3d)
+    if y.numel():
+        pads = (pad_t, k_h // 2, k_w // 2)
+        convolve(kernel, x, in_tiles(weight.flatten(3)), y, (k_t, k_h, k_w), pads, bias, residual, moments=moments)
+    return y
 
 
 def weight_gradient(

@@ -11,6 +11,7 @@ FOR_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # The tensors of a stage, in the order of csrc/group_norm_silu/stage.h.
 _TENSORS = (
     "x", "y", "weight", "bias", "moments", "statistics", "latent", "grad", "grad_x", "partials", "ends", "grad_latent",
+    "channel_moments",
 )  # fmt: skip
 
 
@@ -34,12 +35,21 @@ class Stages:
     def partials(self, pieces: int) -> Tensor:  # [B, pieces, 2, C]
         return self.x.new_empty(len(self.x), pieces, 2, self.x.shape[1], dtype=torch.float64)
 
-    def statistics(self) -> Tensor:  # [B, 2, C]
-        """Mean and 1 / sqrt(variance + eps) of every channel's group."""
-        moments = self.partials(_extension.cuda().group_norm_pieces(self.flat))
+    def statistics(self, moments: Tensor | None) -> Tensor:  # [B, 2, C] -> [B, 2, C]
+        """Mean and 1 / sqrt(variance + eps) of every channel's group, from the moments of x where they are known."""
         result = self.x.new_empty(len(self.x), 2, self.x.shape[1], dtype=torch.float64)
-        self("group_norm_statistics", self.flat, moments=moments, statistics=result)
+        if moments is not None:
+            moments = moments.float().contiguous()
+            self("group_norm_statistics", self.flat, channel_moments=moments, statistics=result)
+        else:
+            of_pieces = self.partials(_extension.cuda().group_norm_pieces(self.flat))
+            self("group_norm_statistics", self.flat, moments=of_pieces, statistics=result)
         return result
+
+
+def gradient_of_moments(moments: Tensor | None) -> Tensor | None:
+    """Nothing: they only say what x says already."""
+    return None if moments is None else torch.zeros_like(moments)
 
 
 def channels_last(x: Tensor) -> Tensor:  # [B, C, T, H, W]

@@ -125,18 +125,18 @@ class Op:
                 self._modules[backend] = str(error)
         return self._modules[backend]
 
+    def chosen(self, *args: Any) -> str:
+        """The name of the backend that takes these arguments, "reference" where none does."""
+        if _forced == "reference" or _forced in self.backends:
+            return _forced
+        return next((backend for backend in self.backends if self.why_not(backend, *args) is None), "reference")
+
     def _choose(self, args: Sequence[Any]) -> ModuleType:
-        if _forced == "reference":
-            return self.reference
-        if _forced in self.backends:
-            reason = self.why_not(_forced, *args)
-            if reason is not None:
-                raise RuntimeError(f"{self.name}: backend {_forced!r} cannot run here: {reason}")
-            return self._module(_forced)
-        for backend in self.backends:
-            if self.why_not(backend, *args) is None:
-                return self._module(backend)
-        return self.reference
+        backend = self.chosen(*args)
+        reason = self.why_not(backend, *args) if backend == _forced else None
+        if reason is not None:
+            raise RuntimeError(f"{self.name}: backend {backend!r} cannot run here: {reason}")
+        return self._module(backend)
 
     def _check(self, args: Sequence[Any], autocast: bool = False) -> None:
         first = args[0]

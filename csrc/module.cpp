@@ -16,6 +16,7 @@ namespace py = pybind11;
 namespace cogvx {
 
 void register_causal_conv3d(py::module_& m);
+void register_causal_conv3d_moments(py::module_& m);
 void register_downsample_conv(py::module_& m);
 void register_expert_layernorm(py::module_& m);
 void register_gated_expert_layernorm(py::module_& m);
@@ -82,6 +83,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.def("built_with", &cogvx::built_with, "What the extension was compiled with, and which CPU variant runs here.");
   m.def("why_not_cuda", &cogvx::why_not_cuda_object, "Why a CUDA device cannot run the extension's kernels, or None.");
   cogvx::register_causal_conv3d(m);
+  cogvx::register_causal_conv3d_moments(m);
   cogvx::register_downsample_conv(m);
   cogvx::register_expert_layernorm(m);
   cogvx::register_gated_expert_layernorm(m);

@@ -320,11 +320,14 @@ def test_ctrl_c_while_writing_leaves_no_file(folder, tmp_path):
 import os, signal
 import cogvx.data.video as video
 encode = video._encode
-def interrupted(container, frames, rate):
-    encode(container, frames[:5], rate)
-    print(len(os.listdir(os.environ["OUT"])), flush=True)
-    os.kill(os.getpid(), signal.SIGINT)
-    encode(container, frames[5:], rate)
+def interrupted(container, parts, rate):
+    def cut_short():
+        for part in parts:
+            yield part[:5]
+            print(len(os.listdir(os.environ["OUT"])), flush=True)
+            os.kill(os.getpid(), signal.SIGINT)
+            yield part[5:]
+    encode(container, cut_short(), rate)
 video._encode = interrupted
 from cogvx.__main__ import main
 main()

@@ -27,6 +27,7 @@ CALLS = {
     "int8_joint_attention": "2b, 4096 tokens",
     "causal_conv3d": "decoder, 512 at 60 x 90, second of a block",
     "upsample_conv": "decoder, 512 at 2 x 60 x 90",
+    "causal_conv3d_moments": "decoder, 512 at 60 x 90, second of a block",
     "group_norm_silu": "encoder, 512 at 2 x 60 x 90",
     "spatial_norm_silu": "decoder, 512 at 2 x 60 x 90",
 }

@@ -38,6 +38,10 @@ MAX_JSON_BYTES = 2**24  # the largest published one, a tokenizer's, has 2.4 MB
 def resolve_folder(folder: str | Path) -> Path:
     """The local folder of a checkpoint: a path, a hub name (downloaded once), or the word for an embedded one."""
     if isinstance(folder, str) and folder in EMBEDDED:
+        if not EMBEDDED[folder].is_dir():
+            raise CheckpointError(
+                f"{folder} is not inside this build; `make tiny` trains it, or give another checkpoint"
+            )
         return EMBEDDED[folder]
     path = Path(folder)
     if str(folder) and os.path.isdir(path):

@@ -19,7 +19,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cogvx_kernels import causal_conv3d, downsample_conv, group_norm_silu, spatial_norm_silu, upsample_conv
+from cogvx_kernels import (
+    causal_conv3d,
+    causal_conv3d_for_norm,
+    downsample_conv,
+    group_norm_silu,
+    spatial_norm_silu,
+    upsample_conv,
+)
 
 from ..config import VAEConfig
 from ..host import to_device, to_host
@@ -258,9 +265,9 @@ class ResidualBlock(nn.Module):
         self.conv_shortcut = nn.Identity() if width_in == width else PointwiseConv(width_in, width)
 
     def forward(self, x: Tensor, z: Tensor | None, halos: Halos) -> Tensor:
-        y = self.conv1(self.norm1(x, z, halos.take(self.conv1, x.device)), halos)
+        y, moments = self.conv1(self.norm1(x, z, halos.take(self.conv1, x.device)), halos, for_norm=True)
         residual = x if isinstance(self.conv_shortcut, nn.Identity) else None
-        y = self.conv2(self.norm2(y, z, halos.take(self.conv2, x.device)), halos, residual)
+        y = self.conv2(self.norm2(y, z, halos.take(self.conv2, x.device), moments), halos, residual)
         # A shortcut comes last: before conv2 its result would be one more tensor where the most of them are held.
         return y if residual is not None else y.add_(self.conv_shortcut(x))
 
@@ -279,23 +286,29 @@ class PointwiseConv(nn.Conv3d):
 
 
 class CausalConv3d(nn.Module):
-    """A 3x3x3 convolution that sees this frame and the two before it; leaves the next chunk's halo in `halos`."""
+    """A 3x3x3 convolution that sees this frame and the two before it; leaves the next chunk's halo in `halos`.
+
+    `for_norm` has mean and variance of each channel of the result beside it, or None where the norm computes its own.
+    """
 
     def __init__(self, width_in: int, width: int):
         super().__init__()
         self.conv = nn.Conv3d(width_in, width, 3, padding=(0, 1, 1))
 
-    def forward(self, x: Tensor, halos: Halos, residual: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, halos: Halos, residual: Tensor | None = None, for_norm: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor | None]:
         halos.keep(self, x[:, :, -2:])
-        return causal_conv3d(x, self.conv.weight, self.conv.bias, residual)
+        convolve = causal_conv3d_for_norm if for_norm else causal_conv3d
+        return convolve(x, self.conv.weight, self.conv.bias, residual)
 
 
 class GroupNormSiLU(nn.GroupNorm):
     def __init__(self, width: int, groups: int):
         super().__init__(groups, width, eps=1e-6)
 
-    def forward(self, x: Tensor, z: None, halo: Tensor | None) -> Tensor:
-        return group_norm_silu(x, self.weight, self.bias, halo, self.num_groups, self.eps, 2)
+    def forward(self, x: Tensor, z: None, halo: Tensor | None, moments: Tensor | None = None) -> Tensor:
+        return group_norm_silu(x, self.weight, self.bias, halo, self.num_groups, self.eps, 2, moments)
 
 
 class SpatialNormSiLU(nn.Module):
@@ -308,11 +321,11 @@ class SpatialNormSiLU(nn.Module):
         nn.init.ones_(self.conv_y["conv"].bias)
         nn.init.zeros_(self.conv_b["conv"].bias)
 
-    def forward(self, x: Tensor, z: Tensor, halo: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, z: Tensor, halo: Tensor | None, moments: Tensor | None = None) -> Tensor:
         norm, y, b = self.norm_layer, self.conv_y["conv"], self.conv_b["conv"]
         return spatial_norm_silu(
             x, z, norm.weight, norm.bias, y.weight.flatten(1), y.bias, b.weight.flatten(1), b.bias,
-            halo, norm.num_groups, norm.eps, 2,
+            halo, norm.num_groups, norm.eps, 2, moments,
         )  # fmt: skip
 
 

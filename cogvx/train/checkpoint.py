@@ -128,6 +128,7 @@ def prune(folder: Path, keep_last: int, keep_best: int) -> None:
     for step in set(found[:-keep_last]) - set(best):
         # Under another name first: a folder that is half removed must not pass for a state.
         doomed = folder / f"{PARTIAL}{step:07d}"
+        shutil.rmtree(doomed, ignore_errors=True)
         (folder / f"{STEP}{step:07d}").rename(doomed)
         shutil.rmtree(doomed, ignore_errors=True)
 

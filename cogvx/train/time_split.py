@@ -195,11 +195,16 @@ class _Whole(torch.autograd.Function):
         return grad[:, :, ctx.frames], None, None, None
 
 
-def _group_norm(module: GroupNormSiLU, group: dist.ProcessGroup, x: Tensor, z: None, halo: None) -> Tensor:
+# What the convolution before says of a norm's moments is of this process's frames alone: neither norm takes it.
+def _group_norm(
+    module: GroupNormSiLU, group: dist.ProcessGroup, x: Tensor, z: None, halo: None, moments: Tensor | None = None
+) -> Tensor:
     return join_halo(F.silu(_normalised(x, module, group)).to(x.dtype), None, HALO)
 
 
-def _spatial_norm(module: SpatialNormSiLU, group: dist.ProcessGroup, x: Tensor, z: Tensor, halo: None) -> Tensor:
+def _spatial_norm(
+    module: SpatialNormSiLU, group: dist.ProcessGroup, x: Tensor, z: Tensor, halo: None, moments: Tensor | None = None
+) -> Tensor:
     y, b = module.conv_y["conv"], module.conv_b["conv"]
     scale, shift = (resize_nearest(F.conv3d(z, conv.weight, conv.bias), x.shape[2:]) for conv in (y, b))
     return join_halo(F.silu(_normalised(x, module.norm_layer, group) * scale + shift).to(x.dtype), None, HALO)

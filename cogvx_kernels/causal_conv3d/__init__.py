@@ -22,7 +22,11 @@ def causal_conv3d(
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> None:
-    name = "causal_conv3d"
+    check("causal_conv3d", x, weight, bias, residual)
+
+
+def check(name: str, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> None:
+    """What this convolution and the one with moments ask of their arguments."""
     check_shape(name, "x", x, B=None, C=None, frames=None, H=None, W=None)
     check_shape(name, "weight", weight, C_out=None, C=x.shape[1], K_t=None, K_h=None, K_w=None)
     c_out, c, k_t, k_h, k_w = weight.shape

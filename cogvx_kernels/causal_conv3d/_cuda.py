@@ -4,19 +4,10 @@ import torch
 from torch import Tensor
 
 from .. import _extension
-from .._convolution import convolve, in_tiles, weight_gradient
+from .._convolution import FOR_DTYPES, FOR_SHAPES, convolve_causally, weight_gradient
+from .._convolution import why_not_causally as why_not
 
-FOR_DTYPES = (torch.bfloat16, torch.float16)
-FOR_SHAPES = "kernels of up to 9 x 9 in a frame"
-_LARGEST = 9
-
-
-def why_not(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> str | None:
-    if any(t is not None and t.dtype != x.dtype for t in (weight, bias, residual)):
-        return f"every tensor must be {x.dtype}, as x is"
-    if max(weight.shape[3:]) > _LARGEST:
-        return f"the CUDA kernel is for {FOR_SHAPES}, not {list(weight.shape[3:])}"
-    return _extension.why_not_cuda(x, FOR_DTYPES)
+__all__ = ["FOR_DTYPES", "FOR_SHAPES", "backward", "forward", "why_not"]
 
 
 def forward(
@@ -25,7 +16,7 @@ def forward(
     bias: Tensor | None,  # [C_out]
     residual: Tensor | None,  # [B, C_out, T, H, W]
 ) -> Tensor:  # [B, C_out, T, H, W]
-    return _convolve(x, weight, bias, residual, 0)
+    return convolve_causally(_extension.cuda().causal_conv3d_forward, x, weight, bias, residual)
 
 
 def backward(
@@ -39,7 +30,8 @@ def backward(
     """The gradients; that of x, the halo's included, is a convolution of grad with the weight reversed."""
     grad_x, grad_weight, grad_bias = None, None, None
     if needs[0]:
-        grad_x = _convolve(grad, weight.flip(2, 3, 4).transpose(0, 1), None, None, weight.shape[2] - 1)
+        kernel, reversed_weight = _extension.cuda().causal_conv3d_forward, weight.flip(2, 3, 4).transpose(0, 1)
+        grad_x = convolve_causally(kernel, grad, reversed_weight, None, None, weight.shape[2] - 1)
     if needs[1]:
         kernel, (k_t, k_h, k_w) = _extension.cuda().causal_conv3d_weight, weight.shape[2:]
         grad_weight = weight_gradient(kernel, grad, x, (k_t, k_h, k_w), (k_h // 2, k_w // 2))
@@ -47,15 +39,3 @@ def backward(
     if bias is not None and needs[2]:
         grad_bias = grad.sum((0, 2, 3, 4), dtype=torch.float32).to(bias.dtype)
     return grad_x, grad_weight, grad_bias, grad
-
-
-def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, pad_t: int) -> Tensor:
-    """The convolution with `pad_t` frames of zeros on both sides of x."""
-    b, _, frames_in, h, w = x.shape
-    c_out, _, k_t, k_h, k_w = weight.shape
-    shape = (b, c_out, frames_in + 2 * pad_t - k_t + 1, h, w)
-    y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last_3d)
-    if y.numel():
-        kernel, pads = _extension.cuda().causal_conv3d_forward, (pad_t, k_h // 2, k_w // 2)
-        convolve(kernel, x, in_tiles(weight.flatten(3)), y, (k_t, k_h, k_w), pads, bias, residual)
-    return y

@@ -5,11 +5,19 @@ from torch import Tensor
 
 from .. import _extension
 from .._extension import DTYPES
+from .._group_norm import gradient_of_moments
 from .._halo import behind_halo, dense, gradient_of_halo, sums_dtype
 
 
 def why_not(
-    x: Tensor, weight: Tensor, bias: Tensor, halo: Tensor | None, num_groups: int, eps: float, num_halo: int
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    halo: Tensor | None,
+    num_groups: int,
+    eps: float,
+    num_halo: int,
+    moments: Tensor | None,
 ) -> str | None:
     if weight.dtype != bias.dtype:
         return f"weight and bias must be of one dtype, not {weight.dtype} and {bias.dtype}"
@@ -24,6 +32,7 @@ def forward(
     num_groups: int,
     eps: float,
     num_halo: int,
+    moments: Tensor | None,  # [B, 2, C]
 ) -> Tensor:  # [B, C, num_halo + T, H, W]
     y = behind_halo(x, halo, num_halo)
     if y.numel():
@@ -41,7 +50,8 @@ def backward(
     num_groups: int,
     eps: float,
     num_halo: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # of x, weight, bias, halo
+    moments: Tensor | None,  # [B, 2, C]
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:  # of x, weight, bias, halo, moments
     """The gradients, the same whatever the number of threads: values are added up in blocks of a fixed size."""
     grad, x, weight, bias = dense(grad, x), dense(x, x), weight.contiguous(), bias.contiguous()
     grad_x = torch.empty_like(x)
@@ -52,7 +62,7 @@ def backward(
             grad.data_ptr(), grad_x.data_ptr(), sums.dtype == torch.float64, sums[0].data_ptr(), sums[1].data_ptr(),
         )  # fmt: skip
     grad_weight, grad_bias = (g.to(weight.dtype, copy=True) for g in sums)
-    return grad_x, grad_weight, grad_bias, gradient_of_halo(grad, halo)
+    return grad_x, grad_weight, grad_bias, gradient_of_halo(grad, halo), gradient_of_moments(moments)
 
 
 def _inputs(

@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import _triton_group_norm as shared
-from .._group_norm import finish_gradients
+from .._group_norm import finish_gradients, gradient_of_moments
 from .._halo import behind_halo, dense, gradient_of_halo
 from .._triton_group_norm import load_channels, load_gradient, load_statistics, silu, silu_derivative, store_with_copies
 
@@ -89,7 +89,14 @@ def gradient_kernel(
 
 
 def why_not(
-    x: Tensor, weight: Tensor, bias: Tensor, halo: Tensor | None, num_groups: int, eps: float, num_halo: int
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    halo: Tensor | None,
+    num_groups: int,
+    eps: float,
+    num_halo: int,
+    moments: Tensor | None,
 ) -> str | None:
     return shared.why_not(x)
 
@@ -102,6 +109,7 @@ def forward(
     num_groups: int,
     eps: float,
     num_halo: int,
+    moments: Tensor | None,  # [B, 2, C]
 ) -> Tensor:  # [B, C, num_halo + T, H, W]
     y = behind_halo(x, halo, num_halo)
     if not y.numel():
@@ -127,11 +135,13 @@ def backward(
     num_groups: int,
     eps: float,
     num_halo: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # of x, weight, bias, halo
+    moments: Tensor | None,  # [B, 2, C]
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:  # of x, weight, bias, halo, moments
     grad, x, weight, bias = dense(grad, x), dense(x, x), weight.contiguous(), bias.contiguous()
     grad_x = torch.empty_like(x)
     if not x.numel():
-        return grad_x, torch.zeros_like(weight), torch.zeros_like(bias), gradient_of_halo(grad, halo)
+        nothing = torch.zeros_like(weight), torch.zeros_like(bias)
+        return grad_x, *nothing, gradient_of_halo(grad, halo), gradient_of_moments(moments)
     b, c, num_pixels, frame_pixels = *x.shape[:2], x[0, 0].numel(), x[0, 0, 0].numel()
     options, chunk = shared.tile(x), shared.chunk_size(num_pixels)
     num_chunks, blocks = triton.cdiv(num_pixels, chunk), triton.cdiv(c, options["CHANNELS"])
@@ -151,4 +161,4 @@ def backward(
         grad_weight, grad_bias, ends = finish_gradients(partials.sum(1), stats, weight, num_groups, num_pixels)
         grid = triton.cdiv(num_pixels, options["PIXELS"]), blocks, b
         gradient_kernel[grid](own, x, weight, bias, stats, ends, grad_x, *sizes, **options)
-    return grad_x, grad_weight, grad_bias.to(bias.dtype), gradient_of_halo(grad, halo)
+    return grad_x, grad_weight, grad_bias.to(bias.dtype), gradient_of_halo(grad, halo), gradient_of_moments(moments)

@@ -7,6 +7,7 @@ from types import ModuleType
 
 import torch
 
+from ..causal_conv3d_moments.reference import moments as moments_of
 from ..testing import Normal
 
 
@@ -19,6 +20,7 @@ def make(
     num_groups: int,
     num_halo: int = 2,
     halo: bool = False,
+    moments: bool = False,
     *,
     dtype=torch.float32,
     device="cpu",
@@ -26,22 +28,24 @@ def make(
     scale=1.0,
 ) -> tuple:
     normal = Normal(dtype, device, seed)
+    x = normal(batch, width, frames, height, columns, std=scale, mean=scale / 2)
     return (
-        normal(batch, width, frames, height, columns, std=scale, mean=scale / 2),
+        x,
         normal(width, mean=1.0, std=0.5),
         normal(width, std=0.5),
         normal(batch, width, num_halo, height, columns) if halo else None,
         num_groups,
         1e-6,
         num_halo,
+        moments_of(x) if moments else None,
     )
 
 
 SMALL = [
     partial(make, 2, 8, 3, 5, 7, 4, halo=True),
-    partial(make, 1, 8, 1, 4, 4, 2),
+    partial(make, 1, 8, 1, 4, 4, 2, moments=True),
     partial(make, 1, 6, 2, 3, 5, 6, num_halo=0),
-    partial(make, 1, 64, 2, 4, 4, 32, halo=True),
+    partial(make, 1, 64, 2, 4, 4, 32, halo=True, moments=True),
     partial(make, 1, 3, 2, 1, 1, 1, num_halo=1),
     partial(make, 2, 10, 1, 1, 1, 5, num_halo=3, halo=True),
     partial(make, 1, 34, 5, 7, 11, 17),
@@ -75,6 +79,7 @@ ILLEGAL = [
     ("num_groups", lambda x: 1009 * x),
     ("eps", lambda _: float("nan")),
     ("num_halo", lambda _: -1),
+    ("moments", lambda _: torch.ones(3)),
 ]
 
 
@@ -90,6 +95,7 @@ def draw(rng: random.Random) -> partial:
         num_groups,
         num_halo,
         rng.random() < 0.5,
+        rng.random() < 0.3,
     )
 
 

@@ -13,6 +13,7 @@ def forward(
     num_groups: int,
     eps: float,
     num_halo: int,
+    moments: Tensor | None,  # [B, 2, C]
 ) -> Tensor:  # [B, C, num_halo + T, H, W]
     y = F.silu(group_norm(x, weight, bias, num_groups, eps))
     return join_halo(y, halo, num_halo)

@@ -19,17 +19,18 @@ def spatial_norm_silu(
     num_groups: int,
     eps: float,
     num_halo: int,
+    moments: Tensor | None = None,  # [B, 2, C] float32
 ) -> Tensor:  # [B, C, num_halo + T, H, W]
     """The decoder's norm: GroupNorm scaled and shifted at every pixel by the latent, and SiLU, behind a halo.
 
     y = silu(GroupNorm(x) * resize(weight_y z + bias_y) + resize(weight_b z + bias_b)), resized by nearest to x's size
-    T, H, W; of an odd T above one the first frame takes the latent's first and the rest share the others. Statistics
-    and halo are as in `group_norm_silu`.
+    T, H, W; of an odd T above one the first frame takes the latent's first and the rest share the others. Statistics,
+    moments and halo are as in `group_norm_silu`.
 
     Raises ValueError for shapes, dtypes or devices that do not agree, and for a halo of another length than num_halo.
     Source: "MoVQ" (arXiv 2209.09002) for the norm, "CogVideoX" (arXiv 2408.06072) for its use in time.
     """
-    return _op(x, z, weight, bias, weight_y, bias_y, weight_b, bias_b, halo, num_groups, eps, num_halo)
+    return _op(x, z, weight, bias, weight_y, bias_y, weight_b, bias_b, halo, num_groups, eps, num_halo, moments)
 
 
 def _check(
@@ -45,6 +46,7 @@ def _check(
     num_groups: int,
     eps: float,
     num_halo: int,
+    moments: Tensor | None,  # [B, 2, C]
 ) -> None:
     name = "spatial_norm_silu"
     check_chunk(name, x, halo, num_groups, eps, num_halo)
@@ -60,6 +62,8 @@ def _check(
     check_shape(name, "bias_y", bias_y, C=c)
     check_shape(name, "weight_b", weight_b, C=c, C_z=c_z)
     check_shape(name, "bias_b", bias_b, C=c)
+    if moments is not None:
+        check_shape(name, "moments", moments, B=b, moments=2, C=c)
 
 
-_op = Op("spatial_norm_silu", reference, "native", "cuda", "triton", check=_check, wide=("weight", "bias"))
+_op = Op("spatial_norm_silu", reference, "native", "cuda", "triton", check=_check, wide=("weight", "bias", "moments"))

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .. import _extension
-from .._group_norm import FOR_DTYPES, Stages, channels_last, finish_gradients
+from .._group_norm import FOR_DTYPES, Stages, channels_last, finish_gradients, gradient_of_moments
 from .._halo import behind_halo, gradient_of_halo, sums_dtype
 from . import projection
 
@@ -24,6 +24,7 @@ def why_not(
     num_groups: int,
     eps: float,
     num_halo: int,
+    moments: Tensor | None,  # [B, 2, C]
 ) -> str | None:
     return _extension.why_not_cuda(x, FOR_DTYPES)
 
@@ -41,13 +42,14 @@ def forward(
     num_groups: int,
     eps: float,
     num_halo: int,
+    moments: Tensor | None,  # [B, 2, C]
 ) -> Tensor:  # [B, C, num_halo + T, H, W]
     y = behind_halo(x, halo, num_halo, torch.channels_last_3d)
     if y.numel():
         latent = _project(z, weight_y, bias_y, weight_b, bias_b)
         stages = Stages(channels_last(x), num_groups, eps, num_halo, num_halo if halo is None else 0, latent)
         weight, bias = weight.float().contiguous(), bias.float().contiguous()
-        statistics = stages.statistics()
+        statistics = stages.statistics(moments)
         stages("spatial_norm_silu_apply", y=y, weight=weight, bias=bias, statistics=statistics, latent=latent)
     return y
 
@@ -66,7 +68,8 @@ def backward(
     num_groups: int,
     eps: float,
     num_halo: int,
-) -> tuple[Tensor | None, ...]:  # of x, z, weight, bias, weight_y, bias_y, weight_b, bias_b, halo
+    moments: Tensor | None,  # [B, 2, C]
+) -> tuple[Tensor | None, ...]:  # of x, z, weight, bias, weight_y, bias_y, weight_b, bias_b, halo, moments
     """The gradients, the same in every run: a thread adds up the pixels of a latent one, and blocks have an order."""
     grad, x = channels_last(grad), channels_last(x)
     grad_x, dtype = torch.empty_like(x), sums_dtype(x)
@@ -78,14 +81,14 @@ def backward(
         stages = Stages(x, num_groups, eps, num_halo, copies, latent, dtype == torch.float64)
         partials = stages.partials(_extension.cuda().spatial_norm_silu_blocks(stages.sizes))
         tensors = {"grad": grad, "weight": weight.float().contiguous(), "bias": bias.float().contiguous()}
-        tensors |= {"latent": latent, "statistics": (statistics := stages.statistics())}
+        tensors |= {"latent": latent, "statistics": (statistics := stages.statistics(None))}
         stages("spatial_norm_silu_sums", partials=partials, grad_latent=at_latent, **tensors)
         num_pixels = x[0, 0].numel()
         grad_weight, grad_bias, ends = finish_gradients(partials.sum(1), statistics, weight, num_groups, num_pixels)
         stages("spatial_norm_silu_gradient", ends=ends, grad_x=grad_x, **tensors)
     grad_z, *of_projections = projection.gradients(z, weight_y, weight_b, *at_latent.movedim(-1, 1).chunk(2, dim=1))
     grads = grad_x, grad_z, grad_weight, grad_bias.to(bias.dtype), *of_projections
-    return *grads, gradient_of_halo(grad, halo)
+    return *grads, gradient_of_halo(grad, halo), gradient_of_moments(moments)
 
 
 def _project(

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from .. import _extension
 from .._extension import DTYPES
+from .._group_norm import gradient_of_moments
 from .._halo import behind_halo, dense, gradient_of_halo, sums_dtype
 from .._op import _memory_format
 from . import projection
@@ -23,6 +24,7 @@ def why_not(
     num_groups: int,
     eps: float,
     num_halo: int,
+    moments: Tensor | None,  # [B, 2, C]
 ) -> str | None:
     if weight.dtype != bias.dtype:
         return f"weight and bias must be of one dtype, not {weight.dtype} and {bias.dtype}"
@@ -42,6 +44,7 @@ def forward(
     num_groups: int,
     eps: float,
     num_halo: int,
+    moments: Tensor | None,  # [B, 2, C]
 ) -> Tensor:  # [B, C, num_halo + T, H, W]
     y = behind_halo(x, halo, num_halo)
     if y.numel():
@@ -69,7 +72,8 @@ def backward(
     num_groups: int,
     eps: float,
     num_halo: int,
-) -> tuple[Tensor | None, ...]:  # of x, z, weight, bias, weight_y, bias_y, weight_b, bias_b, halo
+    moments: Tensor | None,  # [B, 2, C]
+) -> tuple[Tensor | None, ...]:  # of x, z, weight, bias, weight_y, bias_y, weight_b, bias_b, halo, moments
     """The kernel adds up what the pixels of x say about each pixel of the latent; the rest are products."""
     grad, x, z = dense(grad, x), dense(x, x), dense(z, x)
     weights = tuple(t.contiguous() for t in (weight, bias, weight_y, bias_y, weight_b, bias_b))
@@ -84,7 +88,8 @@ def backward(
         )  # fmt: skip
     grad_weight, grad_bias = (g.to(weight.dtype, copy=True) for g in sums)
     grad_z, *of_projections = projection.gradients(z, weight_y, weight_b, *at_latent)
-    return grad_x, grad_z, grad_weight, grad_bias, *of_projections, gradient_of_halo(grad, halo)
+    grads = grad_x, grad_z, grad_weight, grad_bias, *of_projections
+    return *grads, gradient_of_halo(grad, halo), gradient_of_moments(moments)
 
 
 def _inputs(tensors: tuple[Tensor, ...], numbers: tuple[int, float, int, int]) -> tuple:

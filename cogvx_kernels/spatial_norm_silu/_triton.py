@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import _triton_group_norm as shared
-from .._group_norm import finish_gradients
+from .._group_norm import finish_gradients, gradient_of_moments
 from .._halo import behind_halo, dense, gradient_of_halo, sums_dtype
 from .._triton_group_norm import load_channels, load_gradient, load_statistics, silu, silu_derivative, store_with_copies
 from . import projection
@@ -173,6 +173,7 @@ def why_not(
     num_groups: int,
     eps: float,
     num_halo: int,
+    moments: Tensor | None,  # [B, 2, C]
 ) -> str | None:
     if z.shape[1] > 64:
         return f"a latent of {z.shape[1]} channels is wider than 64"
@@ -192,6 +193,7 @@ def forward(
     num_groups: int,
     eps: float,
     num_halo: int,
+    moments: Tensor | None,  # [B, 2, C]
 ) -> Tensor:  # [B, C, num_halo + T, H, W]
     y = behind_halo(x, halo, num_halo)
     if not y.numel():
@@ -222,7 +224,8 @@ def backward(
     num_groups: int,
     eps: float,
     num_halo: int,
-) -> tuple[Tensor | None, ...]:  # of x, z, weight, bias, weight_y, bias_y, weight_b, bias_b, halo
+    moments: Tensor | None,  # [B, 2, C]
+) -> tuple[Tensor | None, ...]:  # of x, z, weight, bias, weight_y, bias_y, weight_b, bias_b, halo, moments
     grad, x = dense(grad, x), dense(x, x)
     tensors = _contiguous(z, weight, bias, weight_y, bias_y, weight_b, bias_b)
     b, c, num_pixels = *x.shape[:2], x[0, 0].numel() if len(x) else 0
@@ -249,7 +252,7 @@ def backward(
             )  # fmt: skip
     grad_z, *of_projections = projection.gradients(z, weight_y, weight_b, *at_latent.movedim(-1, 2))
     grads = grad_x, grad_z, grad_weight, grad_bias.to(bias.dtype), *of_projections
-    return *grads, gradient_of_halo(grad, halo)
+    return *grads, gradient_of_halo(grad, halo), gradient_of_moments(moments)
 
 
 def tile(x: Tensor, z: Tensor) -> dict:

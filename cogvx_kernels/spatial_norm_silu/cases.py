@@ -7,6 +7,7 @@ from types import ModuleType
 
 import torch
 
+from ..causal_conv3d_moments.reference import moments as moments_of
 from ..group_norm_silu.cases import compiled
 from ..testing import Normal
 
@@ -20,6 +21,7 @@ def make(
     num_groups: int,
     num_halo: int = 2,
     halo: bool = False,
+    moments: bool = False,
     *,
     dtype=torch.float32,
     device="cpu",
@@ -27,8 +29,9 @@ def make(
     scale=1.0,
 ) -> tuple:
     normal = Normal(dtype, device, seed)
+    x = normal(batch, width, *size, std=scale, mean=scale / 2)
     return (
-        normal(batch, width, *size, std=scale, mean=scale / 2),
+        x,
         normal(batch, latent_width, *latent_size),
         normal(width, mean=1.0, std=0.5),
         normal(width, std=0.5),
@@ -40,14 +43,15 @@ def make(
         num_groups,
         1e-6,
         num_halo,
+        moments_of(x) if moments else None,
     )
 
 
 SMALL = [
     partial(make, 2, 8, (3, 4, 6), 3, (2, 2, 3), 4, halo=True),
-    partial(make, 1, 8, (1, 4, 4), 16, (1, 2, 2), 2),
+    partial(make, 1, 8, (1, 4, 4), 16, (1, 2, 2), 2, moments=True),
     partial(make, 1, 6, (4, 5, 7), 2, (2, 2, 3), 6, num_halo=0),
-    partial(make, 1, 64, (2, 4, 4), 16, (2, 4, 4), 32, halo=True),
+    partial(make, 1, 64, (2, 4, 4), 16, (2, 4, 4), 32, halo=True, moments=True),
     partial(make, 1, 3, (5, 1, 1), 1, (3, 1, 1), 1, num_halo=1),
     partial(make, 1, 34, (3, 7, 11), 5, (3, 7, 11), 17),
     partial(make, 1, 32, (2, 3, 13), 6, (2, 3, 13), 4),
@@ -86,6 +90,7 @@ ILLEGAL = [
     ("num_groups", lambda _: -2),
     ("eps", lambda _: 0.0),
     ("num_halo", lambda _: -1),
+    ("moments", lambda _: torch.ones(3)),
 ]
 
 
@@ -103,6 +108,7 @@ def draw(rng: random.Random) -> partial:
         num_groups,
         num_halo,
         rng.random() < 0.5,
+        rng.random() < 0.3,
     )
 
 

@@ -20,6 +20,7 @@ def forward(
     num_groups: int,
     eps: float,
     num_halo: int,
+    moments: Tensor | None,  # [B, 2, C]
 ) -> Tensor:  # [B, C, num_halo + T, H, W]
     # A 1x1x1 convolution commutes with a nearest resize, so it runs at the latent's size.
     scale = resize_nearest(_pointwise(z, weight_y, bias_y), x.shape[2:])

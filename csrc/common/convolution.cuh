@@ -13,7 +13,8 @@ namespace cogvx {
 namespace {
 namespace convolution {
 
-constexpr int kRows = 8, kColumns = 16, kPixels = kRows * kColumns;  // of a tile; 16 pixels are the rows of a product
+constexpr int kRows = kConvolutionTile[0], kColumns = kConvolutionTile[1];  // 16 pixels are the rows of a product
+constexpr int kPixels = kRows * kColumns;                                   // of a tile
 constexpr int kThreads = 128, kWarps = kThreads / 32;
 constexpr int kDepth = kConvolutionDepth, kRowBytes = kDepth * 2;
 constexpr int kStages = 4;  // of weights
@@ -271,6 +272,36 @@ template <class T, int kBlock, class Sampling> struct Block {
     __syncthreads();
   }
 
+  // Of each channel of the tile, as it was rounded: its pixels inside the frame, their mean, their squared differences
+  // from it. A thread takes a channel; its rows are summed side by side, so that no sum waits for the one before.
+  __device__ void measure() const {
+    const int rows = min(kRows, args.height - row), columns = min(kColumns, args.width - column);
+    const int64_t frame = static_cast<int64_t>(b) * args.frames_out + t;
+    const int64_t tile_row = frame * tiles_along<Sampling>(args.height, kRows) + row / kRows;
+    const int64_t tile = tile_row * tiles_along<Sampling>(args.width, kColumns) + column / kColumns;
+    const float count = static_cast<float>(rows * columns);
+    for (int i = threadIdx.x; i < kBlock && tile_n * kBlock + i < args.channels_out; i += kThreads) {
+      const auto total = [&](auto f) {
+        float of_rows[kRows] = {};
+        for (int s = 0; s < columns; ++s)
+#pragma unroll
+          for (int r = 0; r < kRows; ++r) {
+            const char* pixel = shared_memory() + swizzled<kBlock * 2>(r * kColumns + s, i / 8);
+            const float y = to_accumulator(reinterpret_cast<const T*>(pixel)[i % 8]);
+            if (r < rows) of_rows[r] += f(y);
+          }
+#pragma unroll
+        for (int r = 1; r < kRows; ++r) of_rows[0] += of_rows[r];
+        return of_rows[0];
+      };
+      const float mean = total([](float y) { return y; }) / count;
+      float* to = args.moments + tile * 3 * args.channels_out + tile_n * kBlock + i;
+      to[0] = count;
+      to[args.channels_out] = mean;
+      to[2 * args.channels_out] = total([mean](float y) { return (y - mean) * (y - mean); });
+    }
+  }
+
   __device__ void store_vector(T* to, const Vec<T, 8>& values, int n) const {
     if (args.channels_out % 8 == 0) {
       *reinterpret_cast<Vec<T, 8>*>(to) = values;
@@ -306,6 +337,7 @@ __global__ void __launch_bounds__(kThreads, 2) kernel(Convolution args) {
   Block<T, kBlock, Sampling> block(args);
   block.accumulate();
   block.lay_out();
+  if constexpr (Sampling::kMeasured) block.measure();
   block.store();
 }
 

@@ -11,13 +11,16 @@ namespace cogvx {
 // Which of x and y has pixels twice as dense. A tap of weights then meets one phase (p, q) of that tensor alone, the
 // pixels (2i + p, 2j + q): those whose number has the parity of phase + pad.
 struct Plain {  // neither
-  static constexpr bool kSpread = false, kGathered = false;
+  static constexpr bool kSpread = false, kGathered = false, kMeasured = false;
+};
+struct Measured {  // neither, and each tile says what mean and variance its channels have
+  static constexpr bool kSpread = false, kGathered = false, kMeasured = true;
 };
 struct Spread {  // y
-  static constexpr bool kSpread = true, kGathered = false;
+  static constexpr bool kSpread = true, kGathered = false, kMeasured = false;
 };
 struct Gathered {  // x
-  static constexpr bool kSpread = false, kGathered = true;
+  static constexpr bool kSpread = false, kGathered = true, kMeasured = false;
 };
 
 // y[b, t, r, s] = bias + residual + sum over k_t, k_h, k_w of x[b, t + k_t - pad_t, r', s'] weight, zeros outside the
@@ -38,6 +41,8 @@ struct Convolution {
   const char* bias;      // [channels_out] or nullptr
   const char* residual;  // as y, its channels filled up to a multiple of 8, or nullptr; not where y is Spread
   char* y;
+  // [batch, tiles, 3, channels_out], where Measured: pixels of a tile, mean of y, sum of squared differences from it
+  float* moments;
 };
 
 // partials[split, m, tap, n] = sum over the split's pixels of left[b, t, r, s, m] right[b, t + k_t, r', s', n] with
@@ -54,6 +59,7 @@ struct WeightGradient {
 };
 
 constexpr int kConvolutionBlocks[2] = {128, 32};
+constexpr int kConvolutionTile[2] = {8, 16};  // rows and columns of pixels
 constexpr int kConvolutionDepth = 32;     // input channels of a tile
 constexpr int kConvolutionTaps = 9;       // at most, along the height and the width
 constexpr int kWeightPatch[2] = {2, 16};  // pixels whose products are summed at once

@@ -15,7 +15,7 @@ namespace cogvx {
 // B, channels of x and of y, frames of x and of y, pad_t, H and W of x, H and W of y, K_t, K_h, K_w, pad_h, pad_w,
 // block.
 using ConvolutionSizes = std::array<int, 16>;
-using ConvolutionTensors = std::array<uintptr_t, 5>;  // x, weight, bias or 0, residual or 0, y
+using ConvolutionTensors = std::array<uintptr_t, 6>;  // x, weight, bias or 0, residual or 0, y, moments or 0
 
 inline Convolution convolution(const std::string& dtype, const ConvolutionSizes& sizes, bool repeated,
                                const ConvolutionTensors& tensors) {
@@ -32,6 +32,7 @@ inline Convolution convolution(const std::string& dtype, const ConvolutionSizes&
   args.bias = pointer(tensors[2]);
   args.residual = pointer(tensors[3]);
   args.y = pointer(tensors[4]);
+  args.moments = reinterpret_cast<float*>(tensors[5]);
   return args;
 }
 

@@ -10,7 +10,7 @@
 namespace cogvx::group_norm_silu {
 
 using StageSizes = std::array<int64_t, 12>;     // from batch to in_double, in the order of Stage
-using StageTensors = std::array<uintptr_t, 12>;  // from x to grad_latent
+using StageTensors = std::array<uintptr_t, 13>;  // from x to channel_moments
 
 inline Stage stage_of(const std::string& dtype, double eps, const StageSizes& sizes, const StageTensors& tensors) {
   Stage stage{};
@@ -34,6 +34,7 @@ inline Stage stage_of(const std::string& dtype, double eps, const StageSizes& si
   stage.partials = as_doubles(tensors[9]);
   stage.ends = as_doubles(tensors[10]);
   stage.grad_latent = pointer(tensors[11]);
+  stage.channel_moments = as_floats(tensors[12]);
   return stage;
 }
 

@@ -84,6 +84,23 @@ __global__ void __launch_bounds__(kThreads) finish_kernel(Stage stage) {
   }
 }
 
+// The same from mean and variance of each of the group's channels; a thread takes a group.
+__global__ void __launch_bounds__(kThreads) groups_kernel(Stage stage) {
+  const int64_t group = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x, b = blockIdx.y;
+  if (group >= stage.num_groups) return;
+  const int64_t channels = stage.channels, width = channels / stage.num_groups, first = group * width;
+  const float *means = stage.channel_moments + b * 2 * channels + first, *variances = means + channels;
+  double mean = 0, variance = 0;
+  for (int64_t c = 0; c < width; ++c) mean += means[c];
+  mean /= static_cast<double>(width);
+  for (int64_t c = 0; c < width; ++c) variance += variances[c] + (means[c] - mean) * (means[c] - mean);
+  const double rstd = 1.0 / sqrt(variance / static_cast<double>(width) + stage.eps);
+  for (int64_t c = first; c < first + width; ++c) {
+    stage.statistics[b * 2 * channels + c] = mean;
+    stage.statistics[(b * 2 + 1) * channels + c] = rstd;
+  }
+}
+
 // Sums of d = dL/dv and of d * (x - mean) of every channel over one piece.
 template <class T, class A, int kVec> __global__ void __launch_bounds__(kThreads, 2) sums_kernel(Stage stage) {
   const Place<kVec> place(stage);
@@ -120,6 +137,11 @@ template <class T, class A, int kVec> __global__ void __launch_bounds__(kThreads
 
 struct Moments {
   template <class T, int kVec> const char* operator()(const Stage& stage, cudaStream_t stream) const {
+    if (stage.channel_moments) {
+      const int64_t blocks = (stage.num_groups + kThreads - 1) / kThreads;
+      const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(stage.batch));
+      return launch<groups_kernel>(grid, kThreads, 0, stream, stage);
+    }
     const dim3 grid = grid_of<kVec>(stage, num_pieces(stage, Grain::coarse));
     const char* error = in_arithmetic<T>(stage, [&](auto zero) {
       using A = decltype(zero);

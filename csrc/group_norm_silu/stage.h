@@ -31,6 +31,7 @@ struct Stage {
   double* partials;      // [B, pieces, 2, C]: sums of d and d * (x - mean), with d = dL/dv times scale
   double* ends;          // [B, 2, C]: constant and slope of dL/dx = d * rstd * weight + constant + (x - mean) * slope
   char* grad_latent;     // [B, T_z, H_z, W_z, 2 C] in float, or in_double
+  float* channel_moments;  // [B, 2, C] or nullptr: mean and variance of each channel of x, in the place of moments
 };
 
 // Consecutive pixels of one row. Their number depends on the sizes alone, and so do all sums.

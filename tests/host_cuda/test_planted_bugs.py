@@ -40,6 +40,18 @@ BUGS = {
         "s < args.width &&",
         "s < args.width - 1 &&",
     ),
+    "a tile counted twice": (
+        "causal_conv3d_moments",
+        "causal_conv3d_moments/cuda.cu",
+        "sum += f(part);",
+        "sum += part == first ? 2 * f(part) : f(part);",
+    ),
+    "pixels outside the frame measured": (
+        "causal_conv3d_moments",
+        "common/convolution.cuh",
+        "min(kRows, args.height - row)",
+        "kRows",
+    ),
     "a frame too early": (
         "causal_conv3d",
         "common/convolution.cuh",
@@ -64,11 +76,12 @@ def build_with_bug(op: str, file: str, text: str, by: str, folder: Path) -> Path
     changed.write_text(planted(file, text, by))
     commands = json.loads((host_cuda.FOLDER / "compile_commands.json").read_text())
     source = CSRC / op / "cuda.cu"
+    compiled = changed if file == f"{op}/cuda.cu" else source
     (command,) = (c for c in commands if "kernels_plain.dir" in c["output"] and Path(c["file"]) == source)
     target = folder / "changed.o"
     words = [word for word in shlex.split(command["command"]) if word not in (command["file"], "-c", "-MD")]
     words[words.index("-o") + 1] = str(target)
-    words = [words[0], f"-I{folder}", *words[1:], "-c", str(source)]  # what is changed comes first
+    words = [words[0], f"-I{folder}", *words[1:], "-c", str(compiled)]  # what is changed comes first
     subprocess.run(words, check=True, cwd=command["directory"])
     parts = ("kernels_plain.dir", "bindings.dir", "/plain.dir/")
     others = [c["output"] for c in commands if any(part in c["output"] for part in parts) and c is not command]

@@ -18,7 +18,7 @@ def backend(request, run_on):
         yield request.param
 
 
-def in_loops(x, weight, bias, halo, num_groups, eps, num_halo):
+def in_loops(x, weight, bias, halo, num_groups, eps, num_halo, _):
     b, c = x.shape[:2]
     size = c // num_groups
     y = np.empty_like(x)
@@ -40,14 +40,14 @@ def test_it_is_the_formula():
 
 
 def test_the_halo_is_copied_and_does_not_enter_the_statistics(backend):
-    x, weight, bias, halo, num_groups, eps, num_halo = make(1, 8, 3, 4, 5, 4, halo=True)
+    x, weight, bias, halo, num_groups, eps, num_halo, _ = make(1, 8, 3, 4, 5, 4, halo=True)
     y = group_norm_silu(x, weight, bias, halo, num_groups, eps, num_halo)
     assert torch.equal(y[:, :, :2], halo)
     assert torch.equal(y[:, :, 2:], group_norm_silu(x, weight, bias, None, num_groups, eps, 0))
 
 
 def test_without_a_halo_the_first_frame_stands_before_itself(backend):
-    x, weight, bias, _, num_groups, eps, _ = make(1, 8, 3, 4, 5, 4)
+    x, weight, bias, _, num_groups, eps, *_ = make(1, 8, 3, 4, 5, 4)
     y = group_norm_silu(x, weight, bias, None, num_groups, eps, 2)
     assert torch.equal(y[:, :, 0], y[:, :, 2])
     assert torch.equal(y[:, :, 1], y[:, :, 2])

@@ -20,7 +20,7 @@ def backend(request, run_on):
         yield request.param
 
 
-def in_loops(x, z, weight, bias, weight_y, bias_y, weight_b, bias_b, halo, num_groups, eps, num_halo):
+def in_loops(x, z, weight, bias, weight_y, bias_y, weight_b, bias_b, halo, num_groups, eps, num_halo, _):
     t, h, w = x.shape[2:]
     t_z, h_z, w_z = z.shape[2:]
     size = x.shape[1] // num_groups
@@ -56,7 +56,7 @@ def test_the_first_of_an_odd_number_of_frames_stands_alone():
 
 def test_the_convolutions_at_the_latents_size_equal_those_at_full_size(backend):
     args = make(1, 8, (5, 6, 8), 4, (3, 3, 4), 4)
-    x, z, weight, bias, weight_y, bias_y, weight_b, bias_b, _, num_groups, eps, _ = args
+    x, z, weight, bias, weight_y, bias_y, weight_b, bias_b, _, num_groups, eps, *_ = args
     full = resize_nearest(z, x.shape[2:])
     scale, shift = (F.conv3d(full, w[:, :, None, None, None], b) for w, b in ((weight_y, bias_y), (weight_b, bias_b)))
     expected = F.silu(F.group_norm(x, num_groups, weight, bias, eps) * scale + shift)

@@ -14,7 +14,7 @@ from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
 from cogvx.models import CausalVAE, CheckpointError, ExpertTransformer
-from cogvx.models.checkpoint import load_tensors, resolve_folder, save_tensors
+from cogvx.models.checkpoint import EMBEDDED, load_tensors, resolve_folder, save_tensors
 from cogvx.models.text import TextEncoder
 
 WEIGHTS, INDEX = "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.safetensors.index.json"
@@ -204,7 +204,12 @@ def test_a_folder_that_is_no_checkpoint_says_so(folder, tmp_path, monkeypatch):
 
 def test_tiny_is_inside_the_package():
     assert resolve_folder("tiny").parts[-3:] == ("cogvx", "assets", "tiny")
-    assert resolve_folder("tiny-i2v").parts[-3:] == ("cogvx", "assets", "tiny-i2v")
+
+
+def test_an_embedded_checkpoint_that_a_build_lacks_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(EMBEDDED, "tiny-i2v", tmp_path / "gone")
+    with pytest.raises(CheckpointError, match="tiny-i2v is not inside this build; `make tiny` trains it"):
+        resolve_folder("tiny-i2v")
 
 
 def test_a_dtype_or_device_that_is_none_is_named(folder):

@@ -8,7 +8,9 @@ from diffusers import AutoencoderKLCogVideoX
 
 from cogvx.config import PRESETS
 from cogvx.models import CausalVAE
-from cogvx.models.vae import Halos, Posterior, decode_chunks, encode_chunks
+from cogvx.models.vae import Halos, Posterior, ResidualBlock, decode_chunks, encode_chunks
+from cogvx_kernels import use_backend
+from cogvx_kernels.testing import assert_as_accurate
 
 # Frames of 8N+1, height, width: any multiples of 8.
 SIZES = [(1, 8, 8), (9, 16, 24), (17, 24, 16), (25, 8, 40), (33, 16, 16), (41, 8, 8), (49, 16, 8)]
@@ -88,3 +90,19 @@ def test_posterior_of_a_hand_worked_value():
     noise = torch.randn(2, 1, 1, 1, 1, generator=torch.Generator().manual_seed(1))
     torch.testing.assert_close(draws[0], 3.0 + 2.0 * noise)
     assert torch.equal(posterior.mode(), posterior.mean)
+
+
+def test_the_norm_inside_a_block_takes_what_its_convolution_measured(run_on):
+    torch.manual_seed(0)
+    block, x = ResidualBlock(16, 16, 4).bfloat16(), torch.randn(1, 16, 2, 9, 20).bfloat16()
+    convolution = block.conv1.conv
+    run_on("causal_conv3d_moments", "cuda", x.repeat(1, 1, 2, 1, 1), convolution.weight, convolution.bias, None)
+    taken = []
+    block.norm2.register_forward_pre_hook(lambda _, args: taken.append(args[3]))
+    with torch.no_grad():
+        with use_backend("cuda"):
+            found = block(x, None, Halos())
+        with use_backend("reference"):
+            eager, exact = block(x, None, Halos()), block.double()(x.double(), None, Halos())
+    assert [moments is None for moments in taken] == [False, True, True]
+    assert_as_accurate(found, eager, exact)
