@@ -23,7 +23,7 @@ def test_it_prints_a_plan_or_the_least_that_would_do(run_command):
     assert status == 0, err
     assert "plan: text encoder resident; transformer resident; vae resident" in out and "decode" in out
     status, _, err = run_command("plan", *SMALL, "--memory", "1MB")
-    assert status == 2 and "the least that does is" in err and "streamed" in err
+    assert status == 2 and "the least that does is" in err and "visiting" in err
 
 
 def test_a_video_made_under_a_plan_is_made_again(run_command, tmp_path):
