@@ -66,9 +66,10 @@ def invert(
     text = pipeline.encode_text([settings], {"prompt_embeds": None if prompt else pipeline.encode_prompts([""])})
     with pipeline.at_work("vae"):
         begin = clean_start(pipeline, settings, inputs, steps)
+    one_by_one = pipeline.placed is not None and pipeline.placed.plan.sequential_guidance
     with pipeline.at_work("transformer"), tqdm(total=len(steps), unit="step", disable=not progress) as bar:
         with pipeline.at_work("modulation"):
-            denoise = denoiser(pipeline.transformer, settings, begin, text, pipeline.numerics)
+            denoise = denoiser(pipeline.transformer, settings, begin, text, pipeline.numerics, one_by_one)
         noise = ddim_inversion(
             denoise, begin.noisy.transpose(1, 2), steps, refinements, on_step=lambda *_: bar.update() and None
         ).transpose(1, 2)

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from .clip import Clip, Written
 from .data.pixels import to_levels
-from .data.video import write_video
+from .data.video import check_writable, write_video
 from .denoise import denoiser
 from .diffusion.samplers import SAMPLERS
 from .diffusion.schedule import Step, sampling_steps
@@ -116,6 +116,8 @@ class Pipeline:
         What they compute for this number of steps is kept; calls with another number then raise ValueError, and so do
         saving and training.
         """
+        if self.placed is not None:
+            raise SettingsError("memory is planned, and the plan moves the weights that modulate; load without memory")
         self.transformer.release_modulation([step.timestep for step in self.steps(num_inference_steps)])
 
     def steps(self, num_inference_steps: int) -> list[Step]:
@@ -276,6 +278,7 @@ class Pipeline:
         beside, and raises what that does; where it raises, no file is left.
         """
         began = time.perf_counter()
+        check_writable(output, ".mp4")
         inputs = Inputs.read(**{name: settings.pop(name, None) for name in NAMES})
         settings.setdefault("strength", 0.8)
         known, inputs = planned(Settings(prompt, seed=seed, **settings), inputs, self.configs, self.numerics)

@@ -84,7 +84,7 @@ def why_not_causally(x: Tensor, weight: Tensor, bias: Tensor | None, residual: T
     """The reason why a causal convolution cannot run here, or None."""
     if any(t is not None and t.dtype != x.dtype for t in (weight, bias, residual)):
         return f"every tensor must be {x.dtype}, as x is"
-    if max(weight.shape[3:]) > _LARGEST:
+    if max(weight.shape[3:], default=0) > _LARGEST:
         return f"the CUDA kernel is for {FOR_SHAPES}, not {list(weight.shape[3:])}"
     return _extension.why_not_cuda(x, FOR_DTYPES)
 

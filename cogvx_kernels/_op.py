@@ -127,13 +127,16 @@ class Op:
 
     def chosen(self, *args: Any) -> str:
         """The name of the backend that takes these arguments, "reference" where none does."""
-        if _forced == "reference" or _forced in self.backends:
-            return _forced
+        forced = _forced  # once: another thread may change it
+        if forced == "reference" or forced in self.backends:
+            return forced
         return next((backend for backend in self.backends if self.why_not(backend, *args) is None), "reference")
 
     def _choose(self, args: Sequence[Any]) -> ModuleType:
-        backend = self.chosen(*args)
-        reason = self.why_not(backend, *args) if backend == _forced else None
+        forced = _forced
+        is_forced = forced == "reference" or forced in self.backends
+        backend = forced if is_forced else self.chosen(*args)
+        reason = self.why_not(backend, *args) if is_forced else None
         if reason is not None:
             raise RuntimeError(f"{self.name}: backend {backend!r} cannot run here: {reason}")
         return self._module(backend)

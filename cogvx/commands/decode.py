@@ -54,10 +54,13 @@ def main(
     vae = load_vae(model, device)
     z, shapes = z.to(next(vae.parameters())), []
     plan = decode_chunks(z.shape[2], choices), first_alone(z.shape[2], choices)
+    # Where the first latent of an odd count gives as many frames as the others, the last 4k + 1 are the clip.
+    surplus = 3 if z.shape[2] % 2 and not plan[1] else 0
 
     def frames() -> Iterator["np.ndarray"]:
-        for video in vae.decode_each(z, *plan):
+        for number, video in enumerate(vae.decode_each(z, *plan)):
             check_finite(video, "decoding", vae, lambda: vae.decode(z, *plan))
+            video = video if number else video[:, :, surplus:]
             shapes.append(video.shape[2:])
             yield to_frames(video)[0]
 

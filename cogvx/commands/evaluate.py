@@ -5,6 +5,8 @@ from typing import Annotated
 
 from tyro.conf import arg
 
+from ._arguments import CHOICES
+
 
 def main(
     model: str = "tiny",
@@ -13,6 +15,7 @@ def main(
     num_inference_steps: int = 50,
     guidance_scale: float = 6.0,
     seed: int = 0,
+    numerics: Annotated[str, CHOICES] = "sat",
     output: Annotated[Path | None, arg(aliases=["-o"])] = None,
 ) -> None:
     """Generate from prompts, half of them of combinations never trained on, judge the clips, and measure the VAE.
@@ -24,8 +27,10 @@ def main(
         num_inference_steps: of the sampler.
         guidance_scale: how closely the prompts are followed.
         seed: prompt i is made with seed + i.
+        numerics: whose arithmetic to follow, and changes to it, as in sat,null_text=encoded.
         output: a folder for the table and the figures as JSON.
     """
     from ..eval.report import evaluate
 
-    print(evaluate(model, num_prompts, num_clips, seed, num_inference_steps, output, guidance_scale))
+    sampling = num_inference_steps, output, guidance_scale
+    print(evaluate(model, num_prompts, num_clips, seed, *sampling, numerics=numerics))

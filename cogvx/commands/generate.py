@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
-from ._arguments import Loading, Sampling
+from ._arguments import Loading, Sampling, check_is_another_file
 
 
 def main(
@@ -55,6 +55,8 @@ def main(
     files = {"image": image, "last_image": last_image, "video": video, "mask": mask, "latents": latents}
     settings, _ = planned(settings, Inputs.read(**files), read_configs(loading.model), choices)
     check_writable(output, ".mp4")
+    for file in filter(None, files.values()):
+        check_is_another_file(output, file)
 
     made = loading.pipeline(settings).write(output, **settings.as_dict(), **files, progress=progress)
     print(f"{output}  ({made.seconds:.1f} s, seed {made.metadata['seed']})")

@@ -82,5 +82,5 @@ def warn(message: str) -> None:
 
 
 def report(out: Path, step: int, num_steps: int) -> None:
-    done = "" if step == num_steps else f", stopped before {num_steps}; the same command goes on"
+    done = "" if step >= num_steps else f", stopped before {num_steps}; the same command goes on"
     print(f"{out}  step {step}{done}")

@@ -88,6 +88,7 @@ def evaluate(
     batch_size: int = 16,
     compress: bool = True,
     progress: bool = True,
+    numerics: str = "sat",
 ) -> Report:
     """Measure a Shapes World checkpoint: how its clips obey prompts, and how its VAE rebuilds held-out clips.
 
@@ -99,7 +100,7 @@ def evaluate(
     """
     _check(num_prompts, num_clips, steps, batch_size, output)
     started = time.perf_counter()
-    pipeline = Pipeline.from_pretrained(model)
+    pipeline = Pipeline.from_pretrained(model, numerics=numerics)
     about = {"model": model, "model_sha256": pipeline.model_hash, "dtype": str(pipeline.dtype).removeprefix("torch.")}
     how = Settings(None).resolve(pipeline.configs, pipeline.numerics)
     about |= {"numerics": pipeline.numerics.as_dict(), "sampler": how.sampler, "dynamic_guidance": how.dynamic_guidance}

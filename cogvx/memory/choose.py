@@ -123,7 +123,13 @@ def samples(job: Job) -> list[tuple[Plan, bool]]:
         (Plan("visiting", "visiting", "visiting", guided, True), True),
         (Plan("streamed", "streamed", "visiting", guided, True, tiled), True),
     ]
-    return [*found, (Plan("streamed", "streamed", "visiting", False, True, tiled), False)] if guided else found
+    if not guided:
+        return found
+    crossed = Plan("visiting", "visiting", "visiting", False, True), Plan(sequential_guidance=True)
+    return [
+        *found,
+        *((plan, False) for plan in (*crossed, Plan("streamed", "streamed", "visiting", False, True, tiled))),
+    ]
 
 
 def tiling(job: Job) -> Tiling:
@@ -169,6 +175,9 @@ def works_alike(stage: str, one: Plan, other: Plan) -> bool:
     part = PART[stage]
     if part == "vae":
         return (one.halos_on_host, one.tiling) == (other.halos_on_host, other.tiling)
+    # While sampling, a visiting transformer has let the weights go that modulate; a resident one holds them.
+    if stage == "sample" and getattr(one, part) != getattr(other, part):
+        return False
     streamed = (getattr(one, part) == "streamed") == (getattr(other, part) == "streamed")
     return streamed and (part == "text_encoder" or one.sequential_guidance == other.sequential_guidance)
 

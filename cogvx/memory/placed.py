@@ -49,9 +49,9 @@ class Placed:
         "modulation" is the part of the transformer that works before the first step.
         """
         waiting = self.modulation if name == "modulation" else [self.whole[name]] if name in self.whole else []
-        for weights in waiting:
-            weights.install(weights.fetch())
         try:
+            for weights in waiting:
+                weights.install(weights.fetch())
             yield
         finally:
             for weights in waiting:
@@ -122,7 +122,7 @@ class Stream:
             self.ready[i] = self.fetch(i)
         tensors, event = self.ready.pop(i)
         if event is not None:
-            here = torch.cuda.current_stream()
+            here = torch.cuda.current_stream(self.side.device)
             here.wait_event(event)
             for tensor in tensors:
                 tensor.record_stream(here)
@@ -135,7 +135,7 @@ class Stream:
         if self.side is None:
             return self.weights[i].fetch(), None
         # What is on its way must not take memory that a kernel in flight still reads.
-        self.side.wait_stream(torch.cuda.current_stream())
+        self.side.wait_stream(torch.cuda.current_stream(self.side.device))
         with torch.cuda.stream(self.side):
             return self.weights[i].fetch(), self.side.record_event()
 

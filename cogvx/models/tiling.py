@@ -73,7 +73,7 @@ class Tiling:
         given = _again(first, chunks)
         del first
         if len(rows) == len(columns) == 1:
-            return in_chunks(half, given, num_chunks, first_alone=first_alone)
+            return in_chunks(half, given, num_chunks, True, first_alone)
         if self.kind == "exact":
             return ExactTiles(half, rows, columns)(given, num_chunks, first_alone)
         return blended(half, given, num_chunks, rows, columns, factors, first_alone)

@@ -170,7 +170,7 @@ def _flatten(tree, path: str, tensors: dict[str, torch.Tensor]):
     """The tree with each tensor moved to `tensors` and a reference left in its place."""
     if isinstance(tree, torch.Tensor):
         name = path if path not in tensors else f"{path}#{len(tensors)}"
-        tensors[name] = tree.detach().contiguous().clone()
+        tensors[name] = tree.detach().to("cpu", copy=True).contiguous()
         return {"tensor": name}
     if isinstance(tree, dict):
         # Pairs, because an optimiser's state has integer keys and JSON has none.

@@ -6,6 +6,7 @@ Text to video on one device. The clips' latents and their captions' embeddings a
 stopped run goes on exactly where its last state was saved.
 """
 
+import math
 import time
 from contextlib import nullcontext
 from pathlib import Path
@@ -14,8 +15,10 @@ import torch
 from torch import nn
 
 from ..diffusion.loss import velocity_loss
+from ..models.choices import placement
 from ..models.packed import forward_packed
 from ..models.transformer import ExpertTransformer
+from ..numerics import read_numerics
 from .average import Average
 from .checkpoint import restore, save_state
 from .finetuning import Finetuning
@@ -81,7 +84,7 @@ def train(run: Finetuning, model: ExpertTransformer, examples: list[Example], dr
             if step % run.save_every == 0 and step < run.num_steps:
                 save()
         save()
-    if step == run.num_steps:
+    if step >= run.num_steps:
         write_result(run, model, average)
     return step
 
@@ -94,8 +97,11 @@ def accumulate(run: Finetuning, model: ExpertTransformer, drawn: list[Drawn], sc
         part = drawn[first : first + run.batch]
         samples = [each.sample._replace(latents=each.sample.latents.to(device), text=each.sample.text.to(device))
                    for each in part]  # fmt: skip
+        # The largest one meets the ends of a sliced table, if any does.
+        largest = max((tuple(each.latents.shape[1:]) for each in samples), key=math.prod)
+        places = placement(model.config, read_numerics(run.numerics), largest)
         with torch.autocast(device.type, low) if low else nullcontext():
-            predicted = forward_packed(model, samples, checkpointing=run.checkpointing)
+            predicted = forward_packed(model, samples, None, places, run.checkpointing)
         losses = [velocity_loss(y[None], each.clip.to(device)[None], each.noise.to(device)[None], each.alpha[None])
                   for y, each in zip(predicted, part, strict=True)]  # fmt: skip
         loss = torch.cat(losses).mean() / run.accumulation

@@ -13,10 +13,12 @@ from ..data.clips import Clip
 from ..data.packing import num_tokens
 from ..machine import pick_device
 from ..models.checkpoint import component_folder, resolve_folder
+from ..models.choices import last_norm_eps, num_text_tokens
 from ..models.saving import content_hash
 from ..models.text import TextEncoder
 from ..models.transformer import ExpertTransformer
 from ..models.vae import CausalVAE
+from ..numerics import read_numerics
 from ..settings import Configs, read_configs
 from .lora import ATTENTION, targeted
 from .options import TrainingError
@@ -51,6 +53,7 @@ class Finetuning:
     out: Path
     model: str = "tiny"  # a checkpoint folder, a hub name, or "tiny"
     kind: Literal["transformer", "lora"] = "lora"
+    numerics: str = "sat"  # what the clips are to be made with: sat, diffusers, or either with changes
     start: Literal["checkpoint", "scratch"] = "checkpoint"  # of the transformer; VAE and text encoder are the model's
     cache: Path | None = None  # of latents and embeddings; None is `out`/cache
     num_frames: int | None = None  # 8N+1 from the start of each clip; None is as many as each has
@@ -80,6 +83,7 @@ class Finetuning:
         check("lora.rank", self.lora.rank, self.lora.rank >= 1, "at least 1")
         check("optimiser.lr", self.optimiser.lr, self.optimiser.lr > 0, "above 0")
         check("optimiser.betas", self.optimiser.betas, len(self.optimiser.betas) == 2, "two numbers")
+        read_numerics(self.numerics)
         check("start", self.start, self.kind == "transformer" or self.start == "checkpoint", "checkpoint for a LoRA")
 
 
@@ -107,12 +111,15 @@ def load_transformer(run: Finetuning, configs: Configs) -> ExpertTransformer:
 
     Raises TrainingError for layers that it does not have.
     """
-    device = pick_device(run.device)
+    device, eps = pick_device(run.device), last_norm_eps(configs.transformer, read_numerics(run.numerics))
     if run.start == "scratch":
         torch.manual_seed(run.seed)
-        return ExpertTransformer(configs.transformer).init_for_training().to(device)
+        model = ExpertTransformer(configs.transformer).init_for_training().to(device)
+        model.norm_out.norm.eps = eps
+        return model
     dtype = torch.bfloat16 if run.kind == "lora" and run.precision == "bf16" else torch.float32
     model = ExpertTransformer.from_pretrained(run.model, dtype=dtype, device=device)
+    model.norm_out.norm.eps = eps
     if run.kind == "lora":
         targeted(model, run.lora.targets)  # before anything is computed
     return model
@@ -127,7 +134,7 @@ def examples_of(run: Finetuning, clips: list[Clip], configs: Configs) -> tuple[l
     vae = CausalVAE.from_pretrained(run.model, dtype=torch.float32, device=device)
     latents = [latents_of(cache, clip, vae, hashes["vae"]) for clip in clips]
     del vae
-    length = configs.transformer.max_text_seq_length
+    length = num_text_tokens(configs.transformer, read_numerics(run.numerics))
     text = TextEncoder.from_pretrained(run.model, length, torch.float32, device)
     embeddings = {caption: embedding_of(cache, caption, text, text_hash) for caption in {c.caption for c in clips}}
     null: Tensor = embedding_of(cache, "", text, text_hash)

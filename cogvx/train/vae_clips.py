@@ -139,7 +139,7 @@ def train(run: VAERun, vae: CausalVAE, clips: list[Clip], perceptual: Perceptual
             if step % run.save_every == 0 and step < run.num_steps:
                 save()
         save()
-    if step == run.num_steps:
+    if step >= run.num_steps:
         write_result(run, vae, average)
     return step
 

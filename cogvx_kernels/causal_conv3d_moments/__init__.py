@@ -2,6 +2,7 @@ import torch
 from torch import Tensor
 
 from .._op import Op
+from ..causal_conv3d import _op as _plain
 from ..causal_conv3d import causal_conv3d, check
 from . import reference
 
@@ -30,8 +31,9 @@ def causal_conv3d_for_norm(
     norm then computes its own.
     """
     args = x, weight, bias, residual
-    recorded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in args)
-    if torch.compiler.is_compiling() or recorded or _op.chosen(*args) == "reference":
+    recorded = torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in args)
+    plain = torch.compiler.is_compiling() or recorded or (backend := _op.chosen(*args)) == "reference"
+    if plain or backend != _plain.chosen(*args):  # the convolution is forced to another one, perhaps
         return causal_conv3d(*args), None
     return causal_conv3d_moments(*args)
 

@@ -20,8 +20,8 @@ def joint_attention(
     With `return_lse` there is lse beside y: for each query the natural logarithm of the sum of e^(q k^T / sqrt(E)) over
     the keys that it sees, in float32 (float64 for float64). It weighs attention over some of the keys against attention
     over others: of two such results the whole is y = e^(lse_1 - lse) y_1 + e^(lse_2 - lse) y_2 with lse =
-    logaddexp(lse_1, lse_2), as where each process holds a part of the tokens. Both results carry gradients. The plain
-    PyTorch backend then writes all scores to memory.
+    logaddexp(lse_1, lse_2), as where each process holds an equal part of the tokens. Both results carry gradients.
+    The plain PyTorch backend then writes all scores to memory.
 
     Raises ValueError for shapes, dtypes or devices that do not agree, and for lengths that do not add up.
     """

@@ -14,7 +14,13 @@ def tiles(lengths: list[int] | None, size: int, like: Tensor) -> Tensor | None: 
     """
     if not lengths:
         return None
-    return _on_host(tuple(lengths), size, like.is_cuda).to(like.device, non_blocking=True)
+    table = _on_host(tuple(lengths), size, like.is_cuda)
+    if like.is_cuda and torch.cuda.is_current_stream_capturing():
+        _CAPTURED.append(table)  # every replay reads it, however many others have been made since
+    return table.to(like.device, non_blocking=True)
+
+
+_CAPTURED: list[Tensor] = []
 
 
 @lru_cache(maxsize=256)

@@ -11,8 +11,8 @@
 
 namespace cogvx {
 
-// On the tensor's own device: run(zero, stream), with a zero of the type that `dtype` is on GPUs. Returns what run does,
-// nullptr or what went wrong.
+// On the tensor's own device: run(zero, stream), with a zero of the type that `dtype` is on GPUs. Returns what run
+// does, nullptr or what went wrong.
 template <class Run> const char* by_dtype(DType dtype, int device, uintptr_t stream_address, Run run) {
   const DeviceGuard guard(device);
   const auto stream = reinterpret_cast<cudaStream_t>(stream_address);

@@ -136,7 +136,8 @@ template <class A> inline A raise_top(const A* scores, int64_t keys, A factor, A
 }
 
 // Turns kBlockRows rows of scores into weights and adds these up; coarse ones have errors that their rounding hides.
-template <class T, bool kCoarse> void soften(const Queries<T>& at, int64_t row, int64_t keys, int64_t columns, Sum<T> factor) {
+template <class T, bool kCoarse>
+void soften(const Queries<T>& at, int64_t row, int64_t keys, int64_t columns, Sum<T> factor) {
   using A = Sum<T>;
   constexpr int kCount = kLanes<T>, kPair = Kind<T>::kPair;
   for (int r = 0; r < kBlockRows; ++r) {

@@ -3,11 +3,12 @@
 import math
 
 import numpy as np
+import pytest
 import torch
 
 from cogvx_kernels import qk_norm_rope, use_backend
-from cogvx_kernels._op import OPS
 from cogvx_kernels.qk_norm_rope.cases import make
+from cogvx_kernels.testing import devices
 
 
 def in_loops(qkv, q_weight, q_bias, k_weight, k_bias, cos, sin, num_text, num_heads, eps):
@@ -73,19 +74,23 @@ def test_rotation_keeps_lengths_and_angle_zero_does_nothing():
         torch.testing.assert_close(y, z, rtol=0, atol=0)
 
 
-def test_angles_in_16_bits_round_every_product_and_sum():
-    for dtype in (torch.bfloat16, torch.float16):
-        for backend in ("native", "cuda", "triton"):
-            args = make(1, 40, 4, 2, 64, narrow=True, dtype=dtype)
-            # Triton's interpreter cuts bf16 off where a GPU rounds.
-            interpreted = backend == "triton" and dtype == torch.bfloat16 and not args[0].is_cuda
-            if interpreted or OPS["qk_norm_rope"].why_not(backend, *args) is not None:
-                continue
-            with use_backend(backend):
-                turned = qk_norm_rope(*args)[0].float()
-                plain = qk_norm_rope(*args[:5], None, None, *args[7:])[0][:, :, 4:]  # in 16 bits, as it is turned
-                wide = qk_norm_rope(*args[:5], args[5].float(), args[6].float(), *args[7:])[0].float()
-            across = torch.stack([-plain[..., 1::2], plain[..., ::2]], dim=-1).flatten(-2)
-            expected = (plain * args[5] + across * args[6]).float()
-            assert torch.equal(turned[:, :, 4:], expected), backend
-            assert 0.2 < (wide[:, :, 4:] != expected).double().mean() < 0.9
+# Triton's interpreter cuts bf16 off where a GPU rounds.
+ROUNDING = [("native", torch.bfloat16, "cpu"), ("native", torch.float16, "cpu")] + [
+    (backend, dtype, devices()[-1])
+    for backend, dtype in (("cuda", torch.bfloat16), ("cuda", torch.float16), ("triton", torch.float16))
+]
+ROUNDING += [("triton", torch.bfloat16, devices()[-1])] if devices()[-1] != "cpu" else []
+
+
+@pytest.mark.parametrize(("backend", "dtype", "device"), ROUNDING)
+def test_angles_in_16_bits_round_every_product_and_sum(backend, dtype, device, run_on):
+    args = make(1, 40, 4, 2, 64, narrow=True, dtype=dtype, device=device)
+    run_on("qk_norm_rope", backend, *args)
+    with use_backend(backend):
+        turned = qk_norm_rope(*args)[0].float()
+        plain = qk_norm_rope(*args[:5], None, None, *args[7:])[0][:, :, 4:]  # in 16 bits, as it is turned
+        wide = qk_norm_rope(*args[:5], args[5].float(), args[6].float(), *args[7:])[0].float()
+    across = torch.stack([-plain[..., 1::2], plain[..., ::2]], dim=-1).flatten(-2)
+    expected = (plain * args[5] + across * args[6]).float()
+    assert torch.equal(turned[:, :, 4:], expected)
+    assert 0.2 < (wide[:, :, 4:] != expected).double().mean() < 0.9
