@@ -113,8 +113,7 @@ class Pipeline:
     def release_modulation(self, num_inference_steps: int = 50) -> None:
         """Free the weights that modulate the transformer, a fifth of 2B's, a seventh of 5B's.
 
-        What they compute for this number of steps is kept; calls with another number then raise ValueError, and so do
-        saving and training.
+        Calls with another number of steps then raise ValueError, and so do saving and training.
         """
         if self.placed is not None:
             raise SettingsError("memory is planned, and the plan moves the weights that modulate; load without memory")
