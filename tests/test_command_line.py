@@ -286,6 +286,17 @@ def test_encode_and_decode_give_a_video_of_the_same_size_and_rate(small_checkpoi
     assert "made with given latents" in one_line(run_command("replay", tmp_path / "b.mp4", *model))
 
 
+def test_an_odd_count_of_latents_is_decoded_to_the_frames_it_was_made_of(small_checkpoint, run_command, tmp_path):
+    # 15 of them: four frames each would be 60
+    write_video(tmp_path / "a.mp4", np.full((57, 16, 16, 3), 90, np.uint8), 8)
+    latents, model = tmp_path / "l.safetensors", ("--model", small_checkpoint("2b"))
+    run_command("encode", tmp_path / "a.mp4", "-o", latents, *model)
+    for numerics in ("sat", "diffusers"):
+        _, out, _ = run_command("decode", latents, "-o", tmp_path / f"{numerics}.mp4", "--numerics", numerics, *model)
+        assert "57 frames of 16 x 16" in out
+        assert len(read_video(tmp_path / f"{numerics}.mp4")[0]) == 57
+
+
 def test_show_prints_what_a_video_carries(video, run_command):
     status, out, _ = run_command("show", video)
     assert status == 0 and json.loads(out) == {"prompt": "x"}
