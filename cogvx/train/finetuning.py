@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -75,16 +75,21 @@ class Finetuning:
     lora: LoRAOptions = field(default_factory=LoRAOptions)
 
     def __post_init__(self) -> None:
-        for name in ("num_steps", "batch", "accumulation", "save_every", "keep_last"):
-            check(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
+        check_loop(self, "num_steps", "batch", "accumulation", "save_every", "keep_last")
         check("num_frames", self.num_frames, self.num_frames is None or self.num_frames % 8 == 1, "8N+1")
         check("drop_text", self.drop_text, 0 <= self.drop_text <= 1, "from 0 to 1")
-        check("ema_decay", self.ema_decay, self.ema_decay is None or 0 <= self.ema_decay < 1, "from 0 to below 1")
         check("lora.rank", self.lora.rank, self.lora.rank >= 1, "at least 1")
-        check("optimiser.lr", self.optimiser.lr, self.optimiser.lr > 0, "above 0")
-        check("optimiser.betas", self.optimiser.betas, len(self.optimiser.betas) == 2, "two numbers")
         read_numerics(self.numerics)
         check("start", self.start, self.kind == "transformer" or self.start == "checkpoint", "checkpoint for a LoRA")
+
+
+def check_loop(run: Any, *counts: str) -> None:
+    """What the options of every run have in common: counts from 1, the optimiser, the average."""
+    for name in counts:
+        check(name, getattr(run, name), getattr(run, name) >= 1, "at least 1")
+    check("ema_decay", run.ema_decay, run.ema_decay is None or 0 <= run.ema_decay < 1, "from 0 to below 1")
+    check("optimiser.lr", run.optimiser.lr, run.optimiser.lr > 0, "above 0")
+    check("optimiser.betas", run.optimiser.betas, len(run.optimiser.betas) == 2, "two numbers")
 
 
 def check(name: str, value: object, is_valid: bool, wanted: str) -> None:

@@ -26,7 +26,7 @@ from ..models.vae import CausalVAE
 from ..settings import read_configs
 from .average import Average
 from .checkpoint import restore, save_state
-from .finetuning import Optimiser, check
+from .finetuning import Optimiser, check, check_loop
 from .log import Log
 from .losses import LossWeights, Perceptual, discriminator_step, vae_loss
 from .optim import cosine
@@ -67,13 +67,10 @@ class VAERun:
     weights: LossWeights = field(default_factory=LossWeights)
 
     def __post_init__(self) -> None:
-        for name in ("num_steps", "batch", "save_every", "keep_last"):
-            check(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
+        check_loop(self, "num_steps", "batch", "save_every", "keep_last")
         check("num_frames", self.num_frames, self.num_frames % 8 == 1, "8N+1")
         check("size", self.size, self.size >= 8 and self.size % 8 == 0, "a multiple of 8")
         check("strides", self.strides, len(self.strides) > 0 and min(self.strides) >= 1, "whole numbers from 1")
-        check("optimiser.lr", self.optimiser.lr, self.optimiser.lr > 0, "above 0")
-        check("ema_decay", self.ema_decay, self.ema_decay is None or 0 <= self.ema_decay < 1, "from 0 to below 1")
 
 
 def load_vae(run: VAERun) -> CausalVAE:
