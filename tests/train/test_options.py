@@ -93,3 +93,9 @@ def test_a_missing_option_and_a_bad_file_are_named(tmp_path):
 def test_values_without_meaning_are_named(word, message):
     with pytest.raises(TrainingError, match=message):
         read_options(Finetuning, None, ["data=a", "out=b", word])
+
+
+@pytest.mark.parametrize("kind", [Finetuning, VAERun])
+def test_every_run_needs_two_betas(kind):
+    with pytest.raises(TrainingError, match=r"optimiser\.betas is \(0\.9,\); it must be two numbers"):
+        read_options(kind, None, ["data=a", "out=b", "optimiser.betas=[0.9]"])
