@@ -1,12 +1,11 @@
 """What every test run says and takes: the live backends in the header, `--require`."""
 
-import dataclasses
-import functools
 import os
 import signal
 from pathlib import Path
 
 import host_cuda
+import interpreter
 import pytest
 import torch
 
@@ -28,8 +27,7 @@ def pytest_configure(config: pytest.Config) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if "cuda" in required(config) and not torch.cuda.is_available():
         run_cuda_on_host(config)
-    if os.environ.get("TRITON_INTERPRET") == "1" and "triton" in declared_backends():
-        interpret_quickly()
+    interpreter.hasten()
     live = cogvx_kernels.explain()
     for backend in required(config):
         if backend not in declared_backends():
@@ -49,41 +47,6 @@ def run_cuda_on_host(config: pytest.Config) -> None:
     here = _extension.cuda_on_host(host_cuda.load(path))
     here.__enter__()
     config.add_cleanup(lambda: here.__exit__(None, None, None))
-
-
-def interpret_quickly() -> None:
-    """Triton's interpreter without the two things on which it spends half of its time.
-
-    It puts its own functions into the language in every call of a function inside a kernel: here once a launch. And it
-    does every sum and product of integers again in 64 bits to see whether 32 were enough, which in calls as small as
-    those of tests they are.
-    """
-    try:
-        from triton import language
-        from triton.runtime import interpreter
-    except ImportError:  # no Triton here; `--require triton` says so
-        return
-    patch, launch = interpreter._patch_lang, interpreter.GridExecutor.__call__
-    patched = set()  # what functions of this launch see of the language
-
-    @functools.cache
-    def seen(function):
-        values = function.__globals__.values()
-        return any(value is language for value in values), any(value is language.core for value in values)
-
-    def patch_once(function):
-        if seen(function) in patched:
-            return None
-        patched.add(seen(function))
-        return patch(function)
-
-    def launch_anew(self, *args, **kwargs):
-        patched.clear()
-        return launch(self, *args, **kwargs)
-
-    interpreter._patch_lang, interpreter.GridExecutor.__call__ = patch_once, launch_anew
-    builder = interpreter.interpreter_builder
-    builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

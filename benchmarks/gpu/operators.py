@@ -11,6 +11,7 @@ from types import ModuleType
 from typing import Any
 
 import cost
+import interpreter
 import torch
 from timing import DEVICE, TOY, shares, times
 from torch import Tensor
@@ -71,6 +72,7 @@ def toys(module: ModuleType) -> dict[str, Callable[..., tuple]]:
 
 def main() -> None:
     record = from_arguments()
+    interpreter.hasten()
     record.put(dtype=str(DTYPE))
     for contestants in (baselines.ours, baselines.others):
         each(record, lambda case, args, find=contestants: forward(record, case, args, find(case.operator, args)))
