@@ -20,6 +20,7 @@ DRAWS = 200  # until one is for a backend that is for some shapes alone; then th
 # more than so many numbers in one dtype each, which dtypes take in turns; only the first cases for a rule about what
 # is given, hardly about how much; and one of so many calls of a fuzz.
 INTERPRETED = () if torch.cuda.is_available() else ("triton",)
+ON_HOST = (*INTERPRETED, "cuda") if INTERPRETED else ()  # slow, too; it gets all but what is the same for many cases
 MANY_NUMBERS, FIRST_CASES, FUZZ_SHARE = 8192, 3, 4
 
 ALL = [(name, backend) for name, op in OPS.items() for backend in ("reference", *op.backends)]
@@ -70,7 +71,7 @@ def small_calls(name, backend, device, run_on, dtype=None):
 
 def first_calls(name, backend, device, run_on, at_most=None):
     """The first of them, for a rule that is kept or broken by what is given, hardly by how much of it."""
-    at_most = FIRST_CASES if backend in INTERPRETED else at_most
+    at_most = FIRST_CASES if backend in ON_HOST else at_most
     return small_calls(name, backend, device, run_on)[:at_most]
 
 
