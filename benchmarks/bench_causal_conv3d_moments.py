@@ -22,10 +22,9 @@ GROUPS, EPS = 32, 1e-6
 def arguments(label: str) -> tuple:
     real = REAL[label]
     size = real.args if DEVICE == "cuda" else (*real.args[:3], 1, 24, 40)
-    args = real.func(*size, **real.keywords, dtype=torch.bfloat16, device=DEVICE)
-    return tuple(
-        t.contiguous(memory_format=torch.channels_last_3d) if t is not None and t.dim() == 5 else t for t in args
-    )
+    x, weight, bias, residual = real.func(*size, **real.keywords, dtype=torch.bfloat16, device=DEVICE)
+    x, residual = (t if t is None else t.contiguous(memory_format=torch.channels_last_3d) for t in (x, residual))
+    return x, weight, bias, residual
 
 
 def convolved(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
