@@ -24,7 +24,7 @@ LAYERS = (
     ("clip", "settings"),
     ("inputs", "machine"),
     ("parts", "start"),
-    ("denoise",),
+    ("denoise", "parallel"),
     ("memory",),
     ("pipeline",),
     ("extend", "invert", "train", "eval"),

@@ -1,0 +1,34 @@
+"""One process that makes a video alone: what a pipeline asks of the processes, where there are no others."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from ..data.video import check_writable, write_video
+from ..diffusion.guidance import TOGETHER, Together
+from ..inputs import Inputs
+from ..settings import Settings
+
+
+class Alone:
+    """Agrees with itself, writes itself. `cogvx.parallel.processes.Processes` does so for several."""
+
+    sides: Together = TOGETHER
+    leads = True  # whether this process writes and speaks
+
+    def agree(self, batch: list[Settings], inputs: Inputs) -> None:
+        """Before the work."""
+
+    def check_writable(self, output: Any) -> None:
+        """Raises VideoError where an mp4 cannot be written."""
+        check_writable(output, ".mp4")
+
+    def write(self, output: Any, parts: Iterator, fps: float, about: dict) -> None:
+        """Write frames as they come."""
+        write_video(output, parts, fps, about)
+
+    def recorded(self) -> dict[str, dict]:
+        """What a video carries of how it was shared."""
+        return {}
+
+
+ALONE = Alone()

@@ -1,0 +1,166 @@
+"""What each process computes and hands out for one video, and how long that would take: a model, not a measurement.
+
+Operations are counted in the products that are most of a model, each multiplication and addition as one; bytes are
+those that `cogvx.parallel.links` counts in a run, of the same kinds and equal to the byte. Time is operations at one
+rate and bytes over one link, one after the other, as if none was hidden behind work. Processes that compute the same
+(text, the modulation, the sampler, an image's latents, the mp4) are left out.
+"""
+
+import math
+from collections import Counter
+from dataclasses import dataclass
+
+import torch
+
+from ..config import TransformerConfig
+from ..diffusion.windows import window_starts
+from ..models.choices import encode_chunks, first_alone
+from ..models.loading import hollow
+from ..models.vae import CausalVAE, Decoder, Encoder
+from ..models.vae import encode_chunks as eights
+from ..numerics import SAT, Numerics
+from ..settings import Configs, Settings
+from .frames import halo_shape, result_shape, scale_of_convs
+from .split import Layout, length, lengths
+from .ways import Ways, chunks, sequence
+
+FLOPS = 300e12  # a second, of one GPU
+LINK = 50e9  # bytes a second that one GPU hands out
+TAPS = 27  # of a causal convolution
+
+
+@dataclass(frozen=True)
+class Work:
+    """Of one video, or of several made at once."""
+
+    configs: Configs
+    settings: Settings  # resolved
+    dtype: torch.dtype
+    vae_dtype: torch.dtype
+    numerics: Numerics = SAT
+    batch: int = 1
+
+    @property
+    def calls(self) -> int:
+        """How often the transformer sees a sequence; the two sides of guidance together, or each where they are."""
+        num_latents, config = self.settings.latent_shape(self.configs)[1], self.configs.transformer
+        window = config.trained_grid[0] * config.patch[0]
+        in_windows = self.settings.longer == "windows" and num_latents > window
+        return self.settings.num_moves * (len(window_starts(num_latents, window, window // 2)) if in_windows else 1)
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one process does."""
+
+    sampling: float  # operations
+    decoding: float  # operations, encoding included where there is something to encode
+    sent: Counter[str]  # bytes, by what they are for
+
+    def seconds(self, flops: float = FLOPS, link: float = LINK) -> float:
+        return (self.sampling + self.decoding) / flops + sum(self.sent.values()) / link
+
+
+def share_of(work: Work, ways: Ways, process: int) -> Share:
+    """What process number `process` of those that share a video in these ways computes and hands out."""
+    sampling, sent = transformer_share(work, ways, process)
+    decoding, more = vae_share(work, ways, process)
+    return Share(sampling, decoding, sent + more)
+
+
+def seconds(work: Work, ways: Ways, flops: float = FLOPS, link: float = LINK) -> float:
+    """As long as the slowest process takes, by this model."""
+    return max(share_of(work, ways, process).seconds(flops, link) for process in range(ways.size))
+
+
+def transformer_share(work: Work, ways: Ways, process: int) -> tuple[float, Counter[str]]:
+    """Operations and bytes of the transformer, all steps together."""
+    config, itemsize = work.configs.transformer, work.dtype.itemsize
+    num_text, num_vision = sequence(work.configs, work.settings, work.numerics)
+    layout = Layout(num_text + num_vision, num_text, ways.heads, ways.tokens)
+    place, column = divmod(process % (ways.heads * ways.tokens), ways.heads)
+    sides = 2 if work.settings.is_guided and ways.guidance == 1 else 1
+    heads = lengths(config.num_attention_heads, ways.heads)[column]
+    sent = sent_by_layers(config, layout, place, column, heads)
+    sent["patches"] = sent_patches(config, layout, place, column)
+    sent = Counter({what: count * sides * work.batch * itemsize for what, count in sent.items()})
+    if ways.guidance > 1:
+        # What both sides find has the size of a sequence's patches.
+        sent["sides"] = num_vision * config.out_channels * math.prod(config.patch) * work.batch * itemsize
+    own, row = layout.tokens_in(place)[column], layout.tokens_of_rows[place]
+    a_layer = 24 * own * config.width**2 + 4 * row * layout.num_tokens * heads * config.attention_head_dim
+    operations = float(a_layer * config.num_layers * sides * work.batch)
+    return operations * work.calls, Counter({what: n * work.calls for what, n in sent.items() if n})
+
+
+def sent_by_layers(config: TransformerConfig, layout: Layout, place: int, column: int, heads: int) -> Counter[str]:
+    """Numbers that attention hands out in all layers, for one sequence."""
+    width, rows = config.attention_head_dim, layout.tokens_of_rows
+    own, others = layout.tokens_in(place)[column], rows[place] - layout.tokens_in(place)[column]
+    traded = 3 * own * (config.num_attention_heads - heads) + others * heads
+    # Its own keys and values, then those that come to it, but for the last ones.
+    passed = sum(2 * rows[(place - i) % layout.rows] * heads for i in range(layout.rows - 1))
+    return Counter(heads=traded * width * config.num_layers, keys=passed * width * config.num_layers)
+
+
+def sent_patches(config: TransformerConfig, layout: Layout, place: int, column: int) -> int:
+    """Numbers that are handed out of what was predicted, for one sequence."""
+    own, row = length(layout.vision(place * layout.columns + column)), layout.vision_of_rows[place]
+    per_token = config.out_channels * math.prod(config.patch)
+    return (own * (layout.columns - 1) + row * (layout.rows - 1)) * per_token
+
+
+def vae_share(work: Work, ways: Ways, process: int) -> tuple[float, Counter[str]]:
+    """Operations and bytes of the VAE's chunks."""
+    vae, (_, _, height, width) = hollow(CausalVAE, work.configs.vae), work.settings.latent_shape(work.configs)
+    channels, decoded = work.configs.vae.latent_channels, chunks(work.configs, work.settings, work.numerics)
+    alone = first_alone(sum(decoded), work.numerics)
+    shapes = [torch.Size((work.batch, channels, n, height, width)) for n in decoded]
+    operations, sent = half_share(vae.decoder, shapes, alone, work.vae_dtype, ways, process)
+    if work.settings.strength is None:
+        return operations, sent
+    count, size = work.settings.num_frames, (work.settings.height, work.settings.width)
+    shapes = [torch.Size((1, 3, n, *size)) for n in encode_chunks(count, work.numerics) or eights(count)]
+    more = half_share(vae.encoder, shapes, True, work.vae_dtype, ways, process)
+    return operations + more[0], sent + more[1]
+
+
+def half_share(
+    half: Encoder | Decoder, shapes: list[torch.Size], alone: bool, dtype: torch.dtype, ways: Ways, process: int
+) -> tuple[float, Counter[str]]:
+    """Operations and bytes of the chunks of these shapes that a process is dealt."""
+    operations, sent = 0.0, Counter()
+    for i, shape in enumerate(shapes):
+        if len(shapes) == 1 or i % ways.frames == process:
+            operations += operations_of(half, shape, alone and i == 0)
+        if len(shapes) == 1 or i % ways.frames != process or ways.frames == 1:
+            continue
+        if i + 1 < len(shapes):
+            convs = scale_of_convs(half).items()
+            sent["halos"] += sum(math.prod(halo_shape(conv, shape, scale)) for conv, scale in convs) * dtype.itemsize
+        numbers = math.prod(result_shape(half, shape, alone and i == 0))
+        sent["frames"] += numbers * dtype.itemsize * (ways.size - 1)
+    return operations, sent
+
+
+def operations_of(half: Encoder | Decoder, shape: torch.Size, alone: bool) -> float:
+    """Those of a chunk's causal convolutions, which are nearly all of them."""
+    frames, decodes, total = shape[2], isinstance(half, Decoder), 0.0
+    scales = scale_of_convs(half)
+
+    def add(*convs: torch.nn.Module) -> None:
+        nonlocal total
+        for conv in convs:
+            pixels = shape[0] * frames * shape[3] * shape[4] * scales[conv] ** 2
+            total += 2 * TAPS * conv.conv.in_channels * conv.conv.out_channels * pixels
+
+    add(half.conv_in)
+    for block in [half.mid_block, *half.up_blocks] if decodes else [*half.down_blocks, half.mid_block]:
+        add(*(conv for resnet in block.resnets for conv in (resnet.conv1, resnet.conv2)))
+        for layer in getattr(block, "upsamplers" if decodes else "downsamplers", ()):
+            if decodes and layer.double_time:
+                frames = 2 * frames - (alone and frames % 2)
+            elif not decodes and layer.halve_time:
+                frames = (frames + 1) // 2
+    add(half.conv_out)
+    return total
