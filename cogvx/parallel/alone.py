@@ -15,6 +15,20 @@ class Alone:
     sides: Together = TOGETHER
     leads = True  # whether this process writes and speaks
 
+    def device_for(self, device: str | None) -> str | None:
+        """Where this process computes, of the device that is asked for."""
+        return device
+
+    def same(self, number: int) -> int:
+        """A number that all processes have."""
+        return number
+
+    def ways_for(self, asked: str, limits: Any) -> Any:
+        """In which ways processes share a video with these limits."""
+
+    def share(self, pipeline: Any, asked: Any, settings: Settings) -> None:
+        """Split what a pipeline computes, for a video with these resolved settings."""
+
     def agree(self, batch: list[Settings], inputs: Inputs) -> None:
         """Before the work."""
 

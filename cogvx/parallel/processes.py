@@ -26,7 +26,7 @@ from ..diffusion.guidance import TOGETHER
 from ..inputs import Inputs
 from ..machine import pick_device
 from ..settings import Settings
-from .alone import Alone
+from .alone import ALONE, Alone
 from .frames import DealtChunks
 from .links import Link, ParallelError
 from .sides import Apart
@@ -57,6 +57,9 @@ class Processes(Alone):
     @property
     def leads(self) -> bool:
         return self.rank == 0
+
+    def device_for(self, device: str | None) -> str:
+        return str(self.device)
 
     def same(self, number: int) -> int:
         """The number that process 0 has."""
@@ -116,6 +119,16 @@ class Processes(Alone):
 
     def recorded(self) -> dict[str, dict]:
         return {"parallel": self.ways.as_dict()}
+
+
+@contextmanager
+def together(asked: str | None, device: str | None = None) -> Iterator[Alone]:
+    """The processes that torchrun has started, or this one alone where it has not and none are asked for."""
+    if asked is None and not are_started():
+        yield ALONE
+        return
+    with joined(device) as processes:
+        yield processes
 
 
 @contextmanager

@@ -9,10 +9,11 @@ rate and bytes over one link, one after the other, as if none was hidden behind 
 import math
 from collections import Counter
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
-from ..config import TransformerConfig
+from ..config import TransformerConfig, VAEConfig
 from ..diffusion.windows import window_starts
 from ..models.choices import encode_chunks, first_alone
 from ..models.loading import hollow
@@ -68,9 +69,10 @@ def share_of(work: Work, ways: Ways, process: int) -> Share:
     return Share(sampling, decoding, sent + more)
 
 
-def seconds(work: Work, ways: Ways, flops: float = FLOPS, link: float = LINK) -> float:
-    """As long as the slowest process takes, by this model."""
-    return max(share_of(work, ways, process).seconds(flops, link) for process in range(ways.size))
+def slowest(work: Work, ways: Ways, flops: float = FLOPS, link: float = LINK) -> Share:
+    """What the process does that takes longest by this model."""
+    shares = [share_of(work, ways, process) for process in range(ways.size)]
+    return max(shares, key=lambda share: share.seconds(flops, link))
 
 
 def transformer_share(work: Work, ways: Ways, process: int) -> tuple[float, Counter[str]]:
@@ -112,7 +114,7 @@ def sent_patches(config: TransformerConfig, layout: Layout, place: int, column: 
 
 def vae_share(work: Work, ways: Ways, process: int) -> tuple[float, Counter[str]]:
     """Operations and bytes of the VAE's chunks."""
-    vae, (_, _, height, width) = hollow(CausalVAE, work.configs.vae), work.settings.latent_shape(work.configs)
+    vae, (_, _, height, width) = _vae(work.configs.vae), work.settings.latent_shape(work.configs)
     channels, decoded = work.configs.vae.latent_channels, chunks(work.configs, work.settings, work.numerics)
     alone = first_alone(sum(decoded), work.numerics)
     shapes = [torch.Size((work.batch, channels, n, height, width)) for n in decoded]
@@ -123,6 +125,11 @@ def vae_share(work: Work, ways: Ways, process: int) -> tuple[float, Counter[str]
     shapes = [torch.Size((1, 3, n, *size)) for n in encode_chunks(count, work.numerics) or eights(count)]
     more = half_share(vae.encoder, shapes, True, work.vae_dtype, ways, process)
     return operations + more[0], sent + more[1]
+
+
+@lru_cache(maxsize=1)
+def _vae(config: VAEConfig) -> CausalVAE:
+    return hollow(CausalVAE, config)
 
 
 def half_share(

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import asdict, dataclass, fields, replace
+from itertools import product
 
 from ..models.choices import decode_chunks, num_text_tokens
 from ..models.vae import decode_chunks as pairs
@@ -93,6 +94,14 @@ def automatic(size: int, limits: Limits) -> Ways:
     rest = size // guidance
     heads = max(n for n in range(1, min(rest, limits.heads) + 1) if rest % n == 0)
     return Ways(guidance, heads, rest // heads, 0)
+
+
+def possible(size: int, limits: Limits) -> list[Ways]:
+    """All ways for so many processes, as many of them decoding as can."""
+    frames = min(size, limits.frames)
+    each = product(range(1, limits.guidance + 1), range(1, min(size, limits.heads) + 1))
+    found = [Ways(g, heads, size // (g * heads), frames) for g, heads in each if size % (g * heads) == 0]
+    return [ways for ways in found if ways.tokens <= limits.tokens // ways.heads]
 
 
 def read_ways(text: str) -> Ways:
