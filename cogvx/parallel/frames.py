@@ -12,10 +12,11 @@ from itertools import islice
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..models.fp16 import overflowed
 from ..models.vae import CausalConv3d, Decoder, Encoder, Halos, in_chunks
+from .layers import Layer, layers_of, result_shape
 from .links import Link
 
 HALO = 2  # frames that a convolution sees of the chunk before
@@ -80,7 +81,8 @@ class PassedHalos(Halos):
 
     def __init__(self, dealt: DealtChunks, half: Encoder | Decoder, chunk: Tensor, number: int, num_chunks: int):
         super().__init__()
-        self.dealt, self.chunk, self.scales = dealt, chunk, scale_of_convs(half)
+        self.dealt, self.chunk = dealt, chunk
+        self.layers = {layer.module: layer for layer in layers_of(half, chunk.shape, True)}
         self.is_first, self.is_last = number == 0, number == num_chunks - 1
         self.sent: list[tuple[dist.Work, Tensor]] = []
         self.wrapped: list[tuple[dist.Work, Tensor]] = []
@@ -91,8 +93,7 @@ class PassedHalos(Halos):
         link, source = self.dealt.link, self.dealt.link.rank - 1
         if source < 0:
             link, source = self.dealt.wrap, self.dealt.num - 1
-        shape = halo_shape(conv, self.chunk.shape, self.scales[conv])
-        return link.receive(shape, self.chunk, source).permute(0, 4, 1, 2, 3)
+        return link.receive(halo_shape(self.layers[conv]), self.chunk, source).permute(0, 4, 1, 2, 3)
 
     def keep(self, conv: CausalConv3d, frames: Tensor) -> None:
         if self.is_last:
@@ -104,28 +105,7 @@ class PassedHalos(Halos):
         sent.append((link.send("halos", frames, target), frames))
 
 
-def halo_shape(conv: CausalConv3d, shape: torch.Size, scale: float) -> tuple[int, ...]:  # B, 2, H, W, C
-    """Of what a convolution passes on, where a chunk has the shape [B, C, T, H, W]; channels last, as it is sent."""
-    return shape[0], HALO, round(shape[3] * scale), round(shape[4] * scale), conv.conv.in_channels
-
-
-def scale_of_convs(half: Encoder | Decoder) -> dict[nn.Module, float]:
-    """How much larger than the half's input the frames are that each convolution reads."""
-    scales, scale, decodes = {half.conv_in: 1.0}, 1.0, isinstance(half, Decoder)
-    for block in [half.mid_block, *half.up_blocks] if decodes else [*half.down_blocks, half.mid_block]:
-        scales |= {conv: scale for resnet in block.resnets for conv in (resnet.conv1, resnet.conv2)}
-        for _ in getattr(block, "upsamplers" if decodes else "downsamplers", ()):
-            scale *= 2 if decodes else 0.5
-    return {**scales, half.conv_out: scale}
-
-
-def result_shape(half: Encoder | Decoder, shape: torch.Size, first_alone: bool) -> tuple[int, ...]:
-    """Of what a half makes of a chunk [B, C, T, H, W]."""
-    (batch, _, frames, height, width), scale = shape, scale_of_convs(half)[half.conv_out]
-    if isinstance(half, Decoder):
-        for upsample in (layer for block in half.up_blocks for layer in block.upsamplers):
-            frames = 2 * frames - (first_alone and frames % 2) if upsample.double_time else frames
-    else:
-        for downsample in (layer for block in half.down_blocks for layer in block.downsamplers):
-            frames = (frames + 1) // 2 if downsample.halve_time else frames
-    return batch, half.conv_out.conv.out_channels, frames, round(height * scale), round(width * scale)
+def halo_shape(layer: Layer) -> tuple[int, ...]:  # B, 2, H, W, C
+    """Of what a convolution passes on; channels last, as it is sent."""
+    batch, channels, _, height, width = layer.shape
+    return batch, HALO, height, width, channels

@@ -29,6 +29,7 @@ from ..settings import Settings
 from .alone import ALONE, Alone
 from .frames import DealtChunks
 from .links import Link, ParallelError
+from .rows import SplitRows
 from .sides import Apart
 from .tokens import SplitSequence
 from .watch import Watch
@@ -90,6 +91,8 @@ class Processes(Alone):
             SplitSequence(row, column).share(pipeline.transformer)
         if ways.frames > 1:
             pipeline.vae.tiling = DealtChunks(link(dist.group.WORLD), link(dist.new_group()), ways.frames)
+        if ways.rows > 1:
+            pipeline.vae.tiling = SplitRows(link(dist.group.WORLD))
         self.ways, self.limits_of = ways, partial(Limits.of, pipeline.configs, numerics=pipeline.numerics, tiled=tiled)
         pipeline.processes = self
 

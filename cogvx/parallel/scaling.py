@@ -16,12 +16,14 @@ import torch
 from ..config import TransformerConfig, VAEConfig
 from ..diffusion.windows import window_starts
 from ..models.choices import encode_chunks, first_alone
+from ..models.exact_tiles import group_norm_of
 from ..models.loading import hollow
-from ..models.vae import CausalVAE, Decoder, Encoder
+from ..models.vae import CausalVAE, Decoder, Downsample, Encoder, GroupNormSiLU, SpatialNormSiLU
 from ..models.vae import encode_chunks as eights
 from ..numerics import SAT, Numerics
 from ..settings import Configs, Settings
-from .frames import halo_shape, result_shape, scale_of_convs
+from .frames import halo_shape
+from .layers import Layer, layers_of, result_shape
 from .split import Layout, length, lengths
 from .ways import Ways, chunks, sequence
 
@@ -135,39 +137,44 @@ def _vae(config: VAEConfig) -> CausalVAE:
 def half_share(
     half: Encoder | Decoder, shapes: list[torch.Size], alone: bool, dtype: torch.dtype, ways: Ways, process: int
 ) -> tuple[float, Counter[str]]:
-    """Operations and bytes of the chunks of these shapes that a process is dealt."""
+    """Operations and bytes of the chunks of these shapes, as far as a process is dealt them or has rows of them."""
     operations, sent = 0.0, Counter()
     for i, shape in enumerate(shapes):
-        if len(shapes) == 1 or i % ways.frames == process:
-            operations += operations_of(half, shape, alone and i == 0)
-        if len(shapes) == 1 or i % ways.frames != process or ways.frames == 1:
-            continue
-        if i + 1 < len(shapes):
-            convs = scale_of_convs(half).items()
-            sent["halos"] += sum(math.prod(halo_shape(conv, shape, scale)) for conv, scale in convs) * dtype.itemsize
-        numbers = math.prod(result_shape(half, shape, alone and i == 0))
-        sent["frames"] += numbers * dtype.itemsize * (ways.size - 1)
+        layers = list(layers_of(half, shape, alone and i == 0))
+        result = result_shape(half, shape, alone and i == 0)
+        if ways.rows > 1:
+            share, more = rows_share(half, layers, result, dtype, ways, process)
+            operations, sent = operations + share * operations_of(layers), sent + more
+        elif len(shapes) == 1 or ways.frames == 1:
+            operations += operations_of(layers)
+        elif i % ways.frames == process:
+            operations += operations_of(layers)
+            halos = [halo_shape(layer) for layer in layers if layer.is_causal and i + 1 < len(shapes)]
+            sent["halos"] += sum(map(math.prod, halos)) * dtype.itemsize
+            sent["frames"] += math.prod(result) * dtype.itemsize * (ways.size - 1)
     return operations, sent
 
 
-def operations_of(half: Encoder | Decoder, shape: torch.Size, alone: bool) -> float:
-    """Those of a chunk's causal convolutions, which are nearly all of them."""
-    frames, decodes, total = shape[2], isinstance(half, Decoder), 0.0
-    scales = scale_of_convs(half)
+def rows_share(
+    half: Encoder | Decoder, layers: list[Layer], result: torch.Size, dtype: torch.dtype, ways: Ways, process: int
+) -> tuple[float, Counter[str]]:
+    """The share of the rows that a process has, and the bytes that it hands out."""
+    height, neighbours = min(layer.shape[3] for layer in layers), (process > 0) + (process < ways.rows - 1)
+    share = lengths(height, ways.rows)[process] / height
+    # A step of two sees the row below alone, so that a strip gives away its first row and not its last one.
+    rows = sum(
+        math.prod(layer.shape) // layer.shape[3] * (process > 0 if isinstance(layer.module, Downsample) else neighbours)
+        for layer in layers
+    )
+    norms = [module for module in half.modules() if isinstance(module, GroupNormSiLU | SpatialNormSiLU)]
+    moments = sum(2 * group_norm_of(norm).num_groups for norm in norms) * result[0] * torch.float64.itemsize
+    others = ways.size - 1
+    frames = round(share * math.prod(result)) * dtype.itemsize * others
+    return share, Counter(rows=rows * dtype.itemsize, moments=moments * others, frames=frames)
 
-    def add(*convs: torch.nn.Module) -> None:
-        nonlocal total
-        for conv in convs:
-            pixels = shape[0] * frames * shape[3] * shape[4] * scales[conv] ** 2
-            total += 2 * TAPS * conv.conv.in_channels * conv.conv.out_channels * pixels
 
-    add(half.conv_in)
-    for block in [half.mid_block, *half.up_blocks] if decodes else [*half.down_blocks, half.mid_block]:
-        add(*(conv for resnet in block.resnets for conv in (resnet.conv1, resnet.conv2)))
-        for layer in getattr(block, "upsamplers" if decodes else "downsamplers", ()):
-            if decodes and layer.double_time:
-                frames = 2 * frames - (alone and frames % 2)
-            elif not decodes and layer.halve_time:
-                frames = (frames + 1) // 2
-    add(half.conv_out)
-    return total
+def operations_of(layers: list[Layer]) -> float:
+    """Those of the causal convolutions, which are nearly all."""
+    return sum(
+        2.0 * TAPS * math.prod(layer.shape) * layer.module.conv.out_channels for layer in layers if layer.is_causal
+    )

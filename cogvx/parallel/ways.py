@@ -15,15 +15,17 @@ AUTO = "auto"
 
 @dataclass(frozen=True)
 class Ways:
-    """How many processes share what: the sides of guidance, the heads and the tokens of attention, the VAE's frames.
+    """How many processes share what: the sides of guidance, heads and tokens of attention, the VAE's frames or rows.
 
-    The first three multiply to the number of processes; frames are decoded by some or all of them.
+    The first three multiply to the number of processes. Some or all of them are dealt chunks of frames; or each has a
+    strip of every frame's rows, which changes the last bits, and divides the memory that the VAE takes.
     """
 
     guidance: int = 1
     heads: int = 1
     tokens: int = 1
     frames: int = 1
+    rows: int = 1
 
     @property
     def size(self) -> int:
@@ -47,13 +49,15 @@ class Limits:
     heads: int
     tokens: int  # of a whole sequence
     frames: int  # chunks that the VAE decodes
+    rows: int  # of latents
 
     @classmethod
     def of(cls, configs: Configs, settings: Settings, numerics: Numerics = SAT, tiled: bool = False) -> "Limits":
-        """Those of resolved settings; a VAE whose frames are tiled has its chunks in one process."""
+        """Those of resolved settings; a VAE whose frames are tiled has all of them in one process."""
         tokens = sum(sequence(configs, settings, numerics))
         heads, frames = configs.transformer.num_attention_heads, len(chunks(configs, settings, numerics))
-        return cls(1 + settings.is_guided, heads, tokens, 1 if tiled else frames)
+        height = settings.latent_shape(configs)[2]
+        return cls(1 + settings.is_guided, heads, tokens, *((1, 1) if tiled else (frames, height)))
 
 
 def sequence(configs: Configs, settings: Settings, numerics: Numerics = SAT) -> tuple[int, int]:
@@ -74,7 +78,7 @@ def chunks(configs: Configs, settings: Settings, numerics: Numerics = SAT) -> li
 def choose_ways(asked: str, size: int, limits: Limits) -> Ways:
     """Ways for so many processes from "auto" or from words such as "guidance=2,heads=3".
 
-    What such words leave out is 1, but for frames, which as many processes share as can. On its own the sides of
+    What such words leave out is 1; but frames are shared by as many as can, unless rows are. On its own the sides of
     guidance are kept apart where there are two and the number is even, since that sends least; then heads are traded,
     and where there are too few of them, or not as many as divide the number, keys go round.
 
@@ -84,7 +88,7 @@ def choose_ways(asked: str, size: int, limits: Limits) -> Ways:
         raise ParallelError(f"the number of processes is {size}; it must be at least 1")
     ways = automatic(size, limits) if asked == AUTO else read_ways(asked)
     if ways.frames == 0:
-        ways = replace(ways, frames=min(size, limits.frames))
+        ways = replace(ways, frames=min(size, limits.frames) if ways.rows == 1 else 1)
     check_ways(ways, size, limits)
     return ways
 
@@ -123,9 +127,10 @@ def check_ways(ways: Ways, size: int, limits: Limits) -> None:
         "tokens": f"the video has {limits.tokens} tokens, and heads are shared by {ways.heads}",
         "frames": f"the frames are decoded in {limits.frames} chunk{'s' if limits.frames > 1 else ''}"
                   if limits.frames <= size else f"there are {size} processes",
+        "rows": f"latents have {limits.rows} rows" if limits.rows > 1 else "the VAE's frames are tiled",
     }  # fmt: skip
     most = {"guidance": limits.guidance, "heads": limits.heads, "tokens": limits.tokens // ways.heads,
-            "frames": min(limits.frames, size)}  # fmt: skip
+            "frames": min(limits.frames, size), "rows": limits.rows}  # fmt: skip
     for name in NAMES:
         count = getattr(ways, name)
         if not 1 <= count <= most[name]:
@@ -133,3 +138,7 @@ def check_ways(ways: Ways, size: int, limits: Limits) -> None:
     if ways.size != size:
         what = f"guidance {ways.guidance} x heads {ways.heads} x tokens {ways.tokens} make {ways.size}"
         raise ParallelError(f"parallel is {str(ways)!r}, for {size} processes: {what}; they must make {size}")
+    if ways.rows not in (1, size):
+        raise ParallelError(f"rows of parallel is {ways.rows}, for {size} processes; valid: 1, or {size}, all of them")
+    if ways.rows > 1 and ways.frames > 1:
+        raise ParallelError(f"parallel is {str(ways)!r}; frames or rows are shared, not both: let one of them be 1")

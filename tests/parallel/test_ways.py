@@ -13,7 +13,7 @@ from cogvx.parallel.split import Layout, lengths
 from cogvx.parallel.ways import Limits, Ways, choose_ways, possible
 from cogvx.settings import Configs, Settings
 
-LIMITS = Limits(guidance=2, heads=30, tokens=17776, frames=6)
+LIMITS = Limits(guidance=2, heads=30, tokens=17776, frames=6, rows=60)
 
 
 def work(name: str, **settings) -> Work:
@@ -25,7 +25,7 @@ def work(name: str, **settings) -> Work:
 def test_limits_are_those_of_the_video():
     two = work("2b")
     assert Limits.of(two.configs, two.settings) == LIMITS
-    assert Limits.of(two.configs, replace(two.settings, guidance_scale=1.0), tiled=True) == Limits(1, 30, 17776, 1)
+    assert Limits.of(two.configs, replace(two.settings, guidance_scale=1.0), tiled=True) == Limits(1, 30, 17776, 1, 1)
 
 
 @pytest.mark.parametrize(("size", "limits", "ways"), [
@@ -44,8 +44,9 @@ def test_the_automatic_choice_uses_every_process(size, limits, ways):
 
 def test_ways_are_read_and_what_they_leave_out_is_one():
     assert choose_ways("heads=2, tokens=3", 6, LIMITS) == Ways(heads=2, tokens=3, frames=6)
-    ways = Ways(2, 2, 1, 3)
-    assert choose_ways(str(ways), 4, LIMITS) == ways
+    for ways in (Ways(2, 2, 1, 3), Ways(2, 2, 1, 1, 4)):
+        assert choose_ways(str(ways), 4, LIMITS) == ways
+    assert choose_ways("heads=4,rows=4", 4, LIMITS) == Ways(heads=4, rows=4)
     assert set(possible(4, LIMITS)) == {Ways(1, 1, 4, 4), Ways(1, 2, 2, 4), Ways(1, 4, 1, 4), Ways(2, 1, 2, 4),
                                         Ways(2, 2, 1, 4)}  # fmt: skip
 
@@ -59,6 +60,9 @@ def test_ways_are_read_and_what_they_leave_out_is_one():
      "tokens of parallel is 4, but the video has 7 tokens, and heads are shared by 2; valid: 1 to 3"),
     ("heads=8,frames=7", 8, LIMITS, "frames of parallel is 7, but the frames are decoded in 6 chunks; valid: 1 to 6"),
     ("heads=2,frames=3", 2, LIMITS, "frames of parallel is 3, but there are 2 processes; valid: 1 to 2"),
+    ("heads=4,rows=2", 4, LIMITS, "rows of parallel is 2, for 4 processes; valid: 1, or 4, all of them"),
+    ("heads=4,rows=4", 4, replace(LIMITS, rows=3), "rows of parallel is 4, but latents have 3 rows; valid: 1 to 3"),
+    ("heads=4,rows=4,frames=2", 4, LIMITS, "frames or rows are shared, not both: let one of them be 1"),
     ("heads=2", 4, LIMITS, "guidance 1 x heads 2 x tokens 1 make 2; they must make 4"),
     ("auto", 8, replace(LIMITS, tokens=3, heads=1), "tokens of parallel is 4, but the video has 3 tokens"),
     ("fast", 2, LIMITS, "parallel is 'fast'; it must be auto, or numbers from 1 as in guidance=2,heads=2"),
@@ -82,7 +86,7 @@ def test_nothing_is_left_over_where_numbers_do_not_divide():
     assert [wordy.text(i) for i in range(3)] == [slice(0, 33), slice(33, 61), slice(61, 61)]
 
 
-@pytest.mark.parametrize("ways", [Ways(2, 3, 1, 4), Ways(1, 4, 2, 6), Ways(1, 7, 3, 5)], ids=str)
+@pytest.mark.parametrize("ways", [Ways(2, 3, 1, 4), Ways(1, 4, 2, 6), Ways(1, 7, 3, 5), Ways(1, 7, 1, 1, 7)], ids=str)
 def test_the_work_of_one_is_what_all_processes_do_together(ways):
     two = work("2b")
     alone, shares = share_of(two, Ways(), 0), [share_of(two, ways, process) for process in range(ways.size)]
