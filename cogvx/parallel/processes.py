@@ -10,6 +10,7 @@ compute is split. So each must be asked for the same video, the seed included.
 """
 
 import hashlib
+import signal
 from collections import Counter, deque
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -121,7 +122,7 @@ class Processes(Alone):
         self.same(0)
 
     def recorded(self) -> dict[str, dict]:
-        return {"parallel": self.ways.as_dict()}
+        return {} if self.ways == Ways() else {"parallel": self.ways.as_dict()}
 
 
 @contextmanager
@@ -150,23 +151,28 @@ def joined(device: str | torch.device | None = None) -> Iterator[Processes]:
         raise ParallelError(f"there are no other processes to work with ({error}); {what}") from error
     picked = own_device(device)
     watch = Watch(store.clone(), rank, size)
+    watch.meet(TO_MEET)
+    watch.start()
+    before = signal.signal(signal.SIGTERM, partial(told_to_stop, rank))
     try:
         dist.init_process_group(
             "nccl" if picked.type == "cuda" else "gloo", store=store, rank=rank, world_size=size, timeout=TO_ANSWER
         )
         processes = Processes(picked, watch)
-        processes.meet()  # all of them have made their first mark
-    except RuntimeError as error:
-        raise ParallelError(f"process {rank} of {size} cannot reach the others: {error}") from error
-    watch.start()
-    try:
         yield processes
         processes.meet()
     except BaseException as error:
         watch.leave(error)
         raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
     watch.leave()
     dist.destroy_process_group()
+
+
+def told_to_stop(rank: int, *_: object) -> None:
+    """What torchrun asks of the others where one process has ended: a file that is being written is to go."""
+    raise ParallelError(f"process {rank} was told to stop, most likely since another one has ended; nothing was made")
 
 
 def own_device(device: str | torch.device | None) -> torch.device:

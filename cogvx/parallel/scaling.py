@@ -14,6 +14,7 @@ from functools import lru_cache
 import torch
 
 from ..config import TransformerConfig, VAEConfig
+from ..denoise import window_length
 from ..diffusion.windows import window_starts
 from ..models.choices import encode_chunks, first_alone
 from ..models.exact_tiles import group_norm_of
@@ -47,7 +48,7 @@ class Work:
     def calls(self) -> int:
         """How often the transformer sees a sequence; the two sides of guidance together, or each where they are."""
         num_latents, config = self.settings.latent_shape(self.configs)[1], self.configs.transformer
-        window = config.trained_grid[0] * config.patch[0]
+        window = window_length(config)
         in_windows = self.settings.longer == "windows" and num_latents > window
         return self.settings.num_moves * (len(window_starts(num_latents, window, window // 2)) if in_windows else 1)
 

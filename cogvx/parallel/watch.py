@@ -15,6 +15,7 @@ from datetime import timedelta
 import torch.distributed as dist
 
 from ..data.video import remove_unfinished
+from .links import ParallelError
 
 EVERY = 1.0  # seconds between two marks
 PATIENCE = 15.0  # seconds without a mark until a process counts as gone
@@ -36,6 +37,14 @@ class Watch(threading.Thread):
         self.left = threading.Event()
         store.set_timeout(timedelta(seconds=patience))
         store.set(f"watch/{rank}", ALIVE)
+
+    def meet(self, patience: timedelta) -> None:
+        """Wait until all processes have made their first mark. Raises ParallelError where some do not come."""
+        try:
+            self.store.wait([f"watch/{one}" for one in range(self.size)], patience)
+        except RuntimeError as error:
+            what = f"not all of the {self.size} processes came within {patience.seconds} s"
+            raise ParallelError(f"{what} ({first_line(error)})") from error
 
     def run(self) -> None:
         count = 0

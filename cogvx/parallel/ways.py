@@ -4,6 +4,7 @@ import math
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import product
 
+from ..denoise import window_length
 from ..models.choices import decode_chunks, num_text_tokens
 from ..models.vae import decode_chunks as pairs
 from ..numerics import SAT, Numerics
@@ -64,7 +65,7 @@ def sequence(configs: Configs, settings: Settings, numerics: Numerics = SAT) -> 
     """How many tokens of text and of vision the transformer sees at once."""
     config, (_, num_latents, *size) = configs.transformer, settings.latent_shape(configs)
     if settings.longer == "windows":
-        num_latents = min(num_latents, config.trained_grid[0] * config.patch[0])
+        num_latents = min(num_latents, window_length(config))
     grid = (n // p for n, p in zip((num_latents, *size), config.patch, strict=True))
     return num_text_tokens(config, numerics), math.prod(grid)
 
