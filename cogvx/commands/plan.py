@@ -110,7 +110,7 @@ def show_sharing(job: "Job", gpus: int, flops: float, link: float) -> None:
         print(f"{counts}{computed:10.2f}{sent:10.2f}{seconds:10.1f}{alone / seconds:8.2f}{mark}")
     sent = ", ".join(f"{what} {count / 1e9:.2f} GB" for what, count in sorted(shares[chosen].sent.items()))
     print(f"auto: its slowest process sends {sent or 'nothing'}; one GPU alone takes {alone:.1f} s")
-    print("every GPU holds all weights, and what one alone holds of the VAE")
+    print("every GPU holds all weights; how much memory sharing saves is not planned")
 
 
 def read_job(

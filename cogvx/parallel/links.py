@@ -45,24 +45,25 @@ class Link:
 
     def exchange(self, what: str, parts: Sequence[Tensor], shapes: Sequence[Sequence[int]]) -> list[Tensor]:
         """Give part i to process i; what each of them gave to this one, in these shapes, of the dtype of the parts."""
-        like = parts[0]
-        flat = torch.cat([part.reshape(-1) for part in parts])
-        counts = [math.prod(shape) for shape in shapes]
-        received = torch.empty(sum(counts), dtype=like.dtype, device=like.device)
+        given, counts = [part.numel() for part in parts], [math.prod(shape) for shape in shapes]
+        flat, received = (parts[0].new_empty(sum(each)) for each in (given, counts))
+        for place, part in zip(flat.split(given), parts, strict=True):
+            place.view(part.shape).copy_(part)
         self.sent[what] += sum(part.nbytes for i, part in enumerate(parts) if i != self.rank)
+        sizes = ([count * flat.itemsize for count in each] for each in (counts, given))
         with self._watched():
-            dist.all_to_all_single(_bytes(received), _bytes(flat), *(
-                [count * like.itemsize for count in each] for each in (counts, [part.numel() for part in parts])
-            ), group=self.group)  # fmt: skip
+            dist.all_to_all_single(_bytes(received), _bytes(flat), *sizes, group=self.group)
         return [part.view(*shape) for part, shape in zip(received.split(counts), shapes, strict=True)]
 
     def gathered(self, what: str, own: Tensor, lengths: Sequence[int], dim: int) -> Tensor:
         """All processes' tensors, one after another along `dim`, where that of process i is lengths[i] long."""
+        if self.size == 1:
+            return own
         shapes = [[*own.shape[:dim], length, *own.shape[dim + 1 :]] for length in lengths]
         return torch.cat(self.exchange(what, [own] * self.size, shapes), dim=dim)
 
-    def handed_round(self, what: str, own: Tensor, shapes: Sequence[Sequence[int]]) -> Iterator[tuple[int, Tensor]]:
-        """Every process's tensor with its number, the own one first, each on its way while the one before is used."""
+    def handed_round(self, what: str, own: Tensor, shapes: Sequence[Sequence[int]]) -> Iterator[Tensor]:
+        """Every process's tensor, the own one first, each on its way while the one before is used."""
         held, number = own.contiguous(), self.rank
         for left in range(self.size - 1, -1, -1):
             following = (number - 1) % self.size
@@ -70,10 +71,8 @@ class Link:
             if left:
                 coming = torch.empty(tuple(shapes[following]), dtype=own.dtype, device=own.device)
                 work = self._swap(what, held, coming)
-            yield number, held
-            with self._watched():
-                for one in work:
-                    one.wait()
+            yield held
+            self.end(work)
             held, number = coming, following
 
     def shared(self, what: str, x: Tensor, source: int) -> Tensor:

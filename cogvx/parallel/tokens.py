@@ -11,7 +11,6 @@ Source: trading heads "DeepSpeed Ulysses" (arXiv 2309.14509), blocks of keys in 
 2310.01889), both in one table "USP" (arXiv 2405.07719).
 """
 
-from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -50,7 +49,7 @@ class SplitSequence(WholeSequence):
     def attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # [B, A, n, E] -> [B, n, A E]
         here, heads = self.layout.tokens_in(self.column.rank), lengths(q.shape[1], self.row.size)
         width = q.shape[3]
-        q, k, v = self.trade(q, k, v, here, heads)
+        q, k, v = (self.trade(x, here, heads) for x in (q, k, v))
         y = self.attend_round(q, k, v)
         return self.trade_back(y, here, [count * width for count in heads])
 
@@ -58,14 +57,13 @@ class SplitSequence(WholeSequence):
         row = self.row.gathered("patches", vision, self.layout.vision_in(self.column.rank), dim=1)
         return self.column.gathered("patches", row, self.layout.vision_of_rows, dim=1)
 
-    def trade(self, q: Tensor, k: Tensor, v: Tensor, tokens: list[int], heads: list[int]) -> Sequence[Tensor]:
+    def trade(self, x: Tensor, tokens: list[int], heads: list[int]) -> Tensor:  # [B, A, n, E]
         """All heads of own tokens for own heads of all tokens of the row."""
         if self.row.size == 1:
-            return q, k, v
-        qkv = torch.stack([q, k, v])  # [3, B, A, n, E]
-        mine, (batch, width) = heads[self.row.rank], (q.shape[0], q.shape[3])
-        shapes = [(3, batch, mine, count, width) for count in tokens]
-        return torch.cat(self.row.exchange("heads", qkv.split(heads, dim=2), shapes), dim=3).unbind(0)
+            return x
+        mine, (batch, _, _, width) = heads[self.row.rank], x.shape
+        shapes = [(batch, mine, count, width) for count in tokens]
+        return torch.cat(self.row.exchange("heads", x.split(heads, dim=1), shapes), dim=2)
 
     def trade_back(self, y: Tensor, tokens: list[int], widths: list[int]) -> Tensor:
         """[B, tokens of the row, own heads' width] -> [B, n, A E]"""
@@ -81,7 +79,7 @@ class SplitSequence(WholeSequence):
             return joint_attention(q, k, v)
         batch, heads, _, width = q.shape
         shapes, y, lse = [(2, batch, heads, count, width) for count in self.layout.tokens_of_rows], None, None
-        for _, kv in self.column.handed_round("keys", torch.stack([k, v]), shapes):
+        for kv in self.column.handed_round("keys", torch.stack([k, v]), shapes):
             part, weight = attention_over(q, *kv)
             y, lse = (part.to(weight.dtype), weight) if y is None else merged(y, lse, part, weight)
         return y.to(q.dtype)
