@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
-from ._arguments import Loading, Sampling, check_is_another_file
+from ._arguments import Loading, Policies, Sampling, check_is_another_file
 
 
 def main(
@@ -13,6 +13,7 @@ def main(
     output: Annotated[Path, arg(aliases=["-o"])],
     sampling: Annotated[Sampling, arg(name="")],
     loading: Annotated[Loading, arg(name="")],
+    policies: Annotated[Policies, arg(name="")],
     image: Path | None = None,
     last_image: Path | None = None,
     video: Path | None = None,
@@ -32,6 +33,7 @@ def main(
         output: the mp4 to write.
         sampling: from noise to latents.
         loading: the weights, and how they are computed with.
+        policies: what is given up for time.
         image: the first frame, for a model that takes images; scaled to cover the video and cut around the centre.
         last_image: the last frame, likewise.
         video: what to start from, instead of noise alone; as many of its frames are taken as are made.
@@ -54,9 +56,11 @@ def main(
     settings = Settings(prompt, **size, **sampling.settings(), strength=strength, longer=longer)
     files = {"image": image, "last_image": last_image, "video": video, "mask": mask, "latents": latents}
     settings, _ = planned(settings, Inputs.read(**files), read_configs(loading.model), choices)
+    speed = policies.speed()
+    speed.check(settings, 1)
     check_writable(output, ".mp4")
     for file in filter(None, files.values()):
         check_is_another_file(output, file)
 
-    made = loading.pipeline(settings).write(output, **settings.as_dict(), **files, progress=progress)
+    made = loading.pipeline(settings, speed).write(output, **settings.as_dict(), **files, progress=progress)
     print(f"{output}  ({made.seconds:.1f} s, seed {made.metadata['seed']})")
