@@ -17,7 +17,7 @@ class Speed:
     """Policies for time, as it stands none. docs/speed.md measures what each gains and costs.
 
     step_cache: how far what the blocks read may drift, relative to its size, before they are computed again; until
-        then a step takes what they added in the last one. 0.1 is little; None computes every step.
+        then a step takes what they added in the last one. None computes every step.
     attention: "int8" computes attention's scores from queries and keys in 8 bits.
     compiled: the blocks pass through torch.compile; the first step of each size of video then takes long.
 
@@ -32,12 +32,12 @@ class Speed:
         drift = self.step_cache
         number = isinstance(drift, int | float) and not isinstance(drift, bool)
         if drift is not None and not (number and math.isfinite(drift) and drift > 0):
-            raise SettingsError(f"step_cache is {str(drift)[:60]!r}; it must be a number above 0, or None")
+            raise SettingsError(f"step_cache is {repr(drift)[:60]}; it must be a number above 0, or None")
         if self.attention is not None and self.attention not in ATTENTIONS:
             valid = ", ".join(map(repr, ATTENTIONS))
-            raise SettingsError(f"attention is {str(self.attention)[:60]!r}; valid: None, {valid}")
+            raise SettingsError(f"attention is {repr(self.attention)[:60]}; valid: None, {valid}")
         if not isinstance(self.compiled, bool):
-            raise SettingsError(f"compiled is {str(self.compiled)[:60]!r}; it must be True or False")
+            raise SettingsError(f"compiled is {repr(self.compiled)[:60]}; it must be True or False")
 
     def prepare(self, transformer: ExpertTransformer, placed: Any = None) -> None:
         """Have a transformer compute so. placed: where a plan has its weights, a `cogvx.memory.placed.Placed`.

@@ -12,8 +12,16 @@ from cogvx.memory.plan import Plan
 from cogvx.models.step_cache import StepCache
 from cogvx.settings import SettingsError
 from cogvx.speed import Speed
+from cogvx_kernels import use_backend
 
-QUICK = {"num_inference_steps": 6, "num_frames": 9, "seed": 0, "progress": False}
+QUICK = {"num_inference_steps": 6, "num_frames": 1, "seed": 0, "progress": False}
+
+
+@pytest.fixture
+def without_interpreter():
+    """Triton's interpreter takes a minute for a clip."""
+    with use_backend("reference"):
+        yield
 
 
 def frames(folder, speed=None, plan=None, **settings):
@@ -45,23 +53,20 @@ def test_a_step_cache_by_hand():
     assert float((cache(vision, modulation, blocks) - vision).mean()) == 5
 
 
-@pytest.mark.parametrize("kind", ["2b", "1.5-5b"])
-def test_steps_are_skipped_and_the_same_ones_whichever_way_guidance_goes(small_checkpoint, kind):
-    folder = small_checkpoint(kind)
+def test_steps_are_skipped_and_the_same_ones_whichever_way_guidance_goes(small_checkpoint):
+    folder = small_checkpoint("1.5-5b")
     exact, all_calls = frames(folder)
     never, calls = frames(folder, Speed(step_cache=1e-9))
     assert calls == all_calls == 6 and np.array_equal(never, exact)
     often, calls = frames(folder, Speed(step_cache=1e9))
     assert calls == 2 and not np.array_equal(often, exact)  # the first and the last one
-    some, calls = frames(folder, Speed(step_cache=0.4))
+    some, calls = frames(folder, Speed(step_cache=1.5))
     assert 2 < calls < 6
-    sequential, twice = frames(folder, Speed(step_cache=0.4), Plan(sequential_guidance=True))
-    assert twice == 2 * calls and np.abs(sequential.astype(int) - some).max() <= 1
-    streamed, again = frames(folder, Speed(step_cache=0.4), Plan(transformer="streamed"))
-    assert again == calls and np.array_equal(streamed, some)
+    other, twice = frames(folder, Speed(step_cache=1.5), Plan(transformer="streamed", sequential_guidance=True))
+    assert twice == 2 * calls and np.abs(other.astype(int) - some).max() <= 1
 
 
-def test_attention_in_eight_bits_is_near_and_not_the_same(small_checkpoint):
+def test_attention_in_eight_bits_is_near_and_not_the_same(small_checkpoint, without_interpreter):
     folder = small_checkpoint("5b")
     exact, _ = frames(folder)
     found, _ = frames(folder, Speed(attention="int8"))
@@ -80,8 +85,8 @@ def test_compiled_blocks_are_within_two_levels(small_checkpoint):
     assert np.abs(found.astype(int) - exact).max() <= 2
 
 
-def test_a_video_says_it_and_is_made_again(run_command, tmp_path):
-    words = ("--seed", 3, "--num-inference-steps", 3, "--num-frames", 9, "--no-progress")
+def test_a_video_says_it_and_is_made_again(run_command, tmp_path, without_interpreter):
+    words = ("--seed", 3, "--num-inference-steps", 3, "--num-frames", 1, "--no-progress")
     status, _, err = run_command("generate", "a red circle", "-o", tmp_path / "a.mp4", *words, "--device", "cpu",
                                  "--step-cache", 0.5, "--attention", "int8", "--weights", "fp8")  # fmt: skip
     assert status == 0, err

@@ -107,7 +107,7 @@ class Policies:
 
     Args:
         step_cache: how far what the transformer's blocks read may drift before they are computed again, relative to its
-            size, as in 0.1; until then they are taken to add what they did last. Unset, every step is computed.
+            size, as in 0.5; until then they are taken to add what they did last. Unset, every step is computed.
         attention: the scores of attention in 8 bits.
         compiled: pass the transformer's blocks through torch.compile.
     """
