@@ -1,11 +1,12 @@
 """Where weights wait changes no bit of a video."""
 
+import shutil
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from cogvx import Pipeline
 from cogvx.memory.plan import Plan, PlanError
@@ -94,6 +95,16 @@ def test_loras_come_and_go_with_the_weights_beside_them(small_checkpoint, tmp_pa
         assert {"down_x", "up_x"} <= moved
         unload_lora(pipeline.transformer)
         assert np.array_equal(pipeline("a red circle", **QUICK).frames, without)
+
+
+def test_a_plan_changes_no_dtype(small_checkpoint, tmp_path):
+    folder = shutil.copytree(small_checkpoint("5b"), tmp_path / "x")
+    file = folder / "vae" / "diffusion_pytorch_model.safetensors"
+    save_file({name: tensor.bfloat16() for name, tensor in load_file(file).items()}, file)
+    for memory in (None, Plan()):
+        pipeline = Pipeline.from_pretrained(folder, device="cpu", memory=memory)
+        dtypes = [next(part.parameters()).dtype for part in (pipeline.transformer, pipeline.vae)]
+        assert dtypes == [torch.float32, torch.bfloat16], memory
 
 
 def test_places_that_there_are_not():
