@@ -1,10 +1,12 @@
 """What a call of an operator costs beside its kernel: checks, the choice of a backend, and torch's own dispatch.
 
-Measured on the smallest call, most often an empty one: the difference of two long times would be their noise.
+Measured on the smallest call, most often an empty one, whose kernel is replaced by one that returns a result made
+before: the difference of two long times would be their noise.
 """
 
 import importlib
 from time import thread_time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,13 +25,14 @@ def channels_last(x: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode], ids=lambda mode: mode.__name__)
 @pytest.mark.parametrize("name", [name for name, op in OPS.items() if op.backends])
-def test_a_dispatched_call_costs_little_more_than_its_kernel(benchmark, row, name, mode):
+def test_a_dispatched_call_costs_little_more_than_its_kernel(benchmark, row, monkeypatch, name, mode):
     op, cases = OPS[name], importlib.import_module(f"cogvx_kernels.{name}.cases").SMALL
     args = min((case(device=DEVICE) for case in cases), key=lambda args: args[0].numel())
     args = tuple(
         channels_last(x) if torch.is_tensor(x) and x.dim() == 5 else x for x in args
     )  # as the models have them
-    public, bare = getattr(cogvx_kernels, name), op._choose(args).forward
+    public, backend = getattr(cogvx_kernels, name), op.chosen(*args)
+    module = op._module(backend)
     benchmark.group = f"dispatch ({DEVICE})"
 
     def seconds(call):  # of this thread, whatever else the machine does
@@ -40,10 +43,13 @@ def test_a_dispatched_call_costs_little_more_than_its_kernel(benchmark, row, nam
 
     with mode():
         benchmark.pedantic(public, args, rounds=ROUNDS, iterations=CALLS, warmup_rounds=1)
-        times = [(seconds(public), seconds(bare)) for _ in range(ROUNDS)]
-    dispatched, kernel = map(min, zip(*times, strict=True))
-    cost = dispatched - kernel
+        y = module.forward(*args)
+        ready = SimpleNamespace(**vars(module) | {"forward": lambda *_: y})
+        monkeypatch.setitem(op._modules, backend, ready)
+        times = [(seconds(public), seconds(ready.forward)) for _ in range(ROUNDS)]
+    dispatched, called = map(min, zip(*times, strict=True))
+    cost = dispatched - called
     benchmark.extra_info |= {"µs over the kernel": round(cost * 1e6, 1)}
-    figures = {"µs": f"{dispatched * 1e6:.1f}", "µs of the kernel": f"{kernel * 1e6:.1f}", "over": f"{cost * 1e6:.1f}"}
+    figures = {"µs": f"{benchmark.stats.stats.min * 1e6:.1f}", "µs over the kernel": f"{cost * 1e6:.1f}"}
     row(benchmark.group, f"{name}, {mode.__name__}", **figures)
     assert cost <= MOST
