@@ -19,6 +19,11 @@ MODELS = ("2b", "5b", "5b-i2v", "1.5-5b", "1.5-5b-i2v")
 BUDGETS = (24, 16, 12, 8, 5)  # GB
 README = Path(__file__).parents[1] / "README.md"
 BEGIN, END = "<!-- plans: begin (benchmarks/plans.py) -->", "<!-- plans: end -->"
+ABOUT = (
+    "What `cogvx plan` predicts for the models at their own sizes, 50 steps with guidance, of the device's memory; a",
+    "move is counted at 20 GB/s and as if none were hidden. Nothing here was measured on a GPU.",
+    "",
+)
 HEADER = ("| model | budget | text encoder, transformer, VAE | and | peak | moves |", "|---|---|---|---|---|---|")
 
 
@@ -60,7 +65,7 @@ def written(readme: str, made: dict[str, list[str]]) -> str:
     inside, _, after = rest.partition(END)
     old = [line for line in inside.splitlines() if line.startswith("| ") and line not in HEADER]
     lines = [line for m in MODELS for line in made.get(m, [line for line in old if line.startswith(f"| {m} |")])]
-    return "\n".join([before + BEGIN, *HEADER, *lines, END + after])
+    return "\n".join([before + BEGIN, *(ABOUT + HEADER if lines else ()), *lines, END + after])
 
 
 def main(models: list[str]) -> None:

@@ -14,7 +14,7 @@ ATTENTIONS = ("int8",)
 
 @dataclass(frozen=True)
 class Speed:
-    """Policies for time, as it stands none. docs/speed.md measures what each gains and costs.
+    """Policies for time, as it stands none. `benchmarks/policies.py` measures what each gains and costs.
 
     step_cache: how far what the blocks read may drift, relative to its size, before they are computed again; until
         then a step takes what they added in the last one. None computes every step.

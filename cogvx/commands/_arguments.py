@@ -103,7 +103,7 @@ class Loading:
 
 @dataclass(frozen=True)
 class Policies:
-    """What is given up for time; see docs/speed.md for what each gains and costs.
+    """What is given up for time; see docs/speed.md.
 
     Args:
         step_cache: how far what the transformer's blocks read may drift before they are computed again, relative to its
