@@ -84,12 +84,12 @@ def load_again(file: Path, made: dict, model: str | None, device: str | None, be
     from ..parts import load_part
     from ..pipeline import Pipeline
     from ._arguments import torch_dtype
-    from ._recorded import recorded_plan
+    from ._recorded import recorded_plan, recorded_speed
 
-    plan = recorded_plan(file, made)
-
+    plan, speed = recorded_plan(file, made), recorded_speed(file, made)
     dtype, parts = torch_dtype(made["dtype"]), {part: source.path for part, source in beside.parts.items()}
-    pipeline = Pipeline.from_pretrained(model or made["model"], dtype, device, made["numerics"], **parts, memory=plan)
+    pipeline = Pipeline.from_pretrained(model or made["model"], dtype, device, made["numerics"], **parts, memory=plan,
+                                        speed=speed)  # fmt: skip
     if made.get("vae_dtype", made["dtype"]) != made["dtype"]:
         how = pipeline.configs.vae, torch_dtype(made["vae_dtype"]), pipeline.device
         pipeline.vae = load_part(type(pipeline.vae), pipeline.folder, parts.get("vae"), *how)
@@ -108,5 +108,7 @@ def warn_of_differences(made: dict, now: dict) -> None:
         changes.append("the model's weights are not those of then")
     if made.get("batch_size", 1) != 1:
         changes.append(f"it was computed together with {made['batch_size'] - 1} others, now alone")
+    if "parallel" in made:
+        changes.append(f"several processes shared it ({repr(made['parallel'])[:80]}), now one makes it")
     if changes:
         print(f"cogvx: warning: the frames may differ: {'; '.join(changes)}", file=sys.stderr)
