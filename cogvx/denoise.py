@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .config import TransformerConfig
-from .diffusion.guidance import guide
+from .diffusion.guidance import TOGETHER, Together, guide
 from .diffusion.samplers import Denoiser
 from .diffusion.windows import windowed
 from .finite import check_finite
@@ -28,16 +28,18 @@ def denoiser(
     text: Tensor,  # [B, L, D]; with guidance [2B, L, D], those of the negative prompt first
     numerics: Numerics,
     sequential: bool = False,
+    sides: Together = TOGETHER,
 ) -> Denoiser:
     """(latents [B, T, C, H, W], timestep, index of the step) to the guided velocity, in fp32.
 
     Clips longer than trained are seen in windows that overlap by half, where the settings say so; in all but the first
     an image model sees no first image, as when it was dropped in training. sequential: clips and the two sides of
-    guidance pass one after another, which takes less memory.
+    guidance pass one after another, which takes less memory. sides: where each side of guidance is predicted.
 
     Raises NumericsError for a size that these numerics have no positions for.
     """
     guided, steps, dtype = len(text) > len(begin.noisy), begin.steps, transformer.proj_out.weight.dtype
+    text = sides.own(text)
     table = transformer.tabulate(
         [step.timestep for step in steps], batch=1 if sequential else len(text), ofs=settings.ofs
     )
@@ -51,14 +53,14 @@ def denoiser(
 
     def denoise_view(frames: Tensor, timestep: int, index: int) -> Tensor:
         nonlocal careful
-        x = (torch.cat([frames, frames]) if guided else frames).transpose(1, 2)
+        x = sides.own(torch.cat([frames, frames]) if guided else frames).transpose(1, 2)
         inputs = x.to(dtype), text, torch.full((len(x),), timestep, device=x.device)
         how = {"ofs": settings.ofs, "placement": places}
         passes = list(zip(*(part.split(1) for part in inputs), strict=True)) if sequential else [inputs]
 
         def predicted() -> Tensor:
             made = [transformer(*one, table.at(timestep), **how, careful=careful) for one in passes]
-            return torch.cat(made) if sequential else made[0]
+            return sides.both(torch.cat(made) if sequential else made[0])
 
         v = predicted()
         if overflowed(v):

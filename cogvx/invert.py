@@ -69,7 +69,8 @@ def invert(
     one_by_one = pipeline.placed is not None and pipeline.placed.plan.sequential_guidance
     with pipeline.at_work("transformer"), tqdm(total=len(steps), unit="step", disable=not progress) as bar:
         with pipeline.at_work("modulation"):
-            denoise = denoiser(pipeline.transformer, settings, begin, text, pipeline.numerics, one_by_one)
+            how = pipeline.numerics, one_by_one, pipeline.processes.sides
+            denoise = denoiser(pipeline.transformer, settings, begin, text, *how)
         noise = ddim_inversion(
             denoise, begin.noisy.transpose(1, 2), steps, refinements, on_step=lambda *_: bar.update() and None
         ).transpose(1, 2)

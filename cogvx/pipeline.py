@@ -16,11 +16,10 @@ from tqdm import tqdm
 
 from .clip import Clip, Written
 from .data.pixels import to_levels
-from .data.video import check_writable, write_video
 from .denoise import denoiser
 from .diffusion.samplers import SAMPLERS
 from .diffusion.schedule import Step, sampling_steps
-from .finite import NonFiniteError, check_finite
+from .finite import check_finite
 from .inputs import NAMES, Inputs, Noise, Picture, Video, checked, planned
 from .machine import environment, peak_memory, pick_device
 from .memory.choose import plan_for, warn_of_more
@@ -35,6 +34,7 @@ from .models.text import TextEncoder
 from .models.transformer import ExpertTransformer
 from .models.vae import CausalVAE
 from .numerics import SAT, Numerics, read_numerics
+from .parallel.alone import ALONE
 from .parts import check_folder, dtype_on, load_part, save_parts
 from .settings import Configs, Settings, SettingsError, read_configs
 from .start import Start, prepare
@@ -60,7 +60,7 @@ class Pipeline:
         planned_for: Settings | None = None,  # the video that it is for
     ):
         self.transformer, self.vae, self.text_encoder = transformer.eval(), vae.eval(), text_encoder
-        self.configs, self.source, self.folder = configs, source, folder
+        self.configs, self.source, self.folder, self.processes = configs, source, folder, ALONE
         self.numerics, self.placed, self.planned_for = numerics, None, planned_for if plan else None
         if plan is not None:
             parts = {"text_encoder": text_encoder.model, "transformer": self.transformer, "vae": self.vae}
@@ -260,6 +260,7 @@ class Pipeline:
     ) -> Tensor:
         """All but the last step: the scaled latents of the clips, [B, C, T, H, W]."""
         settings, parts = batch[0], (self.vae, self.configs, self.numerics)
+        self.processes.agree(batch, inputs)
         warn_of_more(self.planned_for, settings, len(batch))
         text = self.encode_text(batch, given)
         with self.at_work("vae"):
@@ -277,7 +278,7 @@ class Pipeline:
         beside, and raises what that does; where it raises, no file is left.
         """
         began = time.perf_counter()
-        check_writable(output, ".mp4")
+        self.processes.check_writable(output)
         inputs = Inputs.read(**{name: settings.pop(name, None) for name in NAMES})
         settings.setdefault("strength", 0.8)
         known, inputs = planned(Settings(prompt, seed=seed, **settings), inputs, self.configs, self.numerics)
@@ -290,7 +291,7 @@ class Pipeline:
                 yield inputs.pasted(part[0], start)
                 start += len(part[0])
 
-        write_video(output, parts(), about["fps"], about)
+        self.processes.write(output, parts(), about["fps"], about)
         return Written(Path(output), about, time.perf_counter() - began)
 
     def encode_text(self, batch: list[Settings], given: dict[str, Tensor | None]) -> Tensor:
@@ -320,7 +321,7 @@ class Pipeline:
         self, settings: Settings, begin: Start, text: Tensor, callback: OnStepEnd | None, progress: bool
     ) -> Tensor:
         """From the start to scaled latents, [B, C, T, H, W] in fp32."""
-        one_by_one = self.placed is not None and self.placed.plan.sequential_guidance
+        how = self.numerics, self.placed is not None and self.placed.plan.sequential_guidance, self.processes.sides
         kept = torch.float32 if self.numerics.latents_between_steps == "fp32" else self.dtype
 
         def on_step(index: int, timestep: int, frames: Tensor) -> Tensor | None:
@@ -339,7 +340,7 @@ class Pipeline:
         bar = tqdm(total=len(begin.steps), unit="step", disable=not progress)
         with bar, self.at_work("transformer"):
             with self.at_work("modulation"):
-                denoise = denoiser(self.transformer, settings, begin, text, self.numerics, one_by_one)
+                denoise = denoiser(self.transformer, settings, begin, text, *how)
             frames = begin.noisy.transpose(1, 2)
             frames = SAMPLERS[settings.sampler](denoise, frames, begin.steps, begin.generators, on_step, kept)
             return frames.transpose(1, 2)
@@ -392,9 +393,7 @@ class Pipeline:
             "dtype": str(self.dtype).removeprefix("torch."),
             **({} if vae_dtype == self.dtype else {"vae_dtype": str(vae_dtype).removeprefix("torch.")}),
             **({} if self.placed is None else self.placed.recorded(settings.is_guided, batch_size)),
+            **self.processes.recorded(),
             "not_replayable_because_of": reasons,
             "environment": environment(self.device),
         }
-
-
-__all__ = ["NonFiniteError", "Pipeline"]

@@ -56,11 +56,11 @@ def reconstruct_latents(pipeline, inversion):
 @pytest.mark.slow
 def test_the_reconstruction_error_falls_with_the_steps(tiny, video):
     for prompt in ("", PROMPT):
-        found = errors(tiny, video, (5, 10, 25, 50), prompt=prompt)
+        found = errors(tiny, video, (5, 10, 25), prompt=prompt)
         assert all(after < before for before, after in pairwise(found)), found
         assert found[-1] < found[0] / 2, found
     refined = errors(tiny, video, (10,), prompt=PROMPT, refinements=3)[0]
-    assert refined < 0.8 * errors(tiny, video, (10,), prompt=PROMPT)[0]
+    assert refined < 0.8 * found[1]
 
 
 @pytest.mark.slow

@@ -25,6 +25,7 @@ LAYERS = (
     ("inputs", "machine"),
     ("parts", "start"),
     ("denoise",),
+    ("parallel",),
     ("memory",),
     ("pipeline",),
     ("extend", "invert", "train", "eval"),

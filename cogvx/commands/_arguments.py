@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from ..models import ExpertTransformer
     from ..models.vae import CausalVAE
     from ..numerics import Numerics as Choices
+    from ..parallel.alone import Alone
     from ..pipeline import Pipeline
     from ..settings import Settings
 
@@ -80,13 +81,19 @@ class Loading:
 
         return read_numerics(self.numerics)
 
-    def pipeline(self, planned_for: "Settings | None" = None) -> "Pipeline":
+    def pipeline(self, planned_for: "Settings | None" = None, processes: "Alone | None" = None) -> "Pipeline":
         """All weights; where memory is given, under a plan for a video of these settings, resolved.
+
+        processes: those that share the work, of a command that lets them.
 
         Raises SettingsError or CheckpointError for files that are none, or do not fit.
         """
+        from ..parallel.processes import are_started
         from ..pipeline import Pipeline
         from ..settings import SettingsError
+
+        if processes is None and are_started():
+            raise SettingsError("this command works in one process; start it without torchrun, or see cogvx generate")
 
         if self.memory is not None and self.lora:
             raise SettingsError("memory is given with lora, whose weights no plan moves yet; leave one of them out")

@@ -1,5 +1,6 @@
 """cogvx generate: make a video from a prompt."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -23,6 +24,7 @@ def main(
     height: int | None = None,
     width: int | None = None,
     longer: Literal["windows", "riflex"] | None = None,
+    parallel: Annotated[str | None, arg(metavar="{auto,NAME=NUMBER[,...]}")] = None,
     progress: bool = True,
 ) -> None:
     """Make a video from a prompt; also from a video and, with a model that takes them, from images.
@@ -43,20 +45,31 @@ def main(
         width: in pixels.
         longer: allows more frames than trained, which the model sees in overlapping windows, or all at once with its
             positions in time stretched as in RIFLEx.
+        parallel: how the processes that torchrun starts share the video: how many of them guidance, heads, tokens and
+            frames, as in guidance=2,heads=2; auto, as unset, finds out.
         progress: show a progress bar.
     """
-    from ..data.video import check_writable
     from ..inputs import Inputs, planned
+    from ..parallel.processes import together
+    from ..parallel.ways import AUTO, Limits
     from ..settings import Settings, read_configs
 
-    choices = loading.choices()
+    choices, configs = loading.choices(), read_configs(loading.model)
     size = {"num_frames": num_frames, "height": height, "width": width}
     settings = Settings(prompt, **size, **sampling.settings(), strength=strength, longer=longer)
     files = {"image": image, "last_image": last_image, "video": video, "mask": mask, "latents": latents}
-    settings, _ = planned(settings, Inputs.read(**files), read_configs(loading.model), choices)
-    check_writable(output, ".mp4")
+    settings, _ = planned(settings, Inputs.read(**files), configs, choices)
     for file in filter(None, files.values()):
         check_is_another_file(output, file)
 
-    made = loading.pipeline(settings).write(output, **settings.as_dict(), **files, progress=progress)
-    print(f"{output}  ({made.seconds:.1f} s, seed {made.metadata['seed']})")
+    with together(parallel, loading.device) as processes:
+        processes.check_writable(output)
+        settings = replace(settings, seed=processes.same(settings.seed))
+        # Known before the weights are loaded, as far as the plan for the memory has no say in it.
+        processes.ways_for(parallel or AUTO, Limits.of(configs, settings, choices))
+        pipeline = replace(loading, device=processes.device_for(loading.device)).pipeline(settings, processes)
+        processes.share(pipeline, parallel or AUTO, settings)
+        progress = progress and processes.leads
+        made = pipeline.write(output, **settings.as_dict(), **files, progress=progress)
+        if processes.leads:
+            print(f"{output}  ({made.seconds:.1f} s, seed {made.metadata['seed']})")

@@ -1,5 +1,6 @@
 """cogvx plan: say in how much memory a video can be made, and how; or a model be trained."""
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -25,8 +26,14 @@ def main(
     guidance_scale: float = 6.0,
     numerics: str = "sat",
     dtype: DType | None = None,
+    gpus: int | None = None,
+    tflops: float = 300.0,
+    link: float = 50.0,
 ) -> None:
     """Print the fastest plan that makes a video on a GPU within so much memory, and what each stage of it holds.
+
+    With gpus, print instead how several could share the video: what the busiest of them computes and sends, and how
+    long that would take by a model of two numbers, tflops and link. Nothing of it is measured.
 
     Nothing is loaded and no GPU is needed: the models run on tensors without memory. The CUDA context, the workspaces
     of libraries and what an allocator leaves unused come on top, often about 1 GB.
@@ -44,9 +51,13 @@ def main(
         guidance_scale: up to 1 is no guidance.
         numerics: whose arithmetic to follow, and changes to it, as in sat,null_text=encoded.
         dtype: unset, fp16 for 2b and bf16 for all others, as they are published; of a folder, the stored one.
+        gpus: how many, from 1.
+        tflops: what each of them computes, in 10^12 operations a second.
+        link: what each of them sends, in GB a second.
     """
-    from ..memory.choose import amount, choices, choose, read_budget
+    from ..memory.choose import GB, amount, choices, choose, read_budget
 
+    check_sharing(memory, gpus, tflops, link)
     budget = None if memory is None else read_budget(memory)
     job = read_job(model, num_frames, height, width, num_inference_steps, guidance_scale, numerics, dtype)
     if what:
@@ -56,6 +67,9 @@ def main(
 
     size = f"{job.settings.num_frames} frames of {job.settings.height} x {job.settings.width}"
     print(f"{model} in {str(job.dtype).removeprefix('torch.')}, {size}, {job.settings.num_inference_steps} steps")
+    if gpus is not None:
+        show_sharing(job, gpus, tflops * 1e12, link * GB)
+        return
     if budget is not None:
         show(choose(Pipeline, job, budget))
         return
@@ -105,6 +119,38 @@ def show(choice: "Choice") -> None:
     print(f"moves: {amount(moved)} of weights, {choice.seconds:.1f} s at {LINK / GB:.0f} GB/s if none is hidden")
     if choice.plan.tiling is not None:
         print("tiles are blended: the frames differ a little from those of an untiled decoder")
+
+
+def check_sharing(memory: str | None, gpus: int | None, tflops: float, link: float) -> None:
+    from ..memory.plan import PlanError
+
+    for name, value in (("gpus", gpus), ("tflops", tflops), ("link", link)):
+        if value is not None and not 0 < value < math.inf:
+            raise PlanError(f"{name} is {value}; it must be above 0")
+    if gpus is not None and memory is not None:
+        raise PlanError(f"memory is {memory!r} with gpus; plan for one at a time: each GPU needs what one alone does")
+
+
+def show_sharing(job: "Job", gpus: int, flops: float, link: float) -> None:
+    """Every way in which so many GPUs could share the video, beside one alone; those first that take least."""
+    from ..parallel.scaling import Work, slowest
+    from ..parallel.ways import Limits, Ways, choose_ways, possible
+
+    limits = Limits.of(job.configs, job.settings, job.numerics)
+    work = Work(job.configs, job.settings, job.dtype, job.dtype, job.numerics)
+    chosen, alone = choose_ways("auto", gpus, limits), slowest(work, Ways(), flops, link).seconds(flops, link)
+    print(f"by a model, nothing measured: {flops / 1e12:g} TFLOP/s, {link / 1e9:g} GB/s, no byte hidden behind work")
+    print(" guidance  heads tokens frames     PFLOP   GB sent   seconds  faster")
+    shares = {ways: slowest(work, ways, flops, link) for ways in possible(gpus, limits)}
+    for ways, share in sorted(shares.items(), key=lambda each: each[1].seconds(flops, link)):
+        seconds, sent = share.seconds(flops, link), sum(share.sent.values()) / 1e9
+        counts = f"{ways.guidance:9}{ways.heads:7}{ways.tokens:7}{ways.frames:7}"
+        computed = (share.sampling + share.decoding) / 1e15
+        mark = "  auto" if ways == chosen else ""
+        print(f"{counts}{computed:10.2f}{sent:10.2f}{seconds:10.1f}{alone / seconds:8.2f}{mark}")
+    sent = ", ".join(f"{what} {count / 1e9:.2f} GB" for what, count in sorted(shares[chosen].sent.items()))
+    print(f"auto: its slowest process sends {sent or 'nothing'}; one GPU alone takes {alone:.1f} s")
+    print("every GPU holds all weights; how much memory sharing saves is not planned")
 
 
 def read_job(

@@ -108,5 +108,7 @@ def warn_of_differences(made: dict, now: dict) -> None:
         changes.append("the model's weights are not those of then")
     if made.get("batch_size", 1) != 1:
         changes.append(f"it was computed together with {made['batch_size'] - 1} others, now alone")
+    if "parallel" in made:
+        changes.append(f"several processes shared it ({repr(made['parallel'])[:80]}), now one makes it")
     if changes:
         print(f"cogvx: warning: the frames may differ: {'; '.join(changes)}", file=sys.stderr)

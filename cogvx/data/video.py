@@ -35,6 +35,7 @@ TO_YUV, TO_RGB = Interpolation.AREA | EXACT, Interpolation.POINT | EXACT
 # the averaged colour lies in the centre of its four pixels; mbtree makes other bytes of the same frames at times, even
 # in one thread.
 X264 = {"preset": "medium", "crf": "14", "g": "24", "threads": "1", "x264-params": "chromaloc=1:mbtree=0"}
+_UNFINISHED: set[Path] = set()  # files that are being written
 
 
 class VideoError(ValueError):
@@ -337,10 +338,18 @@ def _replacing(path: str | os.PathLike) -> Iterator[Path]:
     """A temporary name beside `path` for a file that takes its place at the end, or goes if anything is raised."""
     target = Path(os.path.realpath(path))
     temporary = _beside(target)
+    _UNFINISHED.add(temporary)
     try:
         yield temporary
         os.replace(temporary, target)
     finally:
+        temporary.unlink(missing_ok=True)
+        _UNFINISHED.discard(temporary)
+
+
+def remove_unfinished() -> None:
+    """Remove what is being written, before a process is ended in the middle of it."""
+    for temporary in list(_UNFINISHED):
         temporary.unlink(missing_ok=True)
 
 

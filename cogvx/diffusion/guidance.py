@@ -38,3 +38,18 @@ def cosine(scale: float, timestep: int, step_index: int, num_steps: int) -> floa
 
 # The scale of one step from (scale, timestep, step index, number of steps).
 SCALES: dict[str, Callable[[float, int, int, int], float]] = {"constant": constant, "wave": wave, "cosine": cosine}
+
+
+class Together:
+    """Both sides of guidance are predicted here; in `cogvx.parallel.sides` they are apart."""
+
+    def own(self, x: Tensor) -> Tensor:
+        """Of [2B, ...], without the prompt and with it, what is computed here."""
+        return x
+
+    def both(self, x: Tensor) -> Tensor:
+        """What was predicted here, with what was elsewhere, [2B, ...]."""
+        return x
+
+
+TOGETHER = Together()

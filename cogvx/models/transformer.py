@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cogvx_kernels import expert_layernorm, gated_expert_layernorm, joint_attention, qk_norm_rope
+from cogvx_kernels import expert_layernorm, gated_expert_layernorm, qk_norm_rope
 
 from ..config import TransformerConfig
 from .embeddings import Grid, Placement, default_placement, rope_positions, timestep_embedding
@@ -26,9 +26,9 @@ from .loading import ConfigLike, load_model
 from .modulation import Modulation, ModulationTable
 from .patches import Added, PatchEmbed, unpatchify
 from .saving import SHARD_BYTES, save_model
+from .sequence import WHOLE, Rope, WholeSequence
 
 OFS = 2.0  # what every model that takes an ofs was trained with, and always
-Rope = tuple[Tensor, Tensor] | None  # cosine and sine, [N - L, E] each
 QK_EPS = 1e-6  # of the per-head norms of q and k; all others take the config's norm_eps
 
 
@@ -48,6 +48,7 @@ class ExpertTransformer(nn.Module):
         self.proj_out = Linear(config.width, config.out_channels * math.prod(config.patch))
         self.loras: dict[str, Any] = {}  # see `cogvx.models.lora`
         self.table: ModulationTable | None = None  # what is left of the modulation once its weights are released
+        self.sequence = WHOLE
 
     @classmethod
     def from_pretrained(
@@ -95,16 +96,26 @@ class ExpertTransformer(nn.Module):
         added, rope = self.positions(grid, num_text, latents.device, placement)
         modulation = (modulation or self.modulate(timestep, ofs)).expand(len(latents))
         modulation = modulation.to(dtype) if own == torch.float16 else modulation
-        stream = Stream(in_range(self.patch_embed, latents.to(dtype), text.to(own), added))
+        tokens = in_range(self.patch_embed, latents.to(dtype), text.to(own), added)
+        tokens, rope, num_text = self.sequence.own(tokens, rope, num_text)
+        stream = Stream(tokens)
+        del tokens  # of which the stream may hold a part alone
         for block, norms in zip(self.transformer_blocks, modulation.blocks.unbind(1), strict=True):
             stream = block(stream, norms, rope, num_text)
         vision = stream.vision(num_text)
         vision = (widened(self.norm_final, dtype) if dtype != own else self.norm_final)(vision)
-        return unpatchify(in_range(self.proj_out, self.norm_out(vision, modulation.last)), grid, patch)
+        patches = self.sequence.whole(in_range(self.proj_out, self.norm_out(vision, modulation.last)))
+        return unpatchify(patches, grid, patch)
 
     def fits_fp16(self) -> bool:
         """Whether fp16 holds attention's logits, whatever the input; what else can overflow shows in the result."""
         return all(block.attn1.logits_fit() for block in self.transformer_blocks)
+
+    def share(self, sequence: WholeSequence) -> None:
+        """Compute with the tokens that `sequence` says are here; WHOLE is all of them."""
+        self.sequence = sequence
+        for block in self.transformer_blocks:
+            block.attn1.attention = sequence.attention
 
     def modulate(self, timestep: Tensor, ofs: float | None = None) -> Modulation:  # [B]
         """Shift, scale and gate of every norm at a timestep.
@@ -325,7 +336,7 @@ class LastNorm(nn.Module):
 class JointAttention(nn.Module):
     def __init__(self, config: TransformerConfig):
         super().__init__()
-        self.num_heads = config.num_attention_heads
+        self.num_heads, self.attention = config.num_attention_heads, WHOLE.attention
         self.norm_q = nn.LayerNorm(config.attention_head_dim, QK_EPS)
         self.norm_k = nn.LayerNorm(config.attention_head_dim, QK_EPS)
         self.to_q = Linear(config.width, config.width)
@@ -341,7 +352,7 @@ class JointAttention(nn.Module):
         q, k, v = qk_norm_rope(
             qkv, norm_q.weight, norm_q.bias, norm_k.weight, norm_k.bias, cos, sin, num_text, self.num_heads, QK_EPS
         )
-        return self.to_out[0](joint_attention(q, k, v))
+        return self.to_out[0](self.attention(q, k, v))
 
     def logits_fit(self) -> bool:
         """Whether |q k| stays within fp16 for every input: |q| <= sqrt(E) max|weight| + |bias|, k likewise."""

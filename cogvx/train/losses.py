@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..models.vae import Posterior
-from .time_split import WHOLE, TimeSplit
+from ..parallel.time_split import WHOLE, TimeSplit
 
 Perceptual = Callable[[Tensor, Tensor], Tensor]  # a distance of two videos, a mean over their frames
 MOST = 1e4  # that the adaptive weight may be

@@ -195,7 +195,8 @@ template <class T, class A> struct Tile {
   const Affine<T, A>& affine;
   const Projection<A>& projection;
   bool keeps_scale;
-  Scratch<A> scale, factor, offset, mean, latent;
+  Scratch<A> scale, factor, offset, mean;
+  Scratch<double> latent;
 
   Tile(const Args& all, const Affine<T, A>& of_channels, const Projection<A>& weights, bool for_gradients)
       : args(all),
@@ -250,17 +251,18 @@ template <class T, class A> struct Tile {
   void of_channel(const Part& part) {
     const Coefficients<A> of = affine.of(part.b, part.channel);
     for (int which = 0; which < 2; ++which) {
-      A* sum = latent.row(which);
+      double* sum = latent.row(which);
       const A* weight = projection.weights.row(which) + part.channel * args.z.channels;
-      fill(sum, args.latent_width, projection.bias.row(which)[part.channel]);
+      fill(sum, args.latent_width, static_cast<double>(projection.bias.row(which)[part.channel]));
       for (int64_t k = 0; k < args.z.channels; ++k) {
         const T* z = at<T>(args.z, part.b, k, part.frame, part.row * args.latent_width);
 #pragma omp simd
-        for (int64_t j = 0; j < args.latent_width; ++j) sum[j] += weight[k] * static_cast<A>(widen(z[j]));
+        for (int64_t j = 0; j < args.latent_width; ++j) sum[j] += static_cast<double>(weight[k]) * widen(z[j]);
       }
       A* wide = which == 0 ? scale.row(0) : offset.row(0);
       for (int64_t j = 0; j < args.latent_width; ++j)
-        for (int64_t w = args.first_column[j]; w < args.first_column[j + 1]; ++w) wide[w] = sum[j];
+        for (int64_t w = args.first_column[j]; w < args.first_column[j + 1]; ++w)
+          wide[w] = static_cast<A>(sum[j]);
     }
     A *scales = scale.row(0), *factors = factor.row(0), *offsets = offset.row(0);
     const A of_x = of.factor[0], constant = of.offset[0], unit = affine.unit;

@@ -20,6 +20,7 @@ DRAWS = 200  # until one is for a backend that is for some shapes alone; then th
 # more than so many numbers in one dtype each, which dtypes take in turns; only the first cases for a rule about what
 # is given, hardly about how much; and one of so many calls of a fuzz.
 INTERPRETED = () if torch.cuda.is_available() else ("triton",)
+ON_HOST = (*INTERPRETED, "cuda") if INTERPRETED else ()  # slow, too; it gets all but what is the same for many cases
 MANY_NUMBERS, FIRST_CASES, FUZZ_SHARE = 8192, 3, 4
 
 ALL = [(name, backend) for name, op in OPS.items() for backend in ("reference", *op.backends)]
@@ -70,7 +71,7 @@ def small_calls(name, backend, device, run_on, dtype=None):
 
 def first_calls(name, backend, device, run_on, at_most=None):
     """The first of them, for a rule that is kept or broken by what is given, hardly by how much of it."""
-    at_most = FIRST_CASES if backend in INTERPRETED else at_most
+    at_most = FIRST_CASES if backend in ON_HOST else at_most
     return small_calls(name, backend, device, run_on)[:at_most]
 
 
@@ -206,36 +207,49 @@ def test_gradients_are_new_memory(name, backend, device, run_on):
             assert_new_memory(found, [*tensors(args), *grads])
 
 
-OPCHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+OPCHECKS = ("test_schema", "test_autograd_registration", "test_faketensor")
+
+
+def registered(name, args):
+    """The operator, and that of its gradients where it has them, with arguments; the second wants no gradient."""
+    if not OPS[name].differentiable:
+        return [(opaque(name).default, args)]
+    needs = [isinstance(args[i], Tensor) and i != 1 for i in OPS[name]._tensors]
+    grads = make_grads(parts(opaque(name)(*args)))
+    backward = getattr(torch.ops.cogvx, f"{name}_backward").default
+    return [(opaque(name).default, leaves(args)), (backward, (grads, needs, *args))]
 
 
 @each_device
 @each_backend
 def test_opcheck(name, backend, device, run_on):
-    calls = small_calls(name, backend, device, run_on)
-    for args, checks in ((calls[0], OPCHECKS), (calls[1], OPCHECKS[:3])):
+    for args in small_calls(name, backend, device, run_on)[:2]:
         with use_backend(backend):
-            args = leaves(args) if OPS[name].differentiable else args
-            torch.library.opcheck(opaque(name).default, args, test_utils=checks)
+            for call in registered(name, args):
+                torch.library.opcheck(*call, test_utils=OPCHECKS)
+
+
+def in_soak(backend):
+    """A graph holds the operator whole, and the backend is chosen when it runs: one shows how it is traced."""
+    return () if backend == "reference" else pytest.mark.soak
 
 
 @each_device
-@each_backend_with_gradients
-def test_opcheck_of_gradients(name, backend, device, run_on):
-    calls = small_calls(name, backend, device, run_on)
-    for args, checks in ((calls[0], OPCHECKS), (calls[1], OPCHECKS[:3])):
-        with use_backend(backend):
-            needs = [isinstance(args[i], Tensor) and i != 1 for i in OPS[name]._tensors]
-            call = make_grads(parts(opaque(name)(*args))), needs, *args
-            torch.library.opcheck(getattr(torch.ops.cogvx, f"{name}_backward").default, call, test_utils=checks)
-
-
-@each_device
-@each_backend
-@pytest.mark.parametrize("face", ["public", "opaque"])
-def test_fullgraph_compile(name, backend, face, device, run_on):
-    function = public(name) if face == "public" else opaque(name)
+@pytest.mark.parametrize(("name", "backend"), [pytest.param(*x, marks=in_soak(x[1])) for x in ALL])
+def test_graphs_of_unknown_sizes(name, backend, device, run_on):
     args = small_calls(name, backend, device, run_on)[0]
+    with use_backend(backend):
+        for call in registered(name, args):
+            torch.library.opcheck(*call, test_utils="test_aot_dispatch_dynamic")
+
+
+FACES = [(public, *x) for x in ALL] + [pytest.param(opaque, *x, marks=in_soak(x[1])) for x in ALL]
+
+
+@each_device
+@pytest.mark.parametrize(("face", "name", "backend"), FACES)
+def test_fullgraph_compile(face, name, backend, device, run_on):
+    function, args = face(name), small_calls(name, backend, device, run_on)[0]
 
     def model(*args):
         return tuple(p * 2 for p in parts(function(*args)))
@@ -247,13 +261,6 @@ def test_fullgraph_compile(name, backend, face, device, run_on):
         eager = differentiate(name, model, args, grads)
     for a, b in zip(compiled[0] + compiled[1], eager[0] + eager[1], strict=True):
         torch.testing.assert_close(a, b)
-
-
-@pytest.mark.slow
-def test_inductor_compiles_around_an_operator():
-    args = CASES["expert_layernorm"].SMALL[0]()
-    model = torch.compile(lambda *args: cogvx_kernels.expert_layernorm(*args).relu(), fullgraph=True)
-    torch.testing.assert_close(model(*args), cogvx_kernels.expert_layernorm(*args).relu())
 
 
 @each_op

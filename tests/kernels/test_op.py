@@ -1,4 +1,4 @@
-"""Which backends there are, and what a call says that forces one which cannot run."""
+"""Which backends there are, what a call says that forces one which cannot run, and a graph around an operator."""
 
 import pytest
 import torch
@@ -35,3 +35,10 @@ def test_a_forced_backend_that_cannot_run_says_why():
         with use_backend(backend), pytest.raises(RuntimeError) as caught:
             cogvx_kernels.expert_layernorm(*args)
         assert str(caught.value) == f"expert_layernorm: backend {backend!r} cannot run here: {reason}"
+
+
+@pytest.mark.slow
+def test_inductor_compiles_around_an_operator():
+    args = SMALL[0]()
+    model = torch.compile(lambda *args: cogvx_kernels.expert_layernorm(*args).relu(), fullgraph=True)
+    torch.testing.assert_close(model(*args), cogvx_kernels.expert_layernorm(*args).relu())

@@ -25,8 +25,8 @@ from cogvx_kernels.group_norm_silu.reference import join_halo
 from cogvx_kernels.spatial_norm_silu.reference import resize_nearest
 
 from ..models.vae import CausalConv3d, CausalVAE, GroupNormSiLU, SpatialNormSiLU
-
-HALO = 2  # frames that a convolution sees of the process before
+from .frames import HALO
+from .links import Link
 
 
 class TimeSplit:
@@ -147,16 +147,12 @@ class _FromPrevious(torch.autograd.Function):
 
 def _pass_on(x: Tensor, group: dist.ProcessGroup, by: int) -> Tensor | None:
     """Send x to the process `by` places on and return what the one as far behind sent, None where there is none."""
-    rank, size = dist.get_rank(group), dist.get_world_size(group)
-    target, source = rank + by, rank - by
-    work, received = [], None
-    if 0 <= target < size:
-        work.append(dist.isend(x.contiguous(), group=group, group_dst=target))
-    if 0 <= source < size:
-        received = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        work.append(dist.irecv(received, group=group, group_src=source))
-    for each in work:
-        each.wait()
+    link = Link(group)
+    target, source, received = link.rank + by, link.rank - by, None
+    sent = [link.send("halos", x.contiguous(), target)] if 0 <= target < link.size else []
+    if 0 <= source < link.size:
+        received = link.receive(x.shape, x, source)
+    link.end(sent)
     return received
 
 

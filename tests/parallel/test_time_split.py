@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from cogvx.train.time_split import WHOLE, latents_of_each
+from cogvx.parallel.time_split import WHOLE, latents_of_each
 
 HERE = Path(__file__).parent
 

@@ -10,9 +10,9 @@ import torch.distributed as dist
 from cogvx.config import VAEConfig
 from cogvx.models.discriminator import PatchDiscriminator
 from cogvx.models.vae import CausalVAE
+from cogvx.parallel.time_split import WHOLE, TimeSplit
 from cogvx.train.losses import LossWeights, discriminator_step, vae_loss
 from cogvx.train.perceptual import ConvFeatures, PerceptualDistance
-from cogvx.train.time_split import WHOLE, TimeSplit
 
 CONFIG = VAEConfig(block_out_channels=(8, 8, 16, 16), layers_per_block=1, norm_num_groups=4, latent_channels=4)
 WEIGHTS = LossWeights(l1=1.0, l2=0.5, perceptual=0.3, kl=0.1, adversarial=0.5)
