@@ -1,8 +1,10 @@
-"""cogvx plan: say in how much memory a video can be made, and how."""
+"""cogvx plan: say in how much memory a video can be made, and how; or a model be trained."""
 
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from tyro.conf import Positional, arg
 
 from ._arguments import DType
 
@@ -12,6 +14,9 @@ if TYPE_CHECKING:
 
 
 def main(
+    what: Annotated[
+        Positional[tuple[str, ...]], arg(metavar="[train transformer|lora [CONFIG.toml] [KEY=VALUE ...]]")
+    ] = (),
     model: str = "2b",
     memory: str | None = None,
     num_frames: int | None = None,
@@ -35,7 +40,10 @@ def main(
     Nothing is loaded and no GPU is needed: the models run on tensors without memory. The CUDA context, the workspaces
     of libraries and what an allocator leaves unused come on top, often about 1 GB.
 
+    With "train" in front it prints what a run of cogvx train holds, of the same options, on clips of one size.
+
     Args:
+        what: unset, to make a video; train, transformer or lora, and the options of that run; before flags.
         model: 2b, 5b, 5b-i2v, 1.5-5b, 1.5-5b-i2v, or a checkpoint folder, a hub name, "tiny".
         memory: as in 12GB or 7.5GiB; unset, the fastest plan for every amount.
         num_frames: unset, what the model was trained on, as for height and width.
@@ -61,6 +69,9 @@ def main(
     check_sharing(memory, gpus, tflops, link)
     budget = None if memory is None else read_budget(memory)
     job = read_job(model, num_frames, height, width, num_inference_steps, guidance_scale, numerics, dtype)
+    if what:
+        plan_run(what, model, job, budget)
+        return
     job = replace(job, weights=weights, loras=tuple(without_values(read_lora(file)) for file in lora))
     from ..pipeline import Pipeline
 
@@ -77,6 +88,34 @@ def main(
         if least is None or choice.prediction.peak < least:
             least = choice.prediction.peak
             print(f"from {amount(least):>9}, {choice.seconds:5.1f} s of moves: {choice.plan}")
+
+
+def plan_run(words: tuple[str, ...], model: str, job: "Job", budget: int | None) -> None:
+    """Print what each stage of a training run holds, with checkpointing where the budget asks for it."""
+    from ..memory.choose import amount
+    from ..memory.plan import PlanError
+    from ..train.finetuning import Finetuning
+    from ..train.options import read_options
+    from ..train.plan import Size, fitting, plan_training
+
+    if len(words) < 2 or words[0] != "train" or words[1] not in ("transformer", "lora"):
+        raise PlanError(f"{' '.join(words)!r} is nothing to plan; valid: train transformer, train lora")
+    _, kind, *rest = words
+    file = Path(rest.pop(0)) if rest and "=" not in rest[0] else None
+    # Neither is looked at: clips of what size, is said by flags.
+    run = read_options(Finetuning, file, ["data=-", "out=-", *rest, f"kind={kind}", f"model={model}"])
+    size = Size(job.settings.num_frames, job.settings.height, job.settings.width)
+    asked = run, job.configs, job.text, size
+    plan = plan_training(*asked) if budget is None else fitting(*asked, budget)
+    options = f"{run.batch * run.accumulation} samples a step, {run.precision}"
+    options += ", checkpointing" if plan.run.checkpointing else ""
+    print(f"{kind} of {model}: {size.num_frames} frames of {size.height} x {size.width}, {options}")
+    for name, nbytes in plan.stages.items():
+        print(f"  {name:16}{amount(nbytes):>10} on the device")
+    weights = f"{amount(plan.weights)} of weights; {plan.learning:,} numbers learn"
+    print(f"peak: {amount(plan.peak)} on the device, of which in training {weights}")
+    if plan.run.checkpointing and not run.checkpointing:
+        print("train with checkpointing=true")
 
 
 def show(choice: "Choice") -> None:

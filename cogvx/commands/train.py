@@ -40,18 +40,27 @@ def train_transformer(file: Path | None, words: Sequence[str], dry_run: bool, pr
         return
 
     from ..data.clips import accepted, find_clips
+    from ..machine import pick_device
     from ..train.finetune import learning, train
-    from ..train.finetuning import describe, examples_of, load_transformer, text_to_video_configs, unit_of
+    from ..train.finetuning import describe, examples_of, load_transformer, text_to_video_configs, tokens_of, unit_of
+    from ..train.ranks import joined
 
-    configs = text_to_video_configs(run)
-    clips = accepted(find_clips(run.data, unit_of(configs), run.num_frames), run.on_fault, warn)
-    model = load_transformer(run, configs)
-    if dry_run:
-        weights = sum(p.nbytes for p in model.parameters())
-        learnt = sum(p.numel() for p in learning(run, model).values())
-        print(describe(run, clips, configs, learnt, weights))
-        return
-    report(run.out, train(run, model, *examples_of(run, clips, configs)), run.num_steps)
+    configs, device = text_to_video_configs(run), pick_device(run.device)
+    with joined(device.type) as ranks:
+        clips = accepted(find_clips(run.data, unit_of(configs), run.num_frames), run.on_fault, warn)
+        tokens_of(run, clips, configs)
+        model = load_transformer(run, configs)
+        if dry_run:
+            weights = sum(p.nbytes for p in model.parameters())
+            learnt = sum(p.numel() for p in learning(run, model).values())
+            print(describe(run, clips, configs, learnt, weights))
+            return
+        with ranks.first_alone():
+            known = examples_of(run, clips, configs)
+        # Only now: while clips are encoded the device has another model to hold.
+        step = train(run, model.to(device), *known, ranks)
+        if ranks.is_first:
+            report(run.out, step, run.num_steps)
 
 
 def train_vae(file: Path | None, words: Sequence[str], dry_run: bool, print_config: bool) -> None:

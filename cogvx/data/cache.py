@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Generic, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -15,6 +16,8 @@ from ..models.text import TextEncoder
 from ..models.vae import CausalVAE
 from .clips import Clip
 from .pixels import to_tensor
+
+Model = TypeVar("Model")
 
 
 class Cache:
@@ -38,26 +41,37 @@ class Cache:
             return tensors
 
 
+class Loaded(Generic[Model]):
+    """A model that is loaded when it is first needed, and whose dtype is known before."""
+
+    def __init__(self, load: Callable[[], Model], dtype: torch.dtype):
+        self.load, self.dtype, self._model = load, dtype, None
+
+    @property
+    def model(self) -> Model:
+        self._model = self.load() if self._model is None else self._model
+        return self._model
+
+    def free(self) -> None:
+        self._model = None
+
+
 @torch.no_grad()
-def latents_of(cache: Cache, clip: Clip, vae: CausalVAE, vae_hash: str) -> tuple[Tensor, Tensor]:
+def latents_of(cache: Cache, clip: Clip, vae: Loaded[CausalVAE], vae_hash: str) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of a clip's unscaled latents, [C, T, H, W] each, in fp32."""
 
     def compute() -> dict[str, Tensor]:
-        posterior = vae.encode(to_tensor(clip.read()[None]).to(next(vae.parameters())))
+        posterior = vae.model.encode(to_tensor(clip.read()[None]).to(next(vae.model.parameters())))
         mean, std = posterior.mean[0].float(), (0.5 * posterior.logvar[0]).exp().float()
         return {"mean": mean.cpu().contiguous(), "std": std.cpu().contiguous()}
 
-    key = {
-        "clip": clip.sha256,
-        "num_frames": clip.num_frames,
-        "vae": vae_hash,
-        "dtype": str(next(vae.parameters()).dtype),
-    }
+    key = {"clip": clip.sha256, "num_frames": clip.num_frames, "vae": vae_hash, "dtype": str(vae.dtype)}
     found = cache.get("latents", key, compute)
     return found["mean"], found["std"]
 
 
-def embedding_of(cache: Cache, caption: str, text: TextEncoder, text_hash: str) -> Tensor:
-    """The embedding [L, D] of a caption, in fp32."""
-    key = {"caption": caption, "text": text_hash, "max_length": text.max_length, "dtype": str(text.model.dtype)}
-    return cache.get("text", key, lambda: {"text": text.encode([caption])[0].float().cpu().contiguous()})["text"]
+def embedding_of(cache: Cache, caption: str, text: Loaded[TextEncoder], text_hash: str, max_length: int) -> Tensor:
+    """The embedding [L, D] of a caption, in fp32, by an encoder of at most `max_length` tokens."""
+    key = {"caption": caption, "text": text_hash, "max_length": max_length, "dtype": str(text.dtype)}
+    found = cache.get("text", key, lambda: {"text": text.model.encode([caption])[0].float().cpu().contiguous()})
+    return found["text"]

@@ -13,7 +13,19 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..data.shapes import BACKGROUNDS, COLOURS, NUM_FRAMES, SHAPES, SIDE, Scene
+from ..data.shapes import (
+    BACKGROUNDS,
+    COLOURS,
+    INNER,
+    NUM_FRAMES,
+    SHAPES,
+    SIDE,
+    STAR,
+    STAR_DROP,
+    TIPS,
+    Scene,
+    outside_star,
+)
 
 NEAR = 64.0  # distance in RGB within which a colour goes by its name; the nearest two, yellow and orange, are 90 apart
 DEPARTS = 48.0  # distance in RGB from the background at which the figure starts; blue on navy is 127 away
@@ -23,6 +35,8 @@ LEAST_TRAVEL, MOST_DRIFT = 7.0, 0.5  # pixels over the clip (the world's least i
 LEAST_GROWTH = 1.35  # ratio of the last to the first width (the world's least is 1.8)
 MOST_UNEVEN = 0.12  # departure from an even motion, rms, as a share of its extent; a single jump has 0.17
 MOST_MISFIT = 0.13  # squared difference from the template as a share of the area; a square on its corner has 0.14
+# Of a shape, over the square of half its width.
+AREAS = {"circle": np.pi, "square": 4.0, "triangle": np.sqrt(3.0), STAR: 5.0 * TIPS * INNER * np.sin(np.pi / 5.0)}
 HALF_WIDTH_LIMITS = (5.5, 9.5, 13.5, 19.0)  # pixels; small, unnamed and large lie between these
 
 
@@ -73,8 +87,8 @@ def compare(reading: Reading, scene: Scene) -> Verdict:
     )
 
 
-def read_clip(frames: np.ndarray) -> Reading:
-    """What a clip, uint8 [17, 64, 64, 3], shows.
+def read_clip(frames: np.ndarray, shapes: tuple[str, ...] = SHAPES) -> Reading:
+    """What a clip, uint8 [17, 64, 64, 3], shows; its shape is one of `shapes`, to which "star" may belong.
 
     Raises:
         ValueError: for another shape or dtype.
@@ -97,7 +111,7 @@ def read_clip(frames: np.ndarray) -> Reading:
     start = _centre(cover[0]) if seen[0] else None
     cover, time = cover[seen], np.linspace(0.0, 1.0, NUM_FRAMES)[seen]
     motion, travel, growth = _read_motion(cover, time)
-    shape, half_width, misfit = _read_shape(cover)
+    shape, half_width, misfit = _read_shape(cover, shapes)
     size = None
     if motion is not None and shape is not None and motion.startswith("moves"):
         size = _size_word(half_width)
@@ -165,12 +179,12 @@ def _read_motion(cover: np.ndarray, time: np.ndarray) -> tuple[str | None, tuple
     return motion, (float(dx), float(dy)), float(growth)
 
 
-def _read_shape(cover: np.ndarray) -> tuple[str | None, float, float]:
+def _read_shape(cover: np.ndarray, shapes: tuple[str, ...]) -> tuple[str | None, float, float]:
     """The shape that more than half of the frames fit best, its mean half width and its median misfit."""
-    fits = {shape: _fit(cover, shape) for shape in SHAPES}
+    fits = {shape: _fit(cover, shape) for shape in shapes}
     best = np.argmin([misfit for _, misfit in fits.values()], 0)
-    votes = np.bincount(best, minlength=len(SHAPES))
-    shape = SHAPES[int(votes.argmax())]
+    votes = np.bincount(best, minlength=len(shapes))
+    shape = shapes[int(votes.argmax())]
     half_width, misfit = (
         float(reduce(values)) for reduce, values in zip((np.mean, np.median), fits[shape], strict=True)
     )
@@ -185,9 +199,11 @@ def _fit(cover: np.ndarray, shape: str) -> tuple[np.ndarray, np.ndarray]:
     area = cover.sum((1, 2))
     at = np.arange(SIDE) + 0.5
     x, y = cover.sum(1) @ at / area, cover.sum(2) @ at / area
-    half_width = np.sqrt(area / {"circle": np.pi, "square": 4.0, "triangle": np.sqrt(3.0)}[shape])
+    half_width = np.sqrt(area / AREAS[shape])
     if shape == "triangle":
         y = y - half_width / (2 * np.sqrt(3.0))  # its centroid lies below the middle of its bounding box
+    elif shape == STAR:
+        y = y - STAR_DROP * half_width
     place = np.stack([half_width, x, y], 1)  # [T, 3]
     for _ in range(3):
         model = _template(shape, place)
@@ -205,6 +221,8 @@ def _template(shape: str, place: np.ndarray) -> np.ndarray:
     half_width, x, y = (place[:, i, None, None].astype(np.float32) for i in range(3))
     at = np.arange(SIDE, dtype=np.float32) + 0.5
     dx, dy = np.abs(at - x), at[:, None] - y
+    if shape == STAR:
+        return np.clip(0.5 - outside_star(dx, dy, half_width) / 1.5, 0.0, 1.0).astype(np.float32)
     if shape == "circle":
         outside = np.hypot(dx, dy) - half_width
     elif shape == "square":

@@ -64,8 +64,8 @@ def forward_packed(
 ) -> list[Tensor]:  # [out_channels, T, H, W] each
     """The velocity of every sample: what `model(...)` gives for each alone.
 
-    checkpointing: keep the input of every block alone and compute it again for the gradient. Raises ValueError for a
-    sample that the model cannot take, or none at all.
+    checkpointing: keep the input of every block alone and compute the block again for the gradient, which is the same
+    within rounding. Raises ValueError for a sample that the model cannot take, or none at all.
     """
     if not samples:
         raise ValueError("samples is empty; give at least one")
@@ -83,7 +83,7 @@ def forward_packed(
     stream = PackedStream(xs)
     for block, norms in zip(model.transformer_blocks, modulation.blocks.unbind(1), strict=True):
         if checkpointing and torch.is_grad_enabled():
-            stream = checkpoint(packed_block, block, stream, norms, layout, use_reentrant=False)
+            stream = PackedStream(checkpoint(summed_block, block, stream.xs, norms, layout, use_reentrant=False))
         else:
             stream = packed_block(block, stream, norms, layout)
     visions = [
@@ -100,6 +100,12 @@ def packed_block(block: ExpertBlock, stream: PackedStream, norms: Tensor, layout
     stream = PackedStream(xs, gates, packed_attention(block.attn1, y, layout))
     xs, y, gates = _normed(block.norm2, stream, norms[:, 1], layout)
     return PackedStream(xs, gates, block.ff(y))
+
+
+def summed_block(block: ExpertBlock, xs: list[Tensor], norms: Tensor, layout: Layout) -> list[Tensor]:
+    """The residuals behind a block, whole: one tensor to keep of each sample, where the unsummed parts are two."""
+    parts = packed_block(block, PackedStream(xs), norms, layout).apart(layout.lengths)
+    return [part.whole(num_text) for part, num_text in zip(parts, layout.num_texts, strict=True)]
 
 
 def packed_attention(attention: JointAttention, x: Tensor, layout: Layout) -> Tensor:  # [1, sum N_i, D]

@@ -263,7 +263,15 @@ class Stream(NamedTuple):
 
     def vision(self, num_text: int) -> Tensor:  # [B, N - L, D]
         """The vision tokens of the sum x + gate y."""
+        if self.y is None:
+            return self.x[:, num_text:]
         return torch.addcmul(self.x[:, num_text:], self.gate[:, 1:], self.y[:, num_text:])
+
+    def whole(self, num_text: int) -> Tensor:  # [B, N, D]
+        """The sum x + gate y, in the dtype of x."""
+        gate, y = self.gate.to(self.x.dtype), self.y.to(self.x.dtype)
+        text = torch.addcmul(self.x[:, :num_text], gate[:, :1], y[:, :num_text])
+        return torch.cat([text, torch.addcmul(self.x[:, num_text:], gate[:, 1:], y[:, num_text:])], dim=1)
 
 
 class ExpertBlock(nn.Module):

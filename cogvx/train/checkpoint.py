@@ -7,8 +7,10 @@ manifest of SHA-256 sums. It is written under another name, brought to the disk 
 import json
 import math
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from threading import Thread
 
 import torch
 from safetensors import SafetensorError
@@ -37,30 +39,98 @@ def save_state(
     Raises CheckpointError where it cannot be written, on a full disk or in a folder that is read-only; every earlier
     state is then as it was.
     """
-    if keep_last < 1 or keep_best < 0:
-        raise ValueError(f"keep_last is {keep_last} and keep_best {keep_best}; at least 1 and 0 states are kept")
-    if score is not None and not math.isfinite(score):
-        raise ValueError(f"score is {score}; it must be a finite number")
-    partial = folder / f"{PARTIAL}{step:07d}"
+    with Saver() as saver:
+        saver.save(folder, step, trees, keep_last, keep_best, score, beside)
+
+
+class Saver:
+    """Writes states while training goes on: `with Saver() as saver: ... saver.save(folder, step, trees)`.
+
+    A call copies the state, and returns before it is on the disk; it first waits until the state before is, and so does
+    the end of the block. Both raise what `save_state` raises, of the state before.
+    """
+
+    def __init__(self) -> None:
+        self._thread: Thread | None = None
+        self._error: BaseException | None = None
+
+    def save(
+        self,
+        folder: Path,
+        step: int,
+        trees: Mapping[str, dict],
+        keep_last: int = 1,
+        keep_best: int = 0,
+        score: float | None = None,
+        beside: Callable[[Path], None] | None = None,
+    ) -> None:
+        """As `save_state`."""
+        if keep_last < 1 or keep_best < 0:
+            raise ValueError(f"keep_last is {keep_last} and keep_best {keep_best}; at least 1 and 0 states are kept")
+        if score is not None and not math.isfinite(score):
+            raise ValueError(f"score is {score}; it must be a finite number")
+        self.wait()
+        partial = folder / f"{PARTIAL}{step:07d}"
+        copied: dict[str, tuple[str, dict[str, torch.Tensor]]] = {}
+        with _written(folder, step, partial):
+            for name, tree in trees.items():
+                tensors: dict[str, torch.Tensor] = {}
+                copied[name] = json.dumps(_flatten(tree, name, tensors)), tensors
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+            if beside is not None:  # now, since it reads what the next step changes
+                beside(partial)
+
+        def write() -> None:
+            try:
+                with _written(folder, step, partial):
+                    _write(folder, step, partial, copied, score)
+                prune(folder, keep_last, keep_best)
+            except BaseException as error:  # for whoever waits
+                self._error = error
+
+        self._thread = Thread(target=write, name=f"state of step {step}")
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Until all states are on the disk."""
+        if self._thread is not None:
+            self._thread.join()
+        self._thread, error, self._error = None, self._error, None
+        if error is not None:
+            raise error
+
+    def __enter__(self) -> "Saver":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        if kind is None:
+            self.wait()
+        elif self._thread is not None:  # the error on its way says more
+            self._thread.join()
+
+
+@contextmanager
+def _written(folder: Path, step: int, partial: Path) -> Iterator[None]:
+    """What goes wrong while a state is written, as CheckpointError; nothing of that state is left then."""
     try:
+        yield
+    except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        for name, tree in trees.items():
-            tensors: dict[str, torch.Tensor] = {}
-            (partial / f"{name}.json").write_text(json.dumps(_flatten(tree, name, tensors)))
-            save_file(tensors, partial / f"{name}.safetensors")
-        if beside is not None:
-            beside(partial)
-        seal(partial, step, score)
-        for file in [*partial.iterdir(), partial]:
-            sync(file)
-        _take_place(partial, folder / f"{STEP}{step:07d}")
-    except (OSError, SafetensorError) as error:
+        if not isinstance(error, OSError | SafetensorError):
+            raise
         reason = getattr(error, "strerror", None) or str(error).split("\n")[0]
         raise CheckpointError(f"the state of step {step} cannot be written to {folder}: {reason}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    prune(folder, keep_last, keep_best)
+
+
+def _write(folder: Path, step: int, partial: Path, copied: Mapping[str, tuple[str, dict]], score: float | None) -> None:
+    for name, (text, tensors) in copied.items():
+        (partial / f"{name}.json").write_text(text)
+        save_file(tensors, partial / f"{name}.safetensors")
+    seal(partial, step, score)
+    for file in [*partial.iterdir(), partial]:
+        sync(file)
+    _take_place(partial, folder / f"{STEP}{step:07d}")
 
 
 def load_state(folder: Path, step: int | None = None) -> tuple[int, dict[str, dict]] | None:

@@ -2,8 +2,8 @@
 
     cogvx train lora run.toml model=tiny data=clips out=runs/lora
 
-Text to video on one device. The clips' latents and their captions' embeddings are computed once and kept on disk. A
-stopped run goes on exactly where its last state was saved.
+Text to video. The clips' latents and their captions' embeddings are computed once and kept on disk. A stopped run goes
+on exactly where its last state was saved, with any number of processes.
 """
 
 import math
@@ -14,19 +14,22 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from ..config import TransformerConfig
+from ..data.packing import num_tokens, pack
 from ..diffusion.loss import velocity_loss
 from ..models.choices import placement
 from ..models.packed import forward_packed
 from ..models.transformer import ExpertTransformer
 from ..numerics import read_numerics
 from .average import Average
-from .checkpoint import restore, save_state
+from .checkpoint import Saver, restore
 from .finetuning import Finetuning
 from .log import Log
 from .lora import add_lora, save_learnt
-from .optim import cosine
+from .optim import adamw, cosine
 from .options import to_toml
 from .randomness import RandomStates
+from .ranks import ALONE, Ranks
 from .run import Progress, Weights, is_usable, stopping
 from .sampling import Drawn, Draws, Example
 
@@ -41,7 +44,9 @@ def learning(run: Finetuning, model: ExpertTransformer) -> dict[str, nn.Paramete
     return add_lora(model, run.lora.rank, run.lora.alpha, run.lora.targets)
 
 
-def train(run: Finetuning, model: ExpertTransformer, examples: list[Example], draws: Draws) -> int:
+def train(
+    run: Finetuning, model: ExpertTransformer, examples: list[Example], draws: Draws, ranks: Ranks = ALONE
+) -> int:
     """Train to the end, or until SIGTERM, resuming from `run.out`; the step that was reached.
 
     Raises TrainingError for a loss or gradient that is not finite, before any weight changes (unless those steps are to
@@ -49,31 +54,38 @@ def train(run: Finetuning, model: ExpertTransformer, examples: list[Example], dr
     """
     device, parameters = model.proj_out.weight.device, learning(run, model.train())
     rates = run.optimiser
-    optimiser = torch.optim.AdamW(parameters.values(), rates.lr, rates.betas, rates.eps, rates.weight_decay)
+    optimiser = adamw(parameters.values(), rates)
     average = Average(parameters, run.ema_decay) if run.ema_decay is not None else None
     scaler = torch.amp.GradScaler(device.type, enabled=run.precision == "fp16")
     progress = Progress()
     parts = {"model": Weights(parameters), "optimiser": optimiser, "random": RandomStates(), "progress": progress}
     parts |= {"scaler": scaler} if scaler.is_enabled() else {}
     parts |= {"average": average} if average is not None else {}
-    step = restore(run.out, parts)
-    run.out.mkdir(parents=True, exist_ok=True)
+    with ranks.first_alone():
+        step = restore(run.out, parts)
+        run.out.mkdir(parents=True, exist_ok=True)
 
-    def save() -> None:
-        trees = {name: part.state_dict() for name, part in parts.items()}
-        save_state(run.out, step, trees, run.keep_last, beside=lambda folder: write_beside(run, model, folder))
+    def save(saver: Saver) -> None:
+        if ranks.is_first:
+            trees = {name: part.state_dict() for name, part in parts.items()}
+            kept = run.keep_last, run.keep_best, progress.score()
+            saver.save(run.out, step, trees, *kept, beside=lambda folder: write_beside(run, model, folder))
 
-    with Log(run.out / "log.jsonl", step) as log, stopping() as is_stopped:
-        while step < run.num_steps and not is_stopped():
+    file = run.out / "log.jsonl" if ranks.is_first else None
+    with Saver() as saver, Log(file, step) as log, stopping(ranks, device) as is_stopped:
+        stopped = False
+        while step < run.num_steps and not stopped:
             start, share = time.perf_counter(), cosine(step, run.num_steps, rates.num_warmup, rates.least)
             for group in optimiser.param_groups:
                 group["lr"] = rates.lr * share
             drawn = draws.step(examples, step, run.batch * run.accumulation)
-            loss = accumulate(run, model, drawn, scaler)
+            loss = accumulate(run, model, drawn, scaler, ranks)
+            ranks.add_gradients(parameters.values())
             scaler.unscale_(optimiser)
             gradient = nn.utils.clip_grad_norm_(parameters.values(), rates.clip_norm).item()
             if is_usable(run.non_finite, step, loss, gradient, progress, scaler.is_enabled()):
                 scaler.step(optimiser)
+                progress.add(loss)
                 if average is not None:
                     average.update()
             scaler.update()
@@ -81,33 +93,45 @@ def train(run: Finetuning, model: ExpertTransformer, examples: list[Example], dr
             step += 1
             row = {"step": step, "loss": loss, "gradient": gradient, "lr": rates.lr * share}
             log.write({**row, "skipped": progress.skipped, "seconds": time.perf_counter() - start})
-            if step % run.save_every == 0 and step < run.num_steps:
-                save()
-        save()
-    if step >= run.num_steps:
+            stopped = is_stopped()
+            if step % run.save_every == 0 or step == run.num_steps or stopped:
+                save(saver)
+    if step >= run.num_steps and ranks.is_first:
         write_result(run, model, average)
+    ranks.wait()
     return step
 
 
-def accumulate(run: Finetuning, model: ExpertTransformer, drawn: list[Drawn], scaler: torch.amp.GradScaler) -> float:
-    """The mean loss of a step's samples, whose gradient is left in the model, a part of them at a time."""
+def accumulate(
+    run: Finetuning, model: ExpertTransformer, drawn: list[Drawn], scaler: torch.amp.GradScaler, ranks: Ranks = ALONE
+) -> float:
+    """The mean loss of a step's samples; the gradient of those of this process is left in the model."""
     device, total = model.proj_out.weight.device, 0.0
     low = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(run.precision)
-    for first in range(0, len(drawn), run.batch):
-        part = drawn[first : first + run.batch]
+    for part in ranks.share(sequences(run, model.config, drawn)):
         samples = [each.sample._replace(latents=each.sample.latents.to(device), text=each.sample.text.to(device))
                    for each in part]  # fmt: skip
         # The largest one meets the ends of a sliced table, if any does.
         largest = max((tuple(each.latents.shape[1:]) for each in samples), key=math.prod)
         places = placement(model.config, read_numerics(run.numerics), largest)
-        with torch.autocast(device.type, low) if low else nullcontext():
+        # Every weight is used once, so that a copy of it in the low precision is not worth keeping.
+        with torch.autocast(device.type, low, cache_enabled=False) if low else nullcontext():
             predicted = forward_packed(model, samples, None, places, run.checkpointing)
         losses = [velocity_loss(y[None], each.clip.to(device)[None], each.noise.to(device)[None], each.alpha[None])
                   for y, each in zip(predicted, part, strict=True)]  # fmt: skip
-        loss = torch.cat(losses).mean() / run.accumulation
+        loss = torch.cat(losses).sum() / len(drawn)
         scaler.scale(loss).backward()
         total += loss.item()
-    return total
+    return ranks.added(total, device)
+
+
+def sequences(run: Finetuning, config: TransformerConfig, drawn: list[Drawn]) -> list[list[Drawn]]:
+    """The samples that share a sequence: `run.batch` of them, or as many as `run.pack_tokens` hold."""
+    if run.pack_tokens is None:
+        return [drawn[first : first + run.batch] for first in range(0, len(drawn), run.batch)]
+    samples = [each.sample for each in drawn]
+    lengths = [num_tokens(config, each.latents.shape[1:], len(each.text)) for each in samples]
+    return [[drawn[i] for i in indices] for indices in pack(lengths, run.pack_tokens)]
 
 
 def write_beside(run: Finetuning, model: ExpertTransformer, folder: Path) -> None:

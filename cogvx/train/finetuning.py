@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..data.cache import Cache, embedding_of, latents_of
+from ..data.cache import Cache, Loaded, embedding_of, latents_of
 from ..data.clips import Clip
 from ..data.packing import num_tokens
 from ..machine import pick_device
@@ -60,7 +60,8 @@ class Finetuning:
     on_fault: Literal["stop", "skip"] = "stop"  # clips that cannot be trained on
     num_steps: int = 1000
     batch: int = 1  # samples that are computed at once, packed into one sequence
-    accumulation: int = 1  # such batches a step
+    accumulation: int = 1  # such batches a step, of all processes together
+    pack_tokens: int | None = None  # of a sequence, at most: a step's samples then share as few as hold them
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
     checkpointing: bool = False  # of activations: a third more time, far less memory
     drop_text: float = 0.1
@@ -68,7 +69,8 @@ class Finetuning:
     ema_decay: float | None = None
     non_finite: Literal["stop", "skip"] = "stop"
     save_every: int = 100
-    keep_last: int = 2
+    keep_last: int = 2  # states
+    keep_best: int = 0  # more of them: those before which the mean loss was lowest
     seed: int = 0
     device: str | None = None
     optimiser: Optimiser = field(default_factory=Optimiser)
@@ -76,6 +78,8 @@ class Finetuning:
 
     def __post_init__(self) -> None:
         check_loop(self, "num_steps", "batch", "accumulation", "save_every", "keep_last")
+        check("keep_best", self.keep_best, self.keep_best >= 0, "at least 0")
+        check("pack_tokens", self.pack_tokens, self.pack_tokens is None or self.pack_tokens >= 1, "at least 1")
         check("num_frames", self.num_frames, self.num_frames is None or self.num_frames % 8 == 1, "8N+1")
         check("drop_text", self.drop_text, 0 <= self.drop_text <= 1, "from 0 to 1")
         check("lora.rank", self.lora.rank, self.lora.rank >= 1, "at least 1")
@@ -112,41 +116,58 @@ def unit_of(configs: Configs) -> tuple[int, int]:
 
 
 def load_transformer(run: Finetuning, configs: Configs) -> ExpertTransformer:
-    """The transformer to train: fp32, but for the weights under a LoRA in bf16 where that is the precision.
+    """The transformer to train, on the host: fp32, or bf16 under a LoRA where that is the precision.
 
     Raises TrainingError for layers that it does not have.
     """
-    device, eps = pick_device(run.device), last_norm_eps(configs.transformer, read_numerics(run.numerics))
+    eps = last_norm_eps(configs.transformer, read_numerics(run.numerics))
     if run.start == "scratch":
         torch.manual_seed(run.seed)
-        model = ExpertTransformer(configs.transformer).init_for_training().to(device)
-        model.norm_out.norm.eps = eps
-        return model
-    dtype = torch.bfloat16 if run.kind == "lora" and run.precision == "bf16" else torch.float32
-    model = ExpertTransformer.from_pretrained(run.model, dtype=dtype, device=device)
+        model = ExpertTransformer(configs.transformer).init_for_training()
+    else:
+        model = ExpertTransformer.from_pretrained(run.model, dtype=weight_dtype(run), device="cpu")
     model.norm_out.norm.eps = eps
     if run.kind == "lora":
         targeted(model, run.lora.targets)  # before anything is computed
     return model
 
 
+def weight_dtype(run: Finetuning) -> torch.dtype:
+    """In which the transformer's own weights are held."""
+    return torch.bfloat16 if run.kind == "lora" and run.precision == "bf16" else torch.float32
+
+
 def examples_of(run: Finetuning, clips: list[Clip], configs: Configs) -> tuple[list[Example], Draws]:
-    """Latents and embeddings of the clips, computed where they are not on disk yet, and how they are drawn."""
+    """Latents and embeddings of the clips, computed where they are not on disk yet, and how they are drawn.
+
+    VAE and text encoder are loaded one after the other, each only where something is to be computed.
+    """
     root, device = resolve_folder(run.model), pick_device(run.device)
     cache = Cache(run.cache or run.out / "cache")
     hashes = {name: content_hash(component_folder(root, name)) for name in ("vae", "text_encoder", "tokenizer")}
-    text_hash = hashes["text_encoder"] + hashes["tokenizer"]
-    vae = CausalVAE.from_pretrained(run.model, dtype=torch.float32, device=device)
+    vae = Loaded(lambda: CausalVAE.from_pretrained(run.model, dtype=torch.float32, device=device), torch.float32)
     latents = [latents_of(cache, clip, vae, hashes["vae"]) for clip in clips]
-    del vae
+    vae.free()
     length = num_text_tokens(configs.transformer, read_numerics(run.numerics))
-    text = TextEncoder.from_pretrained(run.model, length, torch.float32, device)
-    embeddings = {caption: embedding_of(cache, caption, text, text_hash) for caption in {c.caption for c in clips}}
-    null: Tensor = embedding_of(cache, "", text, text_hash)
+    text = Loaded(lambda: TextEncoder.from_pretrained(run.model, length, torch.float32, device), torch.float32)
+    known = text, hashes["text_encoder"] + hashes["tokenizer"], length
+    embeddings = {caption: embedding_of(cache, caption, *known) for caption in {c.caption for c in clips}}
+    null: Tensor = embedding_of(cache, "", *known)
     null = torch.zeros_like(null) if run.null_text == "zeros" else null
     examples = [Example(*pair, embeddings[clip.caption]) for pair, clip in zip(latents, clips, strict=True)]
     scaling = configs.vae.scaling_factor
     return examples, Draws(configs.transformer, configs.schedule, scaling, null, run.drop_text, run.seed)
+
+
+def tokens_of(run: Finetuning, clips: list[Clip], configs: Configs) -> list[int]:
+    """How many tokens each clip has. Raises TrainingError where a sequence is to hold fewer."""
+    config, tokens = configs.transformer, []
+    for clip in clips:
+        frames = -(-((clip.num_frames - 1) // 4 + 1) // config.patch[0]) * config.patch[0]
+        tokens.append(num_tokens(config, (frames, clip.height // 8, clip.width // 8), config.max_text_seq_length))
+    check("pack_tokens", run.pack_tokens, run.pack_tokens is None or max(tokens) <= run.pack_tokens,
+          f"at least {max(tokens)}, as many as the longest clip has")  # fmt: skip
+    return tokens
 
 
 def describe(run: Finetuning, clips: list[Clip], configs: Configs, learning: int, weights: int) -> str:
@@ -154,11 +175,7 @@ def describe(run: Finetuning, clips: list[Clip], configs: Configs, learning: int
 
     learning, weights: how many numbers learn, and how many bytes the model has.
     """
-    config = configs.transformer
-    tokens = []
-    for clip in clips:
-        frames = -(-((clip.num_frames - 1) // 4 + 1) // config.patch[0]) * config.patch[0]
-        tokens.append(num_tokens(config, (frames, clip.height // 8, clip.width // 8), config.max_text_seq_length))
+    tokens = tokens_of(run, clips, configs)
     per_step = run.batch * run.accumulation
     # Gradient and two moments of the optimiser, in fp32; the average is a fourth.
     states = learning * 4 * (3 + (run.ema_decay is not None))

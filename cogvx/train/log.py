@@ -5,9 +5,15 @@ from pathlib import Path
 
 
 class Log:
-    """`log.write({"step": 1, "loss": 0.5})`; opened for a run that stands at `step`, it forgets what came later."""
+    """`log.write({"step": 1, "loss": 0.5})`; opened for a run that stands at `step`, it forgets what came later.
 
-    def __init__(self, file: Path, step: int):
+    Without a file nothing is written.
+    """
+
+    def __init__(self, file: Path | None, step: int):
+        self._file = None
+        if file is None:
+            return
         kept = []
         for line in file.read_text().splitlines() if file.is_file() else ():
             try:
@@ -21,11 +27,13 @@ class Log:
         self._file = file.open("a")
 
     def write(self, row: dict) -> None:
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
+        if self._file is not None:
+            self._file.write(json.dumps(row) + "\n")
+            self._file.flush()
 
     def __enter__(self) -> "Log":
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._file.close()
+        if self._file is not None:
+            self._file.close()

@@ -6,6 +6,7 @@ processes then add up to that of the whole clip, and so do their gradients.
 Source: "Taming Transformers" (arXiv 2012.09841) for the adversarial part; "CogVideoX" (arXiv 2408.06072), section 2.1.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -100,12 +101,22 @@ def vae_loss(
 
 
 def discriminator_step(
-    discriminator: nn.Module, optimiser: torch.optim.Optimizer, output: Tensor, video: Tensor, split: TimeSplit = WHOLE
+    discriminator: nn.Module,
+    optimiser: torch.optim.Optimizer,
+    output: Tensor,
+    video: Tensor,
+    split: TimeSplit = WHOLE,
+    may_step: Callable[[float, float], bool] | None = None,
 ) -> Tensor:
-    """One step of the discriminator on clips and their reconstructions; the loss before it."""
+    """One step of the discriminator on clips and their reconstructions; the loss before it.
+
+    may_step: says from the loss and its gradient's norm whether the optimiser steps; None is whenever both are finite.
+    """
     real, fake = split.whole(video), split.whole(output.detach())
     loss = discriminator_hinge(discriminator(real), discriminator(fake))
     discriminator.zero_grad()
     loss.backward()
-    optimiser.step()
+    norm = nn.utils.get_total_norm([p.grad for p in discriminator.parameters() if p.grad is not None]).item()
+    if may_step(loss.item(), norm) if may_step is not None else math.isfinite(loss.item() + norm):
+        optimiser.step()
     return loss.detach()

@@ -1,6 +1,8 @@
 """Muon for the matrices that do the work, AdamW for everything else."""
 
 import math
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +44,11 @@ class MuonAdamW:
 
     def _parts(self) -> list[tuple[str, torch.optim.Optimizer]]:
         return [(name, part) for name, part in (("muon", self.muon), ("adamw", self.adamw)) if part is not None]
+
+
+def adamw(weights: Iterable[nn.Parameter], rates: Any) -> torch.optim.AdamW:
+    """AdamW by the options of a run, in one pass over weights and states: without copies of all of them beside."""
+    return torch.optim.AdamW(weights, rates.lr, rates.betas, rates.eps, rates.weight_decay, fused=True)
 
 
 def muon_adamw(model: nn.Module, muon_lr: float, adamw_lr: float, adamw_names: tuple[str, ...]) -> MuonAdamW:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .options import TrainingError
+from .ranks import ALONE, Ranks
 
 
 class Weights:
@@ -34,6 +35,15 @@ class Progress:
 
     def __init__(self) -> None:
         self.skipped = 0  # steps whose loss or gradient was not finite
+        self._losses: list[float] = []  # since the last state
+
+    def add(self, loss: float) -> None:
+        self._losses.append(loss)
+
+    def score(self) -> float | None:
+        """The mean loss since the state before, by which states are better or worse; None without any."""
+        losses, self._losses = self._losses, []
+        return sum(losses) / len(losses) if losses else None
 
     def state_dict(self) -> dict:
         return {"skipped": self.skipped}
@@ -43,20 +53,27 @@ class Progress:
 
 
 def is_usable(
-    non_finite: str, step: int, loss: float, gradient: float, progress: Progress, scaled: bool = False
+    non_finite: str,
+    step: int,
+    loss: float,
+    gradient: float,
+    progress: Progress,
+    scaled: bool = False,
+    whose: str = "the",
 ) -> bool:
     """Whether the optimiser may step; with `non_finite` "skip" it may not, and the step is counted.
 
-    scaled: by a scaler, which leaves steps without a finite gradient out itself. Raises TrainingError where the
-    optimiser may not step and the run is to stop then.
+    scaled: by a scaler, which leaves steps without a finite gradient out itself. whose: loss it is, in an error. Raises
+    TrainingError where the optimiser may not step and the run is to stop then.
     """
     infinite = float("inf")
     if abs(loss) < infinite and (gradient < infinite or scaled):
         return True
     if non_finite == "stop":
-        what = f"the loss is {loss}" if not abs(loss) < infinite else f"the gradient's norm is {gradient}"
+        what = f"{whose} loss is {loss}" if not abs(loss) < infinite else f"{whose} gradient's norm is {gradient}"
+        kept = "no weight was changed" if whose == "the" else "none of its weights was changed"
         raise TrainingError(
-            f"step {step + 1}: {what}; no weight was changed. Try a lower optimiser.lr, or precision=bf16 or fp32, or "
+            f"step {step + 1}: {what}; {kept}. Try a lower optimiser.lr, or precision=bf16 or fp32, or "
             "leave such steps out with non_finite=skip"
         )
     progress.skipped += 1
@@ -64,11 +81,14 @@ def is_usable(
 
 
 @contextmanager
-def stopping() -> Iterator[Callable[[], bool]]:
-    """Whether SIGTERM has come; it then no longer ends the process, so that the step can be finished and saved."""
+def stopping(ranks: Ranks = ALONE, device: torch.device | None = None) -> Iterator[Callable[[], bool]]:
+    """Whether SIGTERM has come, to any of the processes; it then no longer ends them, so that the step can be saved.
+
+    All processes must ask equally often.
+    """
     came: list[int] = []
     before = signal.signal(signal.SIGTERM, lambda number, frame: came.append(number))
     try:
-        yield lambda: bool(came)
+        yield lambda: ranks.added(float(bool(came)), device) > 0
     finally:
         signal.signal(signal.SIGTERM, before)

@@ -9,7 +9,7 @@ checkpoint before. A stopped run goes on exactly where its last state was saved.
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -25,18 +25,18 @@ from ..models.discriminator import PatchDiscriminator
 from ..models.vae import CausalVAE
 from ..settings import read_configs
 from .average import Average
-from .checkpoint import restore, save_state
+from .checkpoint import Saver, restore
 from .finetuning import Optimiser, check, check_loop
 from .log import Log
 from .losses import LossWeights, Perceptual, discriminator_step, vae_loss
-from .optim import cosine
+from .optim import adamw, cosine
 from .options import to_toml
 from .perceptual import ConvFeatures, PerceptualDistance
 from .randomness import RandomStates
 from .run import Progress, Weights, is_usable, stopping
 from .sampling import rows_of
 
-HELD = 64  # clips that are kept in memory once they are read
+HELD = 2**30  # bytes of clips that are kept in memory once they are read
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def train(run: VAERun, vae: CausalVAE, clips: list[Clip], perceptual: Perceptual
     torch.manual_seed(run.seed)
     device, rates = vae.encoder.conv_in.conv.weight.device, run.optimiser
     judge, parameters = PatchDiscriminator().to(device), dict(vae.train().requires_grad_(True).named_parameters())
-    optimiser = torch.optim.AdamW(parameters.values(), rates.lr, rates.betas, rates.eps, rates.weight_decay)
+    optimiser = adamw(parameters.values(), rates)
     judge_optimiser = torch.optim.AdamW(judge.parameters(), run.discriminator_lr, betas=(0.5, 0.9))
     average = Average(parameters, run.ema_decay) if run.ema_decay is not None else None
     progress = Progress()
@@ -112,10 +112,11 @@ def train(run: VAERun, vae: CausalVAE, clips: list[Clip], perceptual: Perceptual
 
     def save() -> None:
         trees = {name: part.state_dict() for name, part in parts.items()}
-        save_state(run.out, step, trees, run.keep_last, beside=lambda f: (f / "run.toml").write_text(to_toml(run)))
+        saver.save(run.out, step, trees, run.keep_last, beside=lambda f: (f / "run.toml").write_text(to_toml(run)))
 
-    with Log(run.out / "log.jsonl", step) as log, stopping() as is_stopped:
-        while step < run.num_steps and not is_stopped():
+    with Saver() as saver, Log(run.out / "log.jsonl", step) as log, stopping() as is_stopped:
+        stopped = False
+        while step < run.num_steps and not stopped:
             start, share, row = time.perf_counter(), cosine(step, run.num_steps, rates.num_warmup, rates.least), {}
             for group in optimiser.param_groups:
                 group["lr"] = rates.lr * share
@@ -128,14 +129,15 @@ def train(run: VAERun, vae: CausalVAE, clips: list[Clip], perceptual: Perceptual
                 if average is not None:
                     average.update()
                 if run.weights.is_adversarial(step):
-                    row["judge"] = discriminator_step(judge, judge_optimiser, output.detach(), video)
+                    may_step = partial(is_usable, run.non_finite, step, progress=progress, whose="the discriminator's")
+                    row["judge"] = discriminator_step(judge, judge_optimiser, output, video, may_step=may_step)
             optimiser.zero_grad()
             step += 1
             row = {"step": step, "loss": loss.item(), "gradient": gradient, **{k: float(v) for k, v in row.items()}}
             log.write({**row, "skipped": progress.skipped, "seconds": time.perf_counter() - start})
-            if step % run.save_every == 0 and step < run.num_steps:
+            stopped = is_stopped()
+            if step % run.save_every == 0 or step == run.num_steps or stopped:
                 save()
-        save()
     if step >= run.num_steps:
         write_result(run, vae, average)
     return step
@@ -165,7 +167,7 @@ def crops(run: VAERun, clips: list[Clip], step: int) -> Tensor:  # [B, 3, T, H, 
     """The clips of a step, the next ones of an order that is another in every epoch, each from a place of its own."""
     rng, found = np.random.default_rng((run.seed, step)), []
     for row in rows_of(run.seed, step * run.batch, run.batch, len(clips)):
-        video = frames_of(clips[row].file)
+        video = FRAMES.of(clips[row].file)
         strides = [s for s in run.strides if (run.num_frames - 1) * s < len(video)] or [1]
         if run.crops == "fixed":
             stride, places = strides[0], [0, *((size - run.size) // 2 for size in video.shape[1:3])]
@@ -179,9 +181,21 @@ def crops(run: VAERun, clips: list[Clip], step: int) -> Tensor:  # [B, 3, T, H, 
     return to_tensor(np.stack(found))
 
 
-@lru_cache(maxsize=HELD)
-def frames_of(file: Path) -> np.ndarray:  # uint8 [T, H, W, 3]
-    return read_video(file)[0]
+class Frames:
+    """Videos by file; those read last stay in memory, as many as fit into `held` bytes, the newest always."""
+
+    def __init__(self, held: int = HELD):
+        self.held, self._kept = held, {}
+
+    def of(self, file: Path) -> np.ndarray:  # uint8 [T, H, W, 3]
+        video = self._kept.pop(file, None)
+        self._kept[file] = video = read_video(file)[0] if video is None else video
+        while len(self._kept) > 1 and sum(each.nbytes for each in self._kept.values()) > self.held:
+            del self._kept[next(iter(self._kept))]
+        return video
+
+
+FRAMES = Frames()
 
 
 def write_result(run: VAERun, vae: CausalVAE, average: Average | None) -> None:

@@ -19,6 +19,8 @@ from cogvx.data.shapes import (
     SHAPES,
     SIDE,
     SIZES,
+    STAR,
+    STAR_SCENES,
     TRAINING_SCENES,
     Scene,
     is_held_out,
@@ -125,7 +127,13 @@ def test_drawn_scenes_come_from_their_tuple():
     assert drawn == [sample_scene(again) for _ in range(600)]
 
 
-@pytest.mark.parametrize("scene", EVERY_SCENE[::37], ids=lambda scene: scene.prompt)
+def test_stars_are_in_no_scene_of_the_grammar():
+    assert len(STAR_SCENES) == len(set(STAR_SCENES)) == 8 * 6 * 3
+    assert {scene.shape for scene in STAR_SCENES} == {STAR} and not set(STAR_SCENES) & set(ALL_SCENES)
+    assert not PROMPT.fullmatch(STAR_SCENES[0].prompt)
+
+
+@pytest.mark.parametrize("scene", [*EVERY_SCENE[::37], *STAR_SCENES[::37]], ids=lambda scene: scene.prompt)
 def test_figure_is_whole_and_of_its_colour(scene):
     for seed in range(8):
         clip = render(scene, np.random.default_rng(seed))
@@ -139,14 +147,15 @@ def test_figure_is_whole_and_of_its_colour(scene):
             assert pure[:, y, x].any()
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", [*SHAPES, STAR])
 def test_area_over_bounding_box_is_the_shapes(shape):
     scene = Scene("white", shape, "moves left", "black", "large")
     clip = render(scene, np.random.default_rng(0)).astype(float)[..., 0] / 255
     across, down = clip.max(1).sum(1), clip.max(2).sum(1)
-    full = {"circle": np.pi / 4, "square": 1.0, "triangle": 0.5}[shape]
+    # The star: ten triangles between its centre, a tip at 1.0515 half widths and a corner at 0.5257, 36 degrees apart.
+    full = {"circle": np.pi / 4, "square": 1.0, "triangle": 0.5, "star": 1.6246 / (2 * 1.9021)}[shape]
     assert np.allclose(clip.sum((1, 2)) / (across * down), full, atol=0.04)
-    assert np.allclose(down / across, 0.866 if shape == "triangle" else 1.0, atol=0.05)
+    assert np.allclose(down / across, {"triangle": 0.866, "star": 0.951}.get(shape, 1.0), atol=0.05)
 
 
 @pytest.mark.parametrize("shape", SHAPES)

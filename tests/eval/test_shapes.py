@@ -17,6 +17,8 @@ from cogvx.data.shapes import (
     SHAPES,
     SIDE,
     SIZES,
+    STAR,
+    STAR_SCENES,
     Scene,
     parse,
     render,
@@ -216,3 +218,15 @@ def test_the_place_in_the_first_frame_is_the_centre_of_mass():
     late = clip.copy()
     late[0] = 0
     assert read_clip(late).start is None and read_clip(late).colour == "red"
+
+
+def test_a_star_is_read_where_it_is_asked_for_and_is_no_other_shape():
+    stars = [replace(scene, size=SIZES[i % 3]) for i, scene in enumerate(STAR_SCENES[::13])]
+    clips = [compressed(render(scene, np.random.default_rng(seed))) for seed, scene in enumerate(stars)]
+    assert all(
+        compare(read_clip(clip, (*SHAPES, STAR)), scene).all_right for clip, scene in zip(clips, stars, strict=True)
+    )
+    assert not any(read_clip(clip).shape for clip in clips[:4])
+    for seed, scene in enumerate(EVERY_SCENE[::160]):
+        clip = compressed(render(scene, np.random.default_rng(seed)))
+        assert compare(read_clip(clip, (*SHAPES, STAR)), scene).all_right, scene

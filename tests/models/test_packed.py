@@ -61,10 +61,10 @@ def test_loss_and_gradients_are_those_of_the_samples_alone(kind, dtype, limit):
     )
     # Without rotations the bias of the norm of k changes nothing: its gradient is a rounding error, and no measure.
     least = 1e-3 * max(theirs.norm() for theirs in alone[1:])
-    errors = [((a - b).norm() / b.norm().clamp(min=least)).item() for a, b in zip(packed, alone, strict=True)]
-    assert max(errors) <= limit, max(errors)
     again = loss_and_gradients(model, samples, lambda given: forward_packed(model, given, checkpointing=True))
-    assert all(torch.equal(ours, theirs) for ours, theirs in zip(again, packed, strict=True))
+    for found in (packed, again):
+        errors = [((a - b).norm() / b.norm().clamp(min=least)).item() for a, b in zip(found, alone, strict=True)]
+        assert max(errors) <= limit, max(errors)
 
 
 def test_what_one_sample_holds_changes_no_other():

@@ -6,13 +6,15 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager
+from threading import Event
 
 import numpy as np
 import pytest
 import torch
 
 from cogvx.models.checkpoint import CheckpointError
-from cogvx.train.checkpoint import load_state, restore, save_state, steps
+from cogvx.train import checkpoint
+from cogvx.train.checkpoint import Saver, load_state, restore, save_state, steps
 from cogvx.train.manifest import verify
 from cogvx.train.randomness import RandomStates
 
@@ -142,6 +144,32 @@ def nobody():
         yield
     finally:
         os.seteuid(user)
+
+
+def test_a_state_is_written_behind_the_training_as_it_was_when_it_was_saved(tmp_path, monkeypatch):
+    weight, may_write = torch.ones(3), Event()
+    write = checkpoint._write
+    monkeypatch.setattr(checkpoint, "_write", lambda *given: may_write.wait(60) and write(*given))
+    with Saver() as saver:
+        saver.save(tmp_path, 1, {"model": {"weight": weight}})
+        weight.add_(1)  # the next step
+        assert not steps(tmp_path)
+        may_write.set()
+        saver.save(tmp_path, 2, {"model": {"weight": weight}}, keep_last=2)
+        assert steps(tmp_path)[0] == 1  # one at a time
+    for step in (1, 2):
+        assert (load_state(tmp_path, step)[1]["model"]["weight"] == step).all()
+
+
+def test_what_fails_behind_the_training_is_raised_by_the_next_save_or_at_the_end(tmp_path):
+    big = {"model": {"weight": torch.ones(5000)}}
+    for save_again in (True, False):
+        with files_of_at_most(4000), pytest.raises(CheckpointError, match="step 1 cannot be written"), Saver() as saver:
+            saver.save(tmp_path, 1, big)
+            if save_again:
+                saver.save(tmp_path, 2, big)
+                pytest.fail("the error of the first state was to be raised")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("size", [50, 4000])  # too small for the JSON, and for the tensors alone

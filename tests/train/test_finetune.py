@@ -177,3 +177,28 @@ def test_a_step_draws_the_same_again_drops_captions_and_spreads_its_timesteps():
     timesteps = sorted(d.sample.timestep for d in drawn)
     assert all(abs(t - 1000 * (i + 0.5) / 300) < 4 for i, t in enumerate(timesteps))
     assert [d.sample.timestep for d in drawn] != timesteps
+
+
+def test_packed_samples_cost_what_they_cost_one_by_one(tmp_path):
+    """The same samples in fewer sequences: longest first, as many as fit."""
+    found = []
+    for name, changes in (("one", {"batch": 1, "accumulation": 6}), ("packed", {"batch": 6, "pack_tokens": 40})):
+        run = options(tmp_path / name, **changes, num_steps=2)
+        drawn = draws().step(examples(), 0, 6)
+        found.append([len(each) for each in finetune.sequences(run, SMALL, drawn)])
+        train(run, model(), examples(), draws())
+        found.append([row["loss"] for row in rows(run)])
+    # Two of each of 9, 23 and 17 tokens: 23 + 17, 23 + 17, 9 + 9.
+    assert found[0] == [1] * 6 and found[2] == [2, 2, 2]
+    assert found[3] == pytest.approx(found[1], rel=1e-5)
+
+
+def test_the_states_before_which_the_loss_was_lowest_are_kept(tmp_path):
+    run = options(tmp_path, num_steps=12, keep_last=1, keep_best=2, batch=1)
+    train(run, model(), examples(), draws())
+    losses = [row["loss"] for row in rows(run)]
+    means = {step: (losses[step - 2] + losses[step - 1]) / 2 for step in range(2, 13, 2)}
+    best = sorted(means, key=means.get)[:2]
+    assert {int(path.name[5:]) for path in run.out.glob("step-*")} == {12, *best}
+    score = json.loads((run.out / f"step-{best[0]:07d}" / "manifest.json").read_text())["manifest"]["score"]
+    assert score == pytest.approx(means[best[0]])

@@ -93,3 +93,13 @@ def test_the_discriminator_learns_from_real_and_fake_and_the_generator_not_from_
     assert opinion.a.item() == pytest.approx(2 - 0.1 * (0.5 + 0.7) / 4)
     assert opinion.b.item() == pytest.approx(0.5 - 0.1 * 0.25)
     assert output.grad is None
+
+
+def test_the_discriminator_does_not_step_on_what_is_not_finite_or_not_allowed():
+    opinion, asked = Opinion(), []
+    optimiser = torch.optim.SGD(opinion.parameters(), lr=0.1)
+    discriminator_step(opinion, optimiser, OUTPUT * float("nan"), VIDEO)
+    loss = discriminator_step(opinion, optimiser, OUTPUT, VIDEO, may_step=lambda *given: asked.append(given))
+    assert (opinion.a.item(), opinion.b.item()) == (2.0, 0.5)
+    # The gradients are those of the test above: 0.3 and 0.25.
+    assert asked == [(loss.item(), pytest.approx(math.hypot((0.5 + 0.7) / 4, 0.25)))]

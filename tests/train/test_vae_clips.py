@@ -13,7 +13,8 @@ from cogvx.models.vae import CausalVAE
 from cogvx.train import vae_clips
 from cogvx.train.finetuning import Optimiser
 from cogvx.train.losses import LossWeights
-from cogvx.train.vae_clips import VAERun, crops, load_perceptual, train
+from cogvx.train.options import TrainingError
+from cogvx.train.vae_clips import Frames, VAERun, crops, load_perceptual, train
 
 SMALL = VAEConfig(block_out_channels=(8, 8, 8, 8), layers_per_block=1, norm_num_groups=4, latent_channels=4)
 
@@ -93,6 +94,29 @@ def test_fixed_crops_are_the_first_frames_of_the_centre(tmp_path, clips):
     wanted = [torch.from_numpy(read_video(clips[0].file)[0][:9, 4:20, 8:24]),
               torch.from_numpy(read_video(clips[1].file)[0])]  # fmt: skip
     assert all(any(torch.equal(each, other) for other in found) for each in wanted)
+
+
+def test_as_many_clips_stay_in_memory_as_fit(clips, monkeypatch):
+    read, files = [], [clip.file for clip in clips]  # 20 * 24 * 32 * 3 = 46,080 bytes, and 9 * 16 * 16 * 3 = 6,912
+    monkeypatch.setattr(vae_clips, "read_video", lambda file: (read.append(file), read_video(file))[1])
+    for held, wanted in ((52_992, [0, 1]), (52_991, [0, 1, 0, 1, 0]), (0, [0, 1, 0, 1, 0])):
+        frames = Frames(held)
+        for i in (0, 1, 1, 0, 1, 0, 0):
+            assert (frames.of(files[i]) == read_video(files[i])[0]).all()
+        assert read == [files[i] for i in wanted], held
+        read.clear()
+
+
+@pytest.mark.parametrize("non_finite", ["stop", "skip"])
+def test_a_discriminator_that_is_not_finite_does_not_step(tmp_path, clips, monkeypatch, non_finite):
+    run = options(tmp_path, num_steps=1, non_finite=non_finite, weights=LossWeights(adversarial_start=0))
+    hinge = "cogvx.train.losses.discriminator_hinge"
+    monkeypatch.setattr(hinge, lambda real, fake: (real.mean() + fake.mean()) * float("inf"))
+    if non_finite == "stop":
+        with pytest.raises(TrainingError, match=r"the discriminator's loss is .*; none of its weights was changed"):
+            train(run, vae(), clips)
+    else:
+        assert train(run, vae(), clips) == 1 and rows(run)[-1]["skipped"] == 1
 
 
 @pytest.mark.slow
