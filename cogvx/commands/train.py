@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -85,8 +86,12 @@ def train_vae(file: Path | None, words: Sequence[str], dry_run: bool, print_conf
 
 
 def train_ladder(file: Path | None, words: Sequence[str], dry_run: bool, print_config: bool) -> None:
+    from ..train.options import TrainingError, read_options, to_toml
+
+    if missing := [name for name in ("scipy", "matplotlib") if find_spec(name) is None]:
+        raise TrainingError(f"a ladder needs {' and '.join(missing)}; pip install 'cogvx[ladder]' has both")
+
     from ..train.ladder import Ladder, climb, flops_of, weights_of
-    from ..train.options import read_options, to_toml
 
     run = read_options(Ladder, file, words)
     if print_config:
