@@ -5,6 +5,7 @@ import signal
 from pathlib import Path
 
 import host_cuda
+import interpreter
 import pytest
 import torch
 
@@ -26,6 +27,7 @@ def pytest_configure(config: pytest.Config) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if "cuda" in required(config) and not torch.cuda.is_available():
         run_cuda_on_host(config)
+    interpreter.hasten()
     live = cogvx_kernels.explain()
     for backend in required(config):
         if backend not in declared_backends():
@@ -45,6 +47,11 @@ def run_cuda_on_host(config: pytest.Config) -> None:
     here = _extension.cuda_on_host(host_cuda.load(path))
     here.__enter__()
     config.add_cleanup(lambda: here.__exit__(None, None, None))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The long tests first: of several processes none then ends long after the others."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None and "triton" not in item.name)
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:

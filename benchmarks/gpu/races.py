@@ -5,7 +5,8 @@ in other orders; new memory is filled with NaN, so that a value that is read bef
 """
 
 import importlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from itertools import product
 from typing import Any
 
 import torch
@@ -17,19 +18,19 @@ from cogvx_kernels import use_backend
 from cogvx_kernels._op import OPS
 from cogvx_kernels.testing import poisoned_memory
 
-from .operators import with_channels_last
+from .operators import toys, with_channels_last
 from .record import Record, from_arguments
 
 REPEATS = 3 if TOY else 250
 # Many blocks of every kernel, yet short enough for so many repeats.
 CALLS = {
-    "joint_attention": "2b, 4096 tokens",
-    "int8_joint_attention": "2b, 4096 tokens",
-    "causal_conv3d": "decoder, 512 at 60 x 90, second of a block",
-    "upsample_conv": "decoder, 512 at 2 x 60 x 90",
-    "causal_conv3d_moments": "decoder, 512 at 60 x 90, second of a block",
-    "group_norm_silu": "encoder, 512 at 2 x 60 x 90",
-    "spatial_norm_silu": "decoder, 512 at 2 x 60 x 90",
+    "joint_attention": ("2b, 4096 tokens", "2b, 4096 tokens, with lse"),
+    "int8_joint_attention": ("2b, 4096 tokens",),
+    "causal_conv3d": ("decoder, 512 at 60 x 90, second of a block",),
+    "upsample_conv": ("decoder, 512 at 2 x 60 x 90",),
+    "causal_conv3d_moments": ("decoder, 512 at 60 x 90, second of a block",),
+    "group_norm_silu": ("encoder, 512 at 2 x 60 x 90",),
+    "spatial_norm_silu": ("decoder, 512 at 2 x 60 x 90",),
 }
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -38,15 +39,15 @@ def main() -> None:
     record = from_arguments()
     record.put(repeats=REPEATS)
     for name, op in OPS.items():
-        for backend in op.backends:
-            args = arguments(name)
+        for label, backend in product(calls(name), op.backends):
+            args = with_channels_last(name, calls(name)[label](dtype=torch.bfloat16, device=DEVICE))
             if op.why_not(backend, *args) is not None or not wanted(name, backend):
                 continue
             if record.seconds_left() < 2:
-                record.leave_out(f"{name}, {backend}")
+                record.leave_out(f"{name}, {label}, {backend}")
                 continue
             with use_backend(backend), poisoned_memory():
-                repeat(record, name, backend, args)
+                repeat(record, name, label, backend, args)
     record.finish()
     raise SystemExit(1 if any(row["different"] for row in record.content["rows"]) else 0)
 
@@ -58,15 +59,16 @@ def wanted(name: str, backend: str) -> bool:
     return backend in ("cuda", "triton")
 
 
-def arguments(name: str) -> tuple:
+def calls(name: str) -> dict[str, Callable[..., tuple]]:
+    """The cases of an operator that are repeated."""
     module = importlib.import_module(f"cogvx_kernels.{name}.cases")
-    label = CALLS.get(name) or next(iter(module.REAL))
-    make = module.SMALL[0] if TOY else module.REAL[label]
-    return with_channels_last(name, make(dtype=torch.bfloat16, device=DEVICE))
+    if TOY:
+        return toys(module)
+    return {label: module.REAL[label] for label in CALLS.get(name) or [next(iter(module.REAL))]}
 
 
-def repeat(record: Record, name: str, backend: str, args: tuple) -> None:
-    """One row: how many of the repeats were made, and how many of them differ from the first."""
+def repeat(record: Record, name: str, case: str, backend: str, args: tuple) -> None:
+    """One row a pass: how many of the repeats were made, and how many of them differ from the first."""
     passes = [lambda: [y.detach() for y in results(name, args)]]
     if OPS[name].differentiable:
         passes.append(gradients_of(name, args))
@@ -84,7 +86,7 @@ def repeat(record: Record, name: str, backend: str, args: tuple) -> None:
                 synchronize()  # so that the time that is left is that of the device too
             if record.seconds_left() < 1:
                 break
-        record.add(operator=name, by=backend, what=label, repeats=made, different=int(different))
+        record.add(operator=name, case=case, by=backend, what=label, repeats=made, different=int(different))
 
 
 def results(name: str, args: tuple) -> tuple[Tensor, ...]:

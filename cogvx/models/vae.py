@@ -208,15 +208,14 @@ class Encoder(nn.Module):
         self.conv_out = CausalConv3d(widths[-1], 2 * config.latent_channels)
 
     def forward(self, video: Tensor, halos: Halos) -> Tensor:
-        x = self.conv_in(behind_halo(video, halos.take(self.conv_in, video.device)), halos)
+        before = behind_halo(video, halos.take(self.conv_in, video.device))
+        x, moments = self.conv_in(before, halos, for_norm=True)
         for block in self.down_blocks:
-            for resnet in block.resnets:
-                x = resnet(x, None, halos)
+            x, moments = in_turn(block.resnets, x, None, halos, moments, for_norm=not block.downsamplers)
             for downsample in block.downsamplers:
-                x = downsample(x)
-        for resnet in self.mid_block.resnets:
-            x = resnet(x, None, halos)
-        return self.conv_out(self.norm_out(x, None, halos.take(self.conv_out, x.device)), halos)
+                x, moments = downsample(x), None
+        x, moments = in_turn(self.mid_block.resnets, x, None, halos, moments, for_norm=True)
+        return self.conv_out(self.norm_out(x, None, halos.take(self.conv_out, x.device), moments), halos)[0]
 
 
 class Decoder(nn.Module):
@@ -240,19 +239,29 @@ class Decoder(nn.Module):
         self.conv_out = CausalConv3d(widths[-1], config.out_channels)
 
     def forward(self, z: Tensor, halos: Halos) -> Tensor:
-        x = self.conv_in(behind_halo(z, halos.take(self.conv_in, z.device)), halos)
-        for resnet in self.mid_block.resnets:
-            x = resnet(x, z, halos)
+        x, moments = self.conv_in(behind_halo(z, halos.take(self.conv_in, z.device)), halos, for_norm=True)
+        x, moments = in_turn(self.mid_block.resnets, x, z, halos, moments, for_norm=True)
         for block in self.up_blocks:
-            for resnet in block.resnets:
-                x = resnet(x, z, halos)
+            x, moments = in_turn(block.resnets, x, z, halos, moments, for_norm=not block.upsamplers)
             for upsample in block.upsamplers:
-                x = upsample(x, halos.first_alone)
-        return self.conv_out(self.norm_out(x, z, halos.take(self.conv_out, x.device)), halos)
+                x, moments = upsample(x, halos.first_alone), None
+        return self.conv_out(self.norm_out(x, z, halos.take(self.conv_out, x.device), moments), halos)[0]
+
+
+def in_turn(
+    blocks: nn.ModuleList, x: Tensor, z: Tensor | None, halos: Halos, moments: Tensor | None, for_norm: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Residual blocks one after another, each with what the one before measured; `for_norm` as in CausalConv3d."""
+    for i, block in enumerate(blocks):
+        x, moments = block(x, z, halos, moments, for_norm or i < len(blocks) - 1)
+    return x, moments
 
 
 class ResidualBlock(nn.Module):
-    """Two rounds of norm, SiLU and causal convolution; in the decoder the norms also read the latent z."""
+    """Two rounds of norm, SiLU and causal convolution; in the decoder the norms also read the latent z.
+
+    `moments` are mean and variance of each channel of x, where they are known; `for_norm` as in CausalConv3d.
+    """
 
     def __init__(self, width_in: int, width: int, groups: int, latent: int | None = None):
         super().__init__()
@@ -264,12 +273,15 @@ class ResidualBlock(nn.Module):
         self.conv2 = CausalConv3d(width, width)
         self.conv_shortcut = nn.Identity() if width_in == width else PointwiseConv(width_in, width)
 
-    def forward(self, x: Tensor, z: Tensor | None, halos: Halos) -> Tensor:
-        y, moments = self.conv1(self.norm1(x, z, halos.take(self.conv1, x.device)), halos, for_norm=True)
-        residual = x if isinstance(self.conv_shortcut, nn.Identity) else None
-        y = self.conv2(self.norm2(y, z, halos.take(self.conv2, x.device), moments), halos, residual)
+    def forward(
+        self, x: Tensor, z: Tensor | None, halos: Halos, moments: Tensor | None = None, for_norm: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        y, inner = self.conv1(self.norm1(x, z, halos.take(self.conv1, x.device), moments), halos, for_norm=True)
+        y = self.norm2(y, z, halos.take(self.conv2, x.device), inner)
+        if isinstance(self.conv_shortcut, nn.Identity):
+            return self.conv2(y, halos, x, for_norm)
         # A shortcut comes last: before conv2 its result would be one more tensor where the most of them are held.
-        return y if residual is not None else y.add_(self.conv_shortcut(x))
+        return self.conv2(y, halos)[0].add_(self.conv_shortcut(x)), None
 
 
 class PointwiseConv(nn.Conv3d):
@@ -288,7 +300,8 @@ class PointwiseConv(nn.Conv3d):
 class CausalConv3d(nn.Module):
     """A 3x3x3 convolution that sees this frame and the two before it; leaves the next chunk's halo in `halos`.
 
-    `for_norm` has mean and variance of each channel of the result beside it, or None where the norm computes its own.
+    Beside the result there are, `for_norm`, mean and variance of each of its channels, and None where a norm that
+    follows computes its own.
     """
 
     def __init__(self, width_in: int, width: int):
@@ -297,10 +310,10 @@ class CausalConv3d(nn.Module):
 
     def forward(
         self, x: Tensor, halos: Halos, residual: Tensor | None = None, for_norm: bool = False
-    ) -> Tensor | tuple[Tensor, Tensor | None]:
+    ) -> tuple[Tensor, Tensor | None]:
         halos.keep(self, x[:, :, -2:])
-        convolve = causal_conv3d_for_norm if for_norm else causal_conv3d
-        return convolve(x, self.conv.weight, self.conv.bias, residual)
+        args = x, self.conv.weight, self.conv.bias, residual
+        return causal_conv3d_for_norm(*args) if for_norm else (causal_conv3d(*args), None)
 
 
 class GroupNormSiLU(nn.GroupNorm):

@@ -66,7 +66,7 @@ def train_i2v(run: TinyTraining) -> None:
         transformer_training.TransformerTraining(
             latents=run.work / "latents", ends=run.work / "ends", start_from=run.out, layers=tuple(range(6)),
             frozen=(".ff.",), out=run.work / "transformer-i2v", config=preset.transformer, schedule=preset.schedule,
-            num_steps=400, batch=16, muon_lr=0.0, adamw_lr=6e-4, num_warmup=10, num_decay=250, bf16=False,
+            num_steps=4600, batch=16, muon_lr=0.0, adamw_lr=1e-3, num_warmup=10, num_decay=1900, bf16=False,
             seed=run.seed,
         )
     )  # fmt: skip

@@ -49,6 +49,7 @@ REAL = {
     "2b, 4096 tokens": partial(make, 2, 30, 4096, 64),
     "2b, 49 x 480 x 720": partial(make, 2, 30, 17776, 64),
     "5b, 49 x 480 x 720": partial(make, 2, 48, 17776, 64),
+    "2b, 4096 tokens, with lse": partial(make, 2, 30, 4096, 64, return_lse=True),
     "1.5-5b, 81 x 768 x 1360": partial(make, 1, 48, 45106, 64),
 }
 

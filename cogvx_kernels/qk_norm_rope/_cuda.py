@@ -9,7 +9,7 @@ from . import compiled
 from .compiled import addresses, heads, widened
 
 FOR_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_MAX_WIDTH = 256
+FOR_SHAPES = "head widths of 8 to 256"  # in narrower heads all of a gradient can cancel, and its errors stay
 
 
 def why_not(
@@ -25,8 +25,8 @@ def why_not(
     eps: float,
 ) -> str | None:
     width = q_weight.shape[0]
-    if width > _MAX_WIDTH:
-        return f"a head width of {width} is above {_MAX_WIDTH}"
+    if not 8 <= width <= 256:
+        return f"the CUDA kernel takes {FOR_SHAPES}, not {width}"
     return _extension.why_not_cuda(qkv, FOR_DTYPES)
 
 

@@ -22,6 +22,7 @@ from cogvx_kernels._op import OPS, _takes_needs
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = sorted([*ROOT.glob("csrc/**/*.cu"), ROOT / "tests/host_cuda/probe.cu"])
+FOLDERS = list(dict.fromkeys(source.parent for source in SOURCES))
 OPERATORS = [name for name, op in OPS.items() if "cuda" in op.backends]
 ARCHITECTURES = ["80", "90a", "100", "120"]
 SHARED_LIMITS = {"80": 163, "90a": 227, "100": 227, "120": 99}  # KiB a block
@@ -48,7 +49,7 @@ def nvcc_version() -> str:
     return re.search(r"V([\d.]+)", said)[1]
 
 
-@functools.cache
+@functools.cache  # the table and what is asked of every kernel are checked in one test, so that it is compiled once
 def compiled(source: Path, architecture: str) -> dict[str, dict]:
     """Of each kernel of a source: registers, bytes of stack and spills, and its instructions, counted."""
     with TemporaryDirectory() as folder:
@@ -166,26 +167,27 @@ each_architecture = pytest.mark.parametrize(
 
 
 @each_architecture
-@pytest.mark.parametrize("source", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_no_warnings_no_spills(source, architecture):
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda path: path.name)
+def test_no_warnings_no_spills_and_the_table_is_true(folder, architecture):
     if nvcc() is None:
         pytest.skip("no nvcc on this machine")
-    kernels = compiled(source, architecture)
-    assert kernels
-    for name, needs in kernels.items():
-        assert needs["stack"] == needs["spills"] == needs["local"] == 0, (name, needs)
-
-
-@each_architecture
-@pytest.mark.parametrize("op", OPERATORS)
-def test_the_table_is_true(op, architecture):
-    if nvcc() is None:
-        pytest.skip("no nvcc on this machine")
+    for source in (source for source in SOURCES if source.parent == folder):
+        kernels = compiled(source, architecture)
+        assert kernels
+        for name, needs in kernels.items():
+            assert needs["stack"] == needs["spills"] == needs["local"] == 0, (name, needs)
+    op = folder.name
+    if op not in OPERATORS:
+        return
     pinned = re.search(r"nvcc ([\d.]+);", TABLE.read_text())[1]
     if nvcc_version() != pinned:
         pytest.skip(f"the table is of nvcc {pinned}, this is {nvcc_version()}")
     assert max(shared_memory(op).values()) <= SHARED_LIMITS[architecture] * 1024
     assert listed(op, architecture) == cells(op, architecture)
+
+
+def test_every_operator_is_in_the_table():
+    assert set(OPERATORS) <= {folder.name for folder in FOLDERS}
 
 
 def write_table() -> None:

@@ -8,7 +8,7 @@ from diffusers import AutoencoderKLCogVideoX
 
 from cogvx.config import PRESETS
 from cogvx.models import CausalVAE
-from cogvx.models.vae import Halos, Posterior, ResidualBlock, decode_chunks, encode_chunks
+from cogvx.models.vae import Halos, Posterior, ResidualBlock, decode_chunks, encode_chunks, in_turn
 from cogvx_kernels import use_backend
 from cogvx_kernels.testing import assert_as_accurate
 
@@ -78,7 +78,7 @@ def test_convolutions_are_causal_to_the_frame(pair):
     x = torch.randn(1, 3, 6 + 2, 8, 8, generator=torch.Generator().manual_seed(8))
     changed = x.clone()
     changed[:, :, 2 + 3] += 1.0  # frame 3; the first two are the halo
-    difference = (conv(x, Halos()) - conv(changed, Halos())).abs().amax(dim=(0, 1, 3, 4))
+    difference = (conv(x, Halos())[0] - conv(changed, Halos())[0]).abs().amax(dim=(0, 1, 3, 4))
     assert (difference[:3] == 0).all() and (difference[3:6] > 0).all()
 
 
@@ -92,17 +92,28 @@ def test_posterior_of_a_hand_worked_value():
     assert torch.equal(posterior.mode(), posterior.mean)
 
 
-def test_the_norm_inside_a_block_takes_what_its_convolution_measured(run_on):
+def test_norms_take_what_the_convolutions_before_them_measured(run_on):
     torch.manual_seed(0)
-    block, x = ResidualBlock(16, 16, 4).bfloat16(), torch.randn(1, 16, 2, 9, 20).bfloat16()
-    convolution = block.conv1.conv
+    blocks = torch.nn.ModuleList(ResidualBlock(w, 16, 4).bfloat16() for w in (16, 16, 32, 16))
+    blocks[1] = ResidualBlock(16, 32, 4).bfloat16()  # whose shortcut is added after its convolution measured
+    x, convolution = torch.randn(1, 16, 2, 9, 20).bfloat16(), blocks[0].conv1.conv
     run_on("causal_conv3d_moments", "cuda", x.repeat(1, 1, 2, 1, 1), convolution.weight, convolution.bias, None)
     taken = []
-    block.norm2.register_forward_pre_hook(lambda _, args: taken.append(args[3]))
+    for block in blocks:
+        for norm in (block.norm1, block.norm2):
+            norm.register_forward_pre_hook(lambda _, args: taken.append(args[3] is not None))
+
+    def run(x):
+        return in_turn(blocks, x, None, Halos(), None, for_norm=False)
+
     with torch.no_grad():
         with use_backend("cuda"):
-            found = block(x, None, Halos())
+            found, moments = run(x)
+        assert moments is None and taken == [False, True, True, True, False, True, False, True]
+        taken.clear()
         with use_backend("reference"):
-            eager, exact = block(x, None, Halos()), block.double()(x.double(), None, Halos())
-    assert [moments is None for moments in taken] == [False, True, True]
+            eager = run(x)[0]
+            blocks.double()
+            exact = run(x.double())[0]
+    assert not any(taken)
     assert_as_accurate(found, eager, exact)
