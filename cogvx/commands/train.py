@@ -1,15 +1,20 @@
-"""cogvx train: train a transformer, a LoRA or a VAE on a folder of clips."""
+"""cogvx train: train a transformer, a LoRA or a VAE on a folder of clips, or a ladder of transformers."""
 
 import sys
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
+Kind = Literal["transformer", "lora", "vae", "ladder"]
+
 
 def main(
-    kind: Annotated[Positional[Literal["transformer", "lora", "vae"]], arg(metavar="transformer|lora|vae")],
+    kind: Annotated[
+        Positional[Literal["transformer", "lora", "vae", "ladder"]], arg(metavar="transformer|lora|vae|ladder")
+    ],
     options: Annotated[Positional[tuple[str, ...]], arg(metavar="[CONFIG.toml] [KEY=VALUE ...]")] = (),
     dry_run: bool = False,
     print_config: bool = False,
@@ -19,15 +24,18 @@ def main(
     A stopped run goes on where its last state was saved; on SIGTERM it saves one and ends.
 
     Args:
-        kind: all of the transformer, a LoRA beside it, which diffusers loads too, or the VAE.
+        kind: all of the transformer, a LoRA beside it, which diffusers loads too, or the VAE; or a ladder of small
+            transformers on Shapes World, and the law of their losses.
         options: a TOML file, and words that change it, such as data=clips out=runs/a optimiser.lr=1e-4; before flags.
         dry_run: check options, model and data, say what would be done, and stop.
         print_config: print every option and its value as TOML, and stop.
     """
     file = Path(options[0]) if options and "=" not in options[0] else None
     words = options[1:] if file else options
-    train = train_vae if kind == "vae" else train_transformer
-    train(file, words if kind == "vae" else [*words, f"kind={kind}"], dry_run, print_config)
+    if kind in ("vae", "ladder"):
+        (train_vae if kind == "vae" else train_ladder)(file, words, dry_run, print_config)
+    else:
+        train_transformer(file, [*words, f"kind={kind}"], dry_run, print_config)
 
 
 def train_transformer(file: Path | None, words: Sequence[str], dry_run: bool, print_config: bool) -> None:
@@ -84,6 +92,27 @@ def train_vae(file: Path | None, words: Sequence[str], dry_run: bool, print_conf
               f"{run.size} x {run.size} pixels; {count:,} numbers learn")  # fmt: skip
         return
     report(run.out, train(run, vae, clips, perceptual), run.num_steps)
+
+
+def train_ladder(file: Path | None, words: Sequence[str], dry_run: bool, print_config: bool) -> None:
+    from ..train.options import TrainingError, read_options, to_toml
+
+    if missing := [name for name in ("scipy", "matplotlib") if find_spec(name) is None]:
+        raise TrainingError(f"a ladder needs {' and '.join(missing)}; pip install 'cogvx[ladder]' has both")
+
+    from ..train.ladder import Ladder, climb, flops_of, weights_of
+
+    run = read_options(Ladder, file, words)
+    if print_config:
+        print(to_toml(run), end="")
+        return
+    if dry_run:
+        for config, steps in run.rungs():
+            print(f"{weights_of(config):,} weights, {steps} steps, {flops_of(config, steps * run.batch):.2e} FLOP")
+        return
+    from ..train.ladder_report import write
+
+    print(write(climb(run), run.out))
 
 
 def warn(message: str) -> None:

@@ -6,7 +6,8 @@ v-prediction on a schedule whose last step has zero SNR; 10 % of the prompts are
 to the embedding of the empty prompt, so that both conventions of the field work. Every step's data and noise follow
 from (seed, step), so a stopped run resumes exactly where it was.
 
-With `start_from` the text encoder is that checkpoint's and stays as it is, and the transformer begins with its layers.
+With `text_encoder` that checkpoint's encoder takes the prompts and stays as it is; with `start_from` so it is, and the
+transformer begins with that checkpoint's layers.
 A config with twice the input channels is shown the clip's first frame as well, and in a share of the samples its last.
 """
 
@@ -54,7 +55,9 @@ class TransformerTraining:
     save_every: int = 100
     bf16: bool = True  # in autocast; fp32 is forty times faster on CPUs without instructions for it
     seed: int = 0
-    start_from: Path | None = None  # a published folder, whose text encoder and scaling of latents are kept
+    text_encoder: Path | None = None  # a published folder, whose text encoder and scaling of latents are kept
+    start_from: Path | None = None  # one whose transformer is gone on from besides
+    held_out: int = 0  # clips, the last ones, on which nothing is trained
     layers: tuple[int, ...] = ()  # of its transformer, those that this one begins with
     ends: Path | None = None  # what `encode_ends` wrote, for a model that takes images; its clips alone are used
     drop_image: float = 0.05  # of the batches
@@ -106,7 +109,7 @@ def train(run: TransformerTraining) -> tuple[ExpertTransformer, TextEncoder, flo
     model, text, clips, prompts = prepare(run)
     tokens = text.tokenize(["", *prompts])  # row 0 is the empty prompt
     learning = nn.ModuleDict({"transformer": model})
-    if run.start_from is None:
+    if (run.start_from or run.text_encoder) is None:
         learning["text_encoder"] = text.model
     for name, weight in model.named_parameters():
         weight.requires_grad_(not any(part in name for part in run.frozen))
@@ -152,13 +155,32 @@ def prepare(run: TransformerTraining) -> tuple[ExpertTransformer, TextEncoder, C
         if with_ends != prompts[: len(with_ends)]:
             raise ValueError(f"ends is {str(run.ends)!r}, whose clips are not the first of {str(run.latents)!r}")
         mean, std, prompts = mean[: len(with_ends)], std[: len(with_ends)], with_ends
-    if run.start_from is None:
+    if not 0 <= run.held_out < len(prompts):
+        raise ValueError(f"held_out is {run.held_out}; it must be from 0 to below the {len(prompts)} clips")
+    kept = slice(len(prompts) - run.held_out)
+    mean, std, prompts = mean[kept], std[kept], prompts[kept]
+    source = run.start_from or run.text_encoder
+    if source is None:
         return model, tiny_text_encoder(run), Clips(mean, std, ends, 1.0 / float(mean.float().std())), prompts
-    text = TextEncoder.from_pretrained(run.start_from, run.config.max_text_seq_length, torch.float32)
-    text.model.requires_grad_(False)
-    widen(model, ExpertTransformer.from_pretrained(run.start_from, dtype=torch.float32), run.layers)
-    scaling = read_configs(run.start_from).vae.scaling_factor
+    if run.start_from is not None:
+        widen(model, ExpertTransformer.from_pretrained(run.start_from, dtype=torch.float32), run.layers)
+    text, scaling = given_text(source, run.config)
     return model, text, Clips(mean, std, ends, scaling), prompts
+
+
+def held_out(run: TransformerTraining) -> tuple[TextEncoder, Clips, list[str]]:
+    """The clips that a run with a given text encoder keeps away from training, and that encoder."""
+    mean, std, prompts = load_shapes(run.latents)
+    text, scaling = given_text(run.start_from or run.text_encoder, run.config)
+    kept = slice(len(prompts) - run.held_out, None)
+    return text, Clips(mean[kept], std[kept], None, scaling), prompts[kept]
+
+
+def given_text(folder: Path, config: TransformerConfig) -> tuple[TextEncoder, float]:
+    """A published folder's text encoder, frozen, and its scaling of latents."""
+    text = TextEncoder.from_pretrained(folder, config.max_text_seq_length, torch.float32)
+    text.model.requires_grad_(False)
+    return text, read_configs(folder).vae.scaling_factor
 
 
 @torch.no_grad()

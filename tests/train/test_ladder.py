@@ -1,0 +1,57 @@
+import json
+
+import pytest
+import torch
+
+from cogvx.data.latents import encode_shapes
+from cogvx.models.checkpoint import TINY
+from cogvx.models.transformer import ExpertTransformer
+from cogvx.models.vae import CausalVAE
+from cogvx.train.ladder import Ladder, climb, flops_of, weights_of
+from cogvx.train.ladder_report import findings, write
+from cogvx.train.options import TrainingError
+
+
+def test_the_weights_that_are_counted_are_those_of_the_blocks_products():
+    for config, _ in Ladder(out="out", widths=(32, 48), layers=(1, 2)).rungs():
+        names = ("attn1.to", "ff.net")
+        weights = ExpertTransformer(config).state_dict()
+        counted = sum(w.numel() for name, w in weights.items() if any(n in name for n in names) and w.ndim == 2)
+        assert counted == weights_of(config)
+
+
+def test_the_rung_with_most_compute_is_the_last():
+    rungs = Ladder(out="out").rungs()
+    flops = [flops_of(config, steps) for config, steps in rungs]
+    assert len(rungs) == 15 and max(flops) == flops[-1] and flops[-1] > 30 * flops[0]
+
+
+@pytest.mark.slow
+def test_a_small_ladder_is_climbed_and_goes_on_where_it_stopped(tmp_path):
+    encode_shapes(CausalVAE.from_pretrained(TINY, dtype=torch.float32), tmp_path / "latents", 64, seed=0)
+    run = Ladder(
+        out=tmp_path / "out", latents=tmp_path / "latents", held_out=8, widths=(16, 32), layers=(1, 1),
+        steps=(1, 2, 3, 4), batch=2, draws=1,
+    )  # fmt: skip
+    result = climb(run)
+    losses = [rung["loss"] for rung in result["rungs"]]
+    assert len(losses) == 8 and len(set(losses)) == 8 and all(0 < loss < 3 for loss in losses)
+    said = json.loads((run.out / "prediction.json").read_text())
+    assert (said["weights"], said["tokens"]) == (12 * 32**2, 4 * 2 * 112)
+    before = {path: path.stat().st_mtime_ns for path in run.out.rglob("result.json")}
+    assert climb(run) == result
+    assert before == {path: path.stat().st_mtime_ns for path in run.out.rglob("result.json")}
+    text = write(result, run.out)
+    assert text == (run.out / "ladder.md").read_text() and text.count("\n|") == 9
+    assert (run.out / "ladder.png").read_bytes()[:4] == b"\x89PNG" and findings(result).loss == said["loss"]
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"layers": (1,)}, r"layers is \[1\]; there must be one for each of 5 widths"),
+    ({"widths": (32, 40, 64, 96, 128)}, "widths is .* multiple of 16"),
+    ({"steps": (0, 1)}, r"steps is \[0, 1\]; every one must be at least 1"),
+    ({"batch": 0}, "batch is 0; it must be at least 1"),
+])  # fmt: skip
+def test_sizes_that_cannot_work_are_named(change, message):
+    with pytest.raises(TrainingError, match=message):
+        Ladder(out="out", **change)
