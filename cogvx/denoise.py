@@ -15,6 +15,7 @@ from .finite import check_finite
 from .models.choices import placement
 from .models.fp16 import overflowed
 from .models.image_latents import with_image
+from .models.step_cache import StepCache
 from .models.transformer import ExpertTransformer
 from .numerics import Numerics
 from .settings import Settings
@@ -29,12 +30,14 @@ def denoiser(
     numerics: Numerics,
     sequential: bool = False,
     sides: Together = TOGETHER,
+    step_cache: float | None = None,
 ) -> Denoiser:
     """(latents [B, T, C, H, W], timestep, index of the step) to the guided velocity, in fp32.
 
     Clips longer than trained are seen in windows that overlap by half, where the settings say so; in all but the first
     an image model sees no first image, as when it was dropped in training. sequential: clips and the two sides of
-    guidance pass one after another, which takes less memory. sides: where each side of guidance is predicted.
+    guidance pass one after another, which takes less memory. step_cache: see `Speed`; the last step is computed always.
+    sides: where each side of guidance is predicted.
 
     Raises NumericsError for a size that these numerics have no positions for.
     """
@@ -50,6 +53,7 @@ def denoiser(
 
     # Once fp16 has overflowed, the rest of a clip is computed with care; the next one begins anew, as it would alone.
     careful = dtype == torch.float16 and not transformer.fits_fp16()
+    caches = [None if step_cache is None else StepCache(step_cache) for _ in (text if sequential else [text])]
 
     def denoise_view(frames: Tensor, timestep: int, index: int) -> Tensor:
         nonlocal careful
@@ -58,13 +62,21 @@ def denoiser(
         how = {"ofs": settings.ofs, "placement": places}
         passes = list(zip(*(part.split(1) for part in inputs), strict=True)) if sequential else [inputs]
 
+        for cache in filter(None, caches):
+            cache.last = index == len(steps) - 1
+
         def predicted() -> Tensor:
-            made = [transformer(*one, table.at(timestep), **how, careful=careful) for one in passes]
+            made = [
+                transformer(*one, table.at(timestep), **how, careful=careful, cache=cache)
+                for one, cache in zip(passes, caches, strict=True)
+            ]
             return sides.both(torch.cat(made) if sequential else made[0])
 
         v = predicted()
         if overflowed(v):
             careful = True
+            for cache in filter(None, caches):
+                cache.clear()
             v = predicted()
         v = v.float().transpose(1, 2)
         where = f"step {index + 1} of {len(steps)}"

@@ -32,10 +32,10 @@ def load_part(
 
 
 def dtype_on(
-    device: torch.device, folder: Path, configs: Configs, transformer: Any, dtype: torch.dtype | None
+    device: torch.device, part: type, folder: Path, file: Any, config: Published, dtype: torch.dtype | None
 ) -> torch.dtype:
-    """What the transformer will be computed in on a device; see `computable`."""
-    stored = load_part(ExpertTransformer, folder, transformer, configs.transformer, dtype, "meta").proj_out.weight.dtype
+    """What a transformer or VAE will be computed in on a device; see `computable`."""
+    stored = next(load_part(part, folder, file, config, dtype, "meta").parameters()).dtype
     return torch.float32 if dtype is None and stored == torch.float16 and device.type == "cpu" else stored
 
 

@@ -22,12 +22,12 @@ from .diffusion.schedule import Step, sampling_steps
 from .finite import check_finite
 from .inputs import NAMES, Inputs, Noise, Picture, Video, checked, planned
 from .machine import environment, peak_memory, pick_device
-from .memory.choose import plan_for, warn_of_more
+from .memory.choose import warn_of_more
+from .memory.load import Files, load_planned
 from .memory.placed import Placed
 from .memory.plan import Plan
-from .memory.predict import Job
 from .models.checkpoint import resolve_folder
-from .models.choices import decode_chunks, first_alone, last_norm_eps, num_text_tokens
+from .models.choices import decode_chunks, first_alone, last_norm_eps
 from .models.files import files_beside
 from .models.saving import content_hash
 from .models.text import TextEncoder
@@ -35,8 +35,9 @@ from .models.transformer import ExpertTransformer
 from .models.vae import CausalVAE
 from .numerics import SAT, Numerics, read_numerics
 from .parallel.alone import ALONE
-from .parts import check_folder, dtype_on, load_part, save_parts
+from .parts import save_parts
 from .settings import Configs, Settings, SettingsError, read_configs
+from .speed import Speed
 from .start import Start, prepare
 
 # (pipeline, step index, timestep, {"latents": ...}) -> a dict that may hold other latents to go on with, or None
@@ -58,6 +59,7 @@ class Pipeline:
         plan: Plan | None = None,
         device: torch.device | None = None,  # that a plan is for
         planned_for: Settings | None = None,  # the video that it is for
+        speed: Speed | None = None,  # None gives up nothing
     ):
         self.transformer, self.vae, self.text_encoder = transformer.eval(), vae.eval(), text_encoder
         self.configs, self.source, self.folder, self.processes = configs, source, folder, ALONE
@@ -65,6 +67,8 @@ class Pipeline:
         if plan is not None:
             parts = {"text_encoder": text_encoder.model, "transformer": self.transformer, "vae": self.vae}
             self.placed = Placed(plan, parts, device or self.device)
+        self.speed = speed or Speed()
+        self.speed.prepare(self.transformer, self.placed)
         self.transformer.norm_out.norm.eps = last_norm_eps(configs.transformer, numerics)
 
     @classmethod
@@ -78,6 +82,9 @@ class Pipeline:
         vae: str | os.PathLike | None = None,
         memory: str | Plan | None = None,
         planned_for: Settings | None = None,  # resolved
+        weights: str | None = None,
+        loras: Sequence[tuple[str | os.PathLike, float]] = (),
+        speed: Speed | None = None,
     ) -> "Pipeline":
         """Load a published folder, a hub name, or a checkpoint inside this package: "tiny", or "tiny-i2v" for images.
 
@@ -87,24 +94,15 @@ class Pipeline:
 
         transformer, vae: a safetensors or GGUF file in the place of the folder's. memory: what the device may hold, as
         "8GB", or "auto", what is free there: the fastest plan that makes a video of `planned_for`, or of the model's
-        own size, within it (a call for more warns); or a `cogvx.memory.plan.Plan`. Raises ValueError for what is no
-        checkpoint, with the reason, and where no plan keeps the memory.
+        own size, within it (a call for more warns); or a `cogvx.memory.plan.Plan`. weights: "int8" or "fp8", those of
+        the text encoder's and the transformer's blocks in 8 bits. loras: files, each with how much it counts. speed:
+        what is given up for time. Raises ValueError for what is no checkpoint and where no plan keeps the memory.
         """
-        choices = read_numerics(numerics)
-        configs, folder, device = read_configs(model), resolve_folder(model), pick_device(device)
-        check_folder(folder, configs, transformer, vae)
-        length, plan, place = num_text_tokens(configs.transformer, choices), None, device
-        if memory is not None:
-            dtype = dtype_on(device, folder, configs, transformer, dtype)
-            text = TextEncoder.from_pretrained(folder, length, device="meta").model.config
-            settings = planned_for or Settings("any").resolve(configs, choices)
-            job = Job(configs, settings, dtype, text, device.type, choices)
-            (plan, planned_for), place = plan_for(cls, memory, job, device), "cpu"
-        transformer = load_part(ExpertTransformer, folder, transformer, configs.transformer, dtype, place)
-        vae = load_part(CausalVAE, folder, vae, configs.vae, dtype, place)
-        text_encoder = TextEncoder.from_pretrained(folder, length, transformer.proj_out.weight.dtype, place)
-        parts = transformer, vae, text_encoder
-        return cls(*parts, configs, os.fspath(model), folder, choices, plan, device, planned_for)
+        choices, device = read_numerics(numerics), pick_device(device)
+        files = Files(resolve_folder(model), read_configs(model), transformer, vae, loras)
+        parts, plan, planned_for = load_planned(cls, files, dtype, device, choices, memory, weights, planned_for)
+        about = files.configs, os.fspath(model), files.folder, choices, plan
+        return cls(*parts, *about, device, planned_for, speed)
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
         """Write the published folder layout, which diffusers loads too."""
@@ -116,7 +114,7 @@ class Pipeline:
         Calls with another number of steps then raise ValueError, and so do saving and training.
         """
         if self.placed is not None:
-            raise SettingsError("memory is planned, and the plan moves the weights that modulate; load without memory")
+            raise SettingsError("memory is planned, and the plan moves the weights that modulate; load without it")
         self.transformer.release_modulation([step.timestep for step in self.steps(num_inference_steps)])
 
     def steps(self, num_inference_steps: int) -> list[Step]:
@@ -261,6 +259,7 @@ class Pipeline:
         """All but the last step: the scaled latents of the clips, [B, C, T, H, W]."""
         settings, parts = batch[0], (self.vae, self.configs, self.numerics)
         self.processes.agree(batch, inputs)
+        self.speed.check(settings, len(batch))
         warn_of_more(self.planned_for, settings, len(batch))
         text = self.encode_text(batch, given)
         with self.at_work("vae"):
@@ -321,7 +320,8 @@ class Pipeline:
         self, settings: Settings, begin: Start, text: Tensor, callback: OnStepEnd | None, progress: bool
     ) -> Tensor:
         """From the start to scaled latents, [B, C, T, H, W] in fp32."""
-        how = self.numerics, self.placed is not None and self.placed.plan.sequential_guidance, self.processes.sides
+        sequential = self.placed is not None and self.placed.plan.sequential_guidance
+        how = self.numerics, sequential, self.processes.sides, self.speed.step_cache
         kept = torch.float32 if self.numerics.latents_between_steps == "fp32" else self.dtype
 
         def on_step(index: int, timestep: int, frames: Tensor) -> Tensor | None:
@@ -394,6 +394,7 @@ class Pipeline:
             **({} if vae_dtype == self.dtype else {"vae_dtype": str(vae_dtype).removeprefix("torch.")}),
             **({} if self.placed is None else self.placed.recorded(settings.is_guided, batch_size)),
             **self.processes.recorded(),
+            **self.speed.recorded(),
             "not_replayable_because_of": reasons,
             "environment": environment(self.device),
         }

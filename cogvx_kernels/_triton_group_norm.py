@@ -12,6 +12,8 @@ from torch import Tensor
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _MAX_PIXELS = 2**31 - 2**16
+_LEAST_VALUES = 32
+FOR_SHAPES = f"groups of {_LEAST_VALUES} values or more"  # in smaller ones all of a gradient can cancel, its errors not
 
 
 @triton.jit
@@ -178,11 +180,14 @@ def statistics(x: Tensor, num_groups: int, eps: float) -> Tensor:  # [B, 2, C]
     return result
 
 
-def why_not(x: Tensor) -> str | None:
+def why_not(x: Tensor, num_groups: int) -> str | None:
     """Why Triton cannot work on chunks like x, or None."""
     if not (x.is_cuda or triton.knobs.runtime.interpret):
         return "Triton runs on CUDA tensors, or anywhere with TRITON_INTERPRET=1"
     if x.dtype not in _DTYPES:
         return f"x must be float32, float16 or bfloat16, not {x.dtype}"
     num_pixels = x.shape[2:].numel()
+    values = x.shape[1] // num_groups * num_pixels
+    if values < _LEAST_VALUES:
+        return f"the Triton kernel takes {FOR_SHAPES}, not {values}"
     return f"T H W = {num_pixels} is above {_MAX_PIXELS}" if num_pixels > _MAX_PIXELS else None

@@ -23,7 +23,7 @@ LAYERS = (
     ("data",),
     ("clip", "settings"),
     ("inputs", "machine"),
-    ("parts", "start"),
+    ("parts", "speed", "start"),
     ("denoise",),
     ("parallel",),
     ("memory",),

@@ -89,7 +89,7 @@ def test_the_public_face():
 
     assert face(Pipeline.from_pretrained) == {
         "model": "tiny", "dtype": None, "device": None, "numerics": "sat", "transformer": None, "vae": None,
-        "memory": None, "planned_for": None,
+        "memory": None, "planned_for": None, "weights": None, "loras": (), "speed": None,
     }  # fmt: skip
     assert face(Pipeline.__call__) == {
         "prompt": None, "image": None, "last_image": None, "video": None, "mask": None, "strength": 0.8,

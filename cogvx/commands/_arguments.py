@@ -9,12 +9,12 @@ from tyro.conf import arg
 if TYPE_CHECKING:
     import torch
 
-    from ..models import ExpertTransformer
     from ..models.vae import CausalVAE
     from ..numerics import Numerics as Choices
     from ..parallel.alone import Alone
     from ..pipeline import Pipeline
     from ..settings import Settings
+    from ..speed import Speed
 
 DType = Literal["float32", "bfloat16", "float16"]
 SCALES = arg(metavar="SCALE[,SCALE...]")
@@ -63,6 +63,8 @@ class Loading:
         dtype: unset, the stored one (fp16 is computed in fp32 on a CPU).
         device: unset, a GPU where there is one.
         memory: what the device may hold, as in 8GB, or auto, what is free there; unset, all it takes. See cogvx plan.
+        weights: those of the text encoder's and the transformer's blocks in 8 bits, for half the memory; unset, as
+            stored.
     """
 
     model: str = "tiny"
@@ -74,6 +76,7 @@ class Loading:
     dtype: DType | None = None
     device: str | None = None
     memory: str | None = None
+    weights: Literal["int8", "fp8"] | None = None
 
     def choices(self) -> "Choices":
         """The numerics field by field. Raises NumericsError for none."""
@@ -81,7 +84,12 @@ class Loading:
 
         return read_numerics(self.numerics)
 
-    def pipeline(self, planned_for: "Settings | None" = None, processes: "Alone | None" = None) -> "Pipeline":
+    def pipeline(
+        self,
+        planned_for: "Settings | None" = None,
+        speed: "Speed | None" = None,
+        processes: "Alone | None" = None,
+    ) -> "Pipeline":
         """All weights; where memory is given, under a plan for a video of these settings, resolved.
 
         processes: those that share the work, of a command that lets them.
@@ -94,29 +102,36 @@ class Loading:
 
         if processes is None and are_started():
             raise SettingsError("this command works in one process; start it without torchrun, or see cogvx generate")
-
-        if self.memory is not None and self.lora:
-            raise SettingsError("memory is given with lora, whose weights no plan moves yet; leave one of them out")
-        pipeline = Pipeline.from_pretrained(
+        if len(self.lora_weight) not in (0, len(self.lora)):
+            what = f"{len(self.lora_weight)} numbers for {len(self.lora)} LoRAs; give one for each"
+            raise SettingsError(f"lora_weight has {what}")
+        loras = list(zip(self.lora, self.lora_weight or [1.0] * len(self.lora), strict=True))
+        return Pipeline.from_pretrained(
             self.model, torch_dtype(self.dtype), self.device, self.choices(), self.transformer, self.vae,
-            self.memory, planned_for,
+            self.memory, planned_for, self.weights, loras, speed,
         )  # fmt: skip
-        load_loras(pipeline.transformer, self.lora, self.lora_weight)
-        return pipeline
 
 
-def load_loras(transformer: "ExpertTransformer", files: tuple[Path, ...], weights: tuple[float, ...]) -> None:
-    """LoRA files with their weights, one for each or none. Raises SettingsError for what does not fit."""
-    from ..models.lora import load_lora
-    from ..settings import SettingsError
+@dataclass(frozen=True)
+class Policies:
+    """What is given up for time; see docs/speed.md.
 
-    if len(weights) not in (0, len(files)):
-        raise SettingsError(f"lora_weight has {len(weights)} numbers for {len(files)} LoRAs; give one for each")
-    for file, weight in zip(files, weights or [1.0] * len(files), strict=True):
-        try:
-            load_lora(transformer, file, weight)
-        except ValueError as error:
-            raise SettingsError(str(error)) from error
+    Args:
+        step_cache: how far what the transformer's blocks read may drift before they are computed again, relative to its
+            size, as in 0.5; until then they are taken to add what they did last. Unset, every step is computed.
+        attention: the scores of attention in 8 bits.
+        compiled: pass the transformer's blocks through torch.compile.
+    """
+
+    step_cache: float | None = None
+    attention: Literal["int8"] | None = None
+    compiled: bool = False
+
+    def speed(self) -> "Speed":
+        """Raises SettingsError for policies that are none."""
+        from ..speed import Speed
+
+        return Speed(**vars(self))
 
 
 def torch_dtype(name: str | None) -> "torch.dtype | None":

@@ -12,6 +12,7 @@ from ..models.lora import fuse_lora, load_lora
 from ..models.tiling import TilingError
 from ..numerics import NumericsError, read_numerics
 from ..settings import Settings, SettingsError, read_configs
+from ..speed import Speed
 from ._arguments import DType
 
 if TYPE_CHECKING:
@@ -66,6 +67,14 @@ def recorded_plan(file: Path, made: dict) -> Plan | None:
     try:
         return Plan.read(made["plan"])
     except (PlanError, TilingError) as error:
+        raise VideoError(f"{file} cannot be replayed: in its metadata {error}") from error
+
+
+def recorded_speed(file: Path, made: dict) -> Speed:
+    """What was given up for time. Raises VideoError for what is no such thing."""
+    try:
+        return Speed.read(made.get("speed", {}))
+    except SettingsError as error:
         raise VideoError(f"{file} cannot be replayed: in its metadata {error}") from error
 
 

@@ -5,7 +5,7 @@ from typing import Annotated
 
 from tyro.conf import Positional, arg
 
-from ._arguments import Loading, Sampling
+from ._arguments import Loading, Policies, Sampling
 
 
 def main(
@@ -14,6 +14,7 @@ def main(
     output: Annotated[Path, arg(aliases=["-o"])],
     sampling: Annotated[Sampling, arg(name="")],
     loading: Annotated[Loading, arg(name="")],
+    policies: Annotated[Policies, arg(name="")],
     num_pieces: int = 1,
     overlap: int | None = None,
     num_frames: int | None = None,
@@ -29,6 +30,7 @@ def main(
         output: the mp4 to write.
         sampling: from noise to latents.
         loading: the weights, and how they are computed with.
+        policies: what is given up for time.
         num_pieces: how many times to go on; each piece has a seed one above that of the piece before it.
         overlap: how many of the last frames a text-to-video model goes on from, 8N+1; unset, half a piece. A model for
             images goes on from the last frame alone.
@@ -41,13 +43,13 @@ def main(
     from ._arguments import check_is_another_file
 
     loading.choices()
-    settings = sampling.settings()
+    settings, speed = sampling.settings(), policies.speed()
     check_is_another_file(output, video)
     check_writable(output, ".mp4")
 
     from ..extend import extend
 
-    pipeline = loading.pipeline()
+    pipeline = loading.pipeline(speed=speed)
     size = {"num_frames": num_frames, "height": height, "width": width}
     clip = extend(pipeline, video, prompt, num_pieces, overlap, **size, **settings, progress=progress)
     clip.save(output)

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
-from ._arguments import Loading, Sampling, check_is_another_file
+from ._arguments import Loading, Policies, Sampling, check_is_another_file
 
 
 def main(
@@ -14,6 +14,7 @@ def main(
     output: Annotated[Path, arg(aliases=["-o"])],
     sampling: Annotated[Sampling, arg(name="")],
     loading: Annotated[Loading, arg(name="")],
+    policies: Annotated[Policies, arg(name="")],
     image: Path | None = None,
     last_image: Path | None = None,
     video: Path | None = None,
@@ -34,6 +35,7 @@ def main(
         output: the mp4 to write.
         sampling: from noise to latents.
         loading: the weights, and how they are computed with.
+        policies: what is given up for time.
         image: the first frame, for a model that takes images; scaled to cover the video and cut around the centre.
         last_image: the last frame, likewise.
         video: what to start from, instead of noise alone; as many of its frames are taken as are made.
@@ -59,15 +61,19 @@ def main(
     settings = Settings(prompt, **size, **sampling.settings(), strength=strength, longer=longer)
     files = {"image": image, "last_image": last_image, "video": video, "mask": mask, "latents": latents}
     settings, _ = planned(settings, Inputs.read(**files), configs, choices)
+    speed = policies.speed()
+    speed.check(settings, 1)
     for file in filter(None, files.values()):
         check_is_another_file(output, file)
 
     with together(parallel, loading.device) as processes:
         processes.check_writable(output)
         settings = replace(settings, seed=processes.same(settings.seed))
+        processes.check_speed(speed)
         # Known before the weights are loaded, as far as the plan for the memory has no say in it.
         processes.ways_for(parallel or AUTO, Limits.of(configs, settings, choices))
-        pipeline = replace(loading, device=processes.device_for(loading.device)).pipeline(settings, processes)
+        loading = replace(loading, device=processes.device_for(loading.device))
+        pipeline = loading.pipeline(settings, speed, processes)
         processes.share(pipeline, parallel or AUTO, settings)
         progress = progress and processes.leads
         made = pipeline.write(output, **settings.as_dict(), **files, progress=progress)

@@ -1,7 +1,8 @@
 """cogvx plan: say in how much memory a video can be made, and how."""
 
 import math
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
 from ._arguments import DType
 
@@ -20,6 +21,8 @@ def main(
     guidance_scale: float = 6.0,
     numerics: str = "sat",
     dtype: DType | None = None,
+    weights: Literal["int8", "fp8"] | None = None,
+    lora: tuple[Path, ...] = (),
     gpus: int | None = None,
     tflops: float = 300.0,
     link: float = 50.0,
@@ -42,15 +45,23 @@ def main(
         guidance_scale: up to 1 is no guidance.
         numerics: whose arithmetic to follow, and changes to it, as in sat,null_text=encoded.
         dtype: unset, fp16 for 2b and bf16 for all others, as they are published; of a folder, the stored one.
+        weights: those of the text encoder's and the transformer's blocks in 8 bits; unset, as stored, and in int8 where
+            nothing else keeps the memory.
+        lora: files of LoRAs that will be loaded.
         gpus: how many, from 1.
         tflops: what each of them computes, in 10^12 operations a second.
         link: what each of them sends, in GB a second.
     """
+    from dataclasses import replace
+
     from ..memory.choose import GB, amount, choices, choose, read_budget
+    from ..memory.load import without_values
+    from ..models.lora import read_lora
 
     check_sharing(memory, gpus, tflops, link)
     budget = None if memory is None else read_budget(memory)
     job = read_job(model, num_frames, height, width, num_inference_steps, guidance_scale, numerics, dtype)
+    job = replace(job, weights=weights, loras=tuple(without_values(read_lora(file)) for file in lora))
     from ..pipeline import Pipeline
 
     size = f"{job.settings.num_frames} frames of {job.settings.height} x {job.settings.width}"
@@ -79,6 +90,8 @@ def show(choice: "Choice") -> None:
     print(f"moves: {amount(moved)} of weights, {choice.seconds:.1f} s at {LINK / GB:.0f} GB/s if none is hidden")
     if choice.plan.tiling is not None:
         print("tiles are blended: the frames differ a little from those of an untiled decoder")
+    if choice.plan.weights is not None:
+        print(f"weights are rounded to {choice.plan.weights}: the frames differ from those of the stored ones")
 
 
 def check_sharing(memory: str | None, gpus: int | None, tflops: float, link: float) -> None:
@@ -126,24 +139,25 @@ def read_job(
     import torch
 
     from ..config import PRESETS
+    from ..memory.load import Files
     from ..memory.predict import Job
     from ..models.checkpoint import resolve_folder
     from ..models.text import TextEncoder
     from ..numerics import read_numerics
-    from ..parts import dtype_on
     from ..settings import Configs, Settings, read_configs
     from ._arguments import torch_dtype
 
-    how, text = read_numerics(numerics), {}
+    how, more = read_numerics(numerics), {}
     if model in PRESETS and model != "tiny":
         preset = PRESETS[model]
         configs = Configs(preset.transformer, preset.vae, preset.schedule)
         used = torch_dtype(dtype) or (torch.float16 if model == "2b" else torch.bfloat16)
     else:
         configs, folder = read_configs(model), resolve_folder(model)
-        used = dtype_on(torch.device("cuda"), folder, configs, None, torch_dtype(dtype))
-        text["text"] = TextEncoder.from_pretrained(folder, device="meta").model.config
+        used, vae_dtype = Files(folder, configs).dtypes_on(torch.device("cuda"), torch_dtype(dtype))
+        text = TextEncoder.from_pretrained(folder, device="meta").model
+        more = {"text": text.config, "text_dtype": text.shared.weight.dtype, "vae_dtype": vae_dtype}
     settings = Settings(
         "any", num_frames=num_frames, height=height, width=width, num_inference_steps=steps, guidance_scale=scale
     )
-    return Job(configs, settings.resolve(configs, how), used, numerics=how, **text)
+    return Job(configs, settings.resolve(configs, how), used, numerics=how, **more)

@@ -84,12 +84,12 @@ def load_again(file: Path, made: dict, model: str | None, device: str | None, be
     from ..parts import load_part
     from ..pipeline import Pipeline
     from ._arguments import torch_dtype
-    from ._recorded import recorded_plan
+    from ._recorded import recorded_plan, recorded_speed
 
-    plan = recorded_plan(file, made)
-
+    plan, speed = recorded_plan(file, made), recorded_speed(file, made)
     dtype, parts = torch_dtype(made["dtype"]), {part: source.path for part, source in beside.parts.items()}
-    pipeline = Pipeline.from_pretrained(model or made["model"], dtype, device, made["numerics"], **parts, memory=plan)
+    pipeline = Pipeline.from_pretrained(model or made["model"], dtype, device, made["numerics"], **parts, memory=plan,
+                                        speed=speed)  # fmt: skip
     if made.get("vae_dtype", made["dtype"]) != made["dtype"]:
         how = pipeline.configs.vae, torch_dtype(made["vae_dtype"]), pipeline.device
         pipeline.vae = load_part(type(pipeline.vae), pipeline.folder, parts.get("vae"), *how)

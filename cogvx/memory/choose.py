@@ -9,7 +9,7 @@ import math
 import re
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
@@ -57,18 +57,21 @@ def amount(nbytes: int) -> str:
 
 
 def plan_for(
-    make: Callable[..., Any], memory: Plan | str, job: Job, device: torch.device
+    make: Callable[..., Any], memory: Plan | str | None, job: Job, device: torch.device
 ) -> tuple[Plan, Settings | None]:
     """A plan as it is, or the fastest one for "8GB", or for what is free on the device, "auto"; and for what video.
 
-    The video is None where the plan is for none. Raises PlanError for what is no amount, and where no plan keeps it.
+    None is all that there is. The video is None where the plan is for none. Raises PlanError for what is no amount, for
+    a plan with other weights than the job's, and where no plan keeps it.
     """
     if isinstance(memory, Plan):
+        if job.weights not in (None, memory.weights):
+            raise PlanError(f"weights is {job.weights!r}, those of the plan in memory are {memory.weights!r}; give one")
         return memory, None
-    if memory != "auto":
+    if memory not in (None, "auto"):
         return choose(make, job, read_budget(memory)).plan, job.settings
-    if device.type != "cuda":
-        return Plan(), None  # one memory for all: nothing is won by moves
+    if memory is None or device.type != "cuda":
+        return Plan(weights=job.weights), None  # one memory for all: nothing is won by moves
     free, _ = torch.cuda.mem_get_info(device)
     return choose(make, job, free - LIBRARIES).plan, job.settings
 
@@ -90,11 +93,20 @@ def warn_of_more(planned: Settings | None, asked: Settings, batch_size: int) -> 
 
 
 def choose(make: Callable[..., Any], job: Job, budget: int) -> Choice:
-    """The fastest plan that keeps a budget, in bytes. Raises PlanError where none does."""
-    whole = predict(make, job, Plan())  # the fastest one, which often is enough
-    if whole.peak <= budget:
-        return Choice(Plan(), whole)
-    return fitting(list(choices(make, job, {Plan(): whole})), budget)
+    """The fastest plan that keeps a budget, in bytes; weights in 8 bits only where none does without.
+
+    Raises PlanError where none does at all.
+    """
+    found = []
+    for form in (None, "int8") if job.weights is None else (job.weights,):
+        plan = Plan(weights=form)
+        whole = predict(make, job, plan)  # the fastest one, which often is enough
+        if whole.peak <= budget:
+            return Choice(plan, whole)
+        found += choices(make, replace(job, weights=form), {plan: whole})
+        if any(choice.prediction.peak <= budget for choice in found):
+            break
+    return fitting(found, budget)
 
 
 def fitting(found: list[Choice], budget: int) -> Choice:
@@ -108,7 +120,10 @@ def fitting(found: list[Choice], budget: int) -> Choice:
 
 
 def choices(make: Callable[..., Any], job: Job, known: dict[Plan, Prediction] | None = None) -> Iterator[Choice]:
-    """Every plan with what it holds, those first that cost less: in what they change, then in bytes moved."""
+    """Every plan with what it holds, those first that cost less: in what they change, then in bytes moved.
+
+    Weights in 8 bits are the job's alone.
+    """
     known = known or {}
     runs = {plan: known.get(plan) or predict(make, job, plan, decodes=decodes) for plan, decodes in samples(job)}
     combined = [Choice(plan, combine(plan, runs)) for plan in plans(job)]
@@ -117,6 +132,10 @@ def choices(make: Callable[..., Any], job: Job, known: dict[Plan, Prediction] | 
 
 def samples(job: Job) -> list[tuple[Plan, bool]]:
     """Plans that between them run every part in every way, and whether they decode."""
+    return [(replace(plan, weights=job.weights), decodes) for plan, decodes in _samples(job)]
+
+
+def _samples(job: Job) -> list[tuple[Plan, bool]]:
     guided, tiled = job.settings.is_guided, tiling(job)
     found = [
         (Plan(), True),
@@ -142,7 +161,7 @@ def plans(job: Job) -> Iterator[Plan]:
     decodes = ((False, None), (True, None), (True, tiling(job)))
     places = product(PLACES, PLACES, PLACES[:2])
     for (text, transformer, vae), sequential, (halos, tiles) in product(places, (False, True), decodes):
-        yield Plan(text, transformer, vae, sequential and job.settings.is_guided, halos, tiles)
+        yield Plan(text, transformer, vae, sequential and job.settings.is_guided, halos, tiles, job.weights)
 
 
 def cost(plan: Plan) -> int:

@@ -5,14 +5,18 @@ while the block before it computes; on a CPU they are plain copies, so that a ru
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from ..host import host_memory, to_device
+from ..models.eight_bits import to_eight_bits
 from ..models.transformer import ModulatedNorm
 from .plan import Plan
+
+BLOCKED = ("text_encoder", "transformer")  # the parts that are blocks, all alike
 
 
 class Placed:
@@ -22,32 +26,52 @@ class Placed:
     """
 
     def __init__(self, plan: Plan, parts: dict[str, nn.Module], device: torch.device):
-        self.plan, self.device = plan, device
+        self.plan, self.device, self.parts = plan, device, parts
+        self.hooks: list[RemovableHandle] = []
+        for name in BLOCKED if plan.weights else ():
+            with nullcontext() if getattr(plan, name) == "resident" else host_memory():
+                to_eight_bits(parts[name], plan.weights, device)
+        self.place()
+        vae = parts["vae"]
+        vae.tiling, vae.halos_on_host = plan.tiling, plan.halos_on_host
+
+    def place(self) -> None:
+        """Find every weight, and bring it to where it is to wait."""
+        for hook in self.hooks:
+            hook.remove()
+        self.hooks.clear()
         self.whole: dict[str, Waiting] = {}
         self.modulation: list[Waiting] = []  # what makes the norms' shifts and scales, before the first step alone
         self.streams: dict[str, Stream] = {}
-        for name, part in parts.items():
-            place = getattr(plan, name)
+        self.loras = self.loaded_loras()
+        for name, part in self.parts.items():
+            place, device = getattr(self.plan, name), self.device
             if place == "resident":
-                if next(part.parameters()).device != device:
+                if any(weight.device != device for weight in (*part.parameters(), *part.buffers())):
                     part.to(device)
                 continue
             blocks = blocks_of(part) if place == "streamed" else []
             modulating = [module.linear for module in part.modules() if isinstance(module, ModulatedNorm)]
-            self.modulation += [come_and_go(linear, Waiting([linear], device)) for linear in modulating if linear]
-            apart = {id(module) for block in [*blocks, modulating] for module in block}
+            modulating = [list(linear.modules()) for linear in modulating if linear]
+            for modules in modulating:
+                self.modulation.append(come_and_go(modules[0], Waiting(modules, device), self.hooks))
+            apart = {id(module) for group in (*blocks, *modulating) for module in group}
             self.whole[name] = Waiting([module for module in part.modules() if id(module) not in apart], device)
             if blocks:
-                self.streams[name] = Stream([Waiting(block, device) for block in blocks], blocks, device)
-        vae = parts["vae"]
-        vae.tiling, vae.halos_on_host = plan.tiling, plan.halos_on_host
+                self.streams[name] = Stream([Waiting(block, device) for block in blocks], blocks, device, self.hooks)
+
+    def loaded_loras(self) -> tuple[str, ...]:
+        return tuple(getattr(self.parts["transformer"], "loras", ()))
 
     @contextmanager
     def at_work(self, name: str) -> Iterator[None]:
         """While a part computes: what visits is there, what streams may come.
 
-        "modulation" is the part of the transformer that works before the first step.
+        "modulation" is the part of the transformer that works before the first step. LoRAs that came or went since
+        the last time are taken along.
         """
+        if name == "transformer" and self.loras != self.loaded_loras():
+            self.place()
         waiting = self.modulation if name == "modulation" else [self.whole[name]] if name in self.whole else []
         try:
             for weights in waiting:
@@ -110,12 +134,14 @@ class Waiting:
 class Stream:
     """Blocks whose weights come one after another, the next one's while one computes."""
 
-    def __init__(self, weights: list[Waiting], blocks: list[list[nn.Module]], device: torch.device):
+    def __init__(
+        self, weights: list[Waiting], blocks: list[list[nn.Module]], device: torch.device, hooks: list[RemovableHandle]
+    ):
         self.weights, self.ready = weights, {}
         self.side = torch.cuda.Stream(device) if device.type == "cuda" else None
         for i, block in enumerate(blocks):
-            block[0].register_forward_pre_hook(lambda *_, i=i: self.enter(i))
-            block[0].register_forward_hook(lambda *_, i=i: self.weights[i].leave())
+            hooks.append(block[0].register_forward_pre_hook(lambda *_, i=i: self.enter(i)))
+            hooks.append(block[0].register_forward_hook(lambda *_, i=i: self.weights[i].leave()))
 
     def enter(self, i: int) -> None:
         if i not in self.ready:
@@ -146,7 +172,7 @@ class Stream:
             weights.leave()
 
 
-def come_and_go(module: nn.Module, weights: Waiting) -> Waiting:
+def come_and_go(module: nn.Module, weights: Waiting, hooks: list[RemovableHandle]) -> Waiting:
     """Weights that are on the device during their module's own call alone, unless they are already there."""
     own: list[bool] = []
 
@@ -159,8 +185,7 @@ def come_and_go(module: nn.Module, weights: Waiting) -> Waiting:
         if own.pop():
             weights.leave()
 
-    module.register_forward_pre_hook(before)
-    module.register_forward_hook(after)
+    hooks += [module.register_forward_pre_hook(before), module.register_forward_hook(after)]
     return weights
 
 

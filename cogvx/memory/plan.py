@@ -3,9 +3,11 @@
 from dataclasses import asdict, dataclass, fields
 from typing import Self
 
+from ..models.eight_bits import FORMS
 from ..models.tiling import Tiling
 
 PLACES = ("resident", "visiting", "streamed")
+SINCE = {"weights": None}  # what older videos do not say of their plan, and how those were made
 
 
 class PlanError(ValueError):
@@ -19,9 +21,9 @@ class Plan:
     Weights are "resident" on the device; or they wait on the host and are "visiting" the device while their part works,
     or are "streamed" block by block, the next block on its way while one computes. None of it changes a bit of the
     result, nor do halos on the host. Guidance one clip after another does within rounding; what a tiling changes,
-    `cogvx.models.tiling` says.
+    `cogvx.models.tiling` says, and what weights in 8 bits do, `cogvx.models.eight_bits`.
 
-    Raises PlanError for a place that there is not.
+    Raises PlanError for a place that there is not, and for such weights.
     """
 
     text_encoder: str = "resident"
@@ -30,8 +32,10 @@ class Plan:
     sequential_guidance: bool = False
     halos_on_host: bool = False  # those of the VAE's convolutions
     tiling: Tiling | None = None
+    weights: str | None = None  # "int8" or "fp8": those of the blocks of the text encoder and the transformer
 
     def __post_init__(self) -> None:
+        check_weights(self.weights)
         for name in ("text_encoder", "transformer", "vae"):
             place, valid = getattr(self, name), PLACES[:2] if name == "vae" else PLACES
             if place not in valid:
@@ -39,7 +43,8 @@ class Plan:
 
     def rounds_otherwise(self, guided: bool, batch_size: int) -> bool:
         """Whether the result may differ from that of a plan that does without nothing."""
-        return self.tiling is not None or (self.sequential_guidance and (guided or batch_size > 1))
+        changed = self.tiling is not None or self.weights is not None
+        return changed or (self.sequential_guidance and (guided or batch_size > 1))
 
     def as_dict(self) -> dict:
         """For JSON; `Plan.read` takes it."""
@@ -48,7 +53,9 @@ class Plan:
     @classmethod
     def read(cls, record: dict) -> Self:
         """A plan from what a file says. Raises PlanError or TilingError for what is none."""
-        names, tiling = [f.name for f in fields(cls)], record.get("tiling") if isinstance(record, dict) else None
+        names = [f.name for f in fields(cls)]
+        record = SINCE | record if isinstance(record, dict) else record
+        tiling = record.get("tiling") if isinstance(record, dict) else None
         if not isinstance(record, dict) or set(record) != set(names):
             raise PlanError(f"plan is {str(record)[:60]!r}; it must be a table of {', '.join(names)}")
         if tiling is not None and (not isinstance(tiling, dict) or set(tiling) != {f.name for f in fields(Tiling)}):
@@ -65,4 +72,11 @@ class Plan:
         if (t := self.tiling) is not None:
             overlap = f", overlap {t.overlap}" if t.overlap else ""
             parts.append(f"VAE in {t.kind} tiles of at most {t.height} x {t.width}{overlap}")
+        parts += [f"weights in {self.weights}"] if self.weights else []
         return "; ".join(parts)
+
+
+def check_weights(form: object) -> None:
+    """Raises PlanError for weights in a form that there is not."""
+    if form is not None and form not in FORMS:
+        raise PlanError(f"weights is {str(form)[:60]!r}; valid: None, {', '.join(map(repr, FORMS))}")

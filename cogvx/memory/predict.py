@@ -25,8 +25,13 @@ from ..diffusion.schedule import Step, sampling_steps
 from ..host import host_memory
 from ..inputs import Inputs
 from ..models.choices import decode_chunks, num_text_tokens
+from ..models.eight_bits import to_eight_bits
 from ..models.embeddings import forget_positions
+from ..models.linear import WideLinear
 from ..models.loading import hollow
+from ..models.lora import adapt
+from ..models.lora_names import Pair
+from ..models.text import with_wide_layers
 from ..models.transformer import ExpertTransformer
 from ..models.vae import CausalVAE
 from ..models.vae import decode_chunks as pairs
@@ -34,13 +39,12 @@ from ..numerics import DIFFUSERS, Numerics
 from ..settings import Configs, Settings
 from ..start import prepare
 from .live import LiveBytes
+from .placed import BLOCKED
 from .plan import Plan
 
 STEPS = 2
-BLOCKED = ("text_encoder", "transformer")  # the parts that are blocks, all alike
 PART = {"encode text": "text_encoder", "start": "vae", "modulate": "transformer", "sample": "transformer",
         "decode": "vae"}  # fmt: skip
-WIDE = ".wo.weight"
 CHUNKS = 3  # of those that a clip is decoded in, a first, a middle and a last one; middle ones are alike
 
 
@@ -61,6 +65,10 @@ class Job:
     text: T5Config = field(default_factory=t5_xxl)
     target: str = "cuda"  # the type of the device
     numerics: Numerics = DIFFUSERS
+    vae_dtype: torch.dtype | None = None  # None is `dtype`
+    text_dtype: torch.dtype | None = None  # that the text encoder is stored in; None is `dtype`, as released
+    weights: str | None = None  # "int8" or "fp8": no plan has them otherwise
+    loras: tuple[dict[str, Pair], ...] = ()  # that will be loaded; their shapes count
 
 
 @dataclass(frozen=True)
@@ -116,11 +124,11 @@ def predict(make: Callable[..., Any], job: Job, plan: Plan, few: int = 2, decode
     shallow = tuple(min(few, count) for count in counts)
     stages, moved = _fake_run(make, job, plan, shallow, decodes)
     more = [count - n for count, n in zip(counts, shallow, strict=True)]
-    weights = _weights(job, counts)
+    weights = _weights(job, plan, counts)
     if any(more):
         deeper = tuple(n + (rest > 0) for n, rest in zip(shallow, more, strict=True))
         other, other_moved = _fake_run(make, job, plan, deeper, False)
-        lower, upper = _weights(job, shallow), _weights(job, deeper)
+        lower, upper = _weights(job, plan, shallow), _weights(job, plan, deeper)
         idle = {}
         for name in BLOCKED:
             block = upper[name] - lower[name]
@@ -138,10 +146,17 @@ def predict(make: Callable[..., Any], job: Job, plan: Plan, few: int = 2, decode
     return Prediction(stages, weights, moved)
 
 
-def _weights(job: Job, num_blocks: tuple[int, int]) -> dict[str, int]:
+def _weights(job: Job, plan: Plan, num_blocks: tuple[int, int]) -> dict[str, int]:
     """Bytes of each part's weights, with so many blocks."""
-    parts = zip((*BLOCKED, "vae"), _hollow(_with_blocks(job, num_blocks)), strict=True)
-    return {name: _nbytes(part, job.dtype) for name, part in parts}
+    parts = dict(zip((*BLOCKED, "vae"), _hollow(_with_blocks(job, num_blocks)), strict=True))
+    for name in BLOCKED if plan.weights else ():
+        to_eight_bits(parts[name], plan.weights)
+    return {name: _nbytes(part, _job_of(name, job)) for name, part in parts.items()}
+
+
+def _job_of(name: str, job: Job) -> Job:
+    """With the dtype of one part."""
+    return replace(job, dtype=job.vae_dtype or job.dtype) if name == "vae" else job
 
 
 def _with_blocks(job: Job, num_blocks: tuple[int, int]) -> Job:
@@ -195,43 +210,56 @@ def _counted(
 def _hollow(job: Job) -> tuple[nn.Module, nn.Module, nn.Module]:
     with torch.device("meta"):
         text = T5EncoderModel(job.text).eval()
-    return text, hollow(ExpertTransformer, job.configs.transformer), hollow(CausalVAE, job.configs.vae)
+        with_wide_layers(text)
+    transformer = hollow(ExpertTransformer, job.configs.transformer)
+    layers = {name for name, _ in transformer.named_modules()}
+    for i, lora in enumerate(job.loras):
+        for layer in layers & lora.keys():  # of the blocks that are there
+            adapt(transformer, layer).add(f"lora_{i}", lora[layer], 1.0)
+    return text, transformer, hollow(CausalVAE, job.configs.vae)
 
 
 def _fake_pipeline(
     make: Callable[..., Any], job: Job, plan: Plan, text: nn.Module, transformer: nn.Module, vae: nn.Module
 ) -> Any:
-    for part, place in ((text, plan.text_encoder), (transformer, plan.transformer), (vae, plan.vae)):
-        with nullcontext() if place == "resident" else host_memory():
-            _fill(part, job.dtype)
+    for name, part in (("text_encoder", text), ("transformer", transformer), ("vae", vae)):
+        with nullcontext() if getattr(plan, name) == "resident" else host_memory():
+            _fill(part, _job_of(name, job))
     if hasattr(text.encoder, "embed_tokens"):
         text.encoder.embed_tokens = text.shared  # one table under two names
     encoder = Tokenless(text, num_text_tokens(job.configs.transformer, job.numerics))
     return make(transformer, vae, encoder, job.configs, numerics=job.numerics, plan=plan, device=torch.device("cpu"))
 
 
-def _fill(part: nn.Module, dtype: torch.dtype) -> None:
+def _fill(part: nn.Module, job: Job) -> None:
     """Weights as they are loaded, in the place of those that a hollow model lacks."""
-    for prefix, module in part.named_modules():
+    for module in part.modules():
         for table in (module._parameters, module._buffers):
             for name, tensor in table.items():
                 if tensor is None:
                     continue
-                new = torch.empty(tensor.shape, dtype=_loaded_dtype(part, f"{prefix}.{name}", tensor, dtype))
+                new = torch.empty(tensor.shape, dtype=_loaded_dtype(module, tensor, job))
                 is_parameter = isinstance(tensor, nn.Parameter)
                 table[name] = nn.Parameter(new, requires_grad=False) if is_parameter else new
 
 
-def _loaded_dtype(part: nn.Module, name: str, tensor: Tensor, dtype: torch.dtype) -> torch.dtype:
+def _loaded_dtype(module: nn.Module, tensor: Tensor, job: Job) -> torch.dtype:
+    """As the loader does: a layer that overflows in fp16 is in fp32 unless it is stored in fp16."""
     if not tensor.is_floating_point():
         return tensor.dtype
-    # As the loader does: this layer of T5 overflows in fp16.
-    return torch.float32 if isinstance(part, T5EncoderModel) and name.endswith(WIDE) else dtype
+    is_wide = isinstance(module, WideLinear) and job.dtype == torch.float16 != (job.text_dtype or job.dtype)
+    return torch.float32 if is_wide else job.dtype
 
 
-def _nbytes(part: nn.Module, dtype: torch.dtype) -> int:
-    named = {**dict(part.named_parameters()), **dict(part.named_buffers())}
-    return sum(x.numel() * _loaded_dtype(part, name, x, dtype).itemsize for name, x in named.items())
+def _nbytes(part: nn.Module, job: Job) -> int:
+    """Bytes of the weights as loaded, those that two modules share once."""
+    found = {
+        id(tensor): tensor.numel() * _loaded_dtype(module, tensor, job).itemsize
+        for module in part.modules()
+        for tensor in (*module._parameters.values(), *module._buffers.values())
+        if tensor is not None
+    }
+    return sum(found.values())
 
 
 class _Enough(Exception):

@@ -211,7 +211,7 @@ def load_weights(
     Args:
         dtype: None is what is stored, and bf16 for fp8.
         aliases: other names under which a file may hold a tensor.
-        keep_fp32: tensors that stay in fp32 where the others become fp16.
+        keep_fp32: tensors that become fp32 where the others become fp16; those that are stored in fp16 stay so.
     """
     check_dtype(dtype)
     check_device(device)
@@ -239,7 +239,8 @@ def fill(
     for name, place in places.items():
         tensor = place.read()
         wanted = dtype or tensor.dtype
-        wanted = torch.float32 if name in keep and wanted == torch.float16 else wanted
+        if name in keep and wanted == torch.float16 != tensor.dtype:
+            wanted = torch.float32
         # A copy: a mapped file that is overwritten later would take the process down.
         weights[name] = tensor.to(check_device(device), wanted, copy=True)
     model.load_state_dict(weights | {a: weights[name] for a, name in aliases.items() if a in expected}, assign=True)

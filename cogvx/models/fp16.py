@@ -46,7 +46,8 @@ def widened(layer: nn.Module, dtype: torch.dtype) -> Callable[..., Any]:
 
 
 def is_fp16(layer: nn.Module) -> bool:
-    return next(layer.parameters()).dtype == torch.float16
+    """Whether a layer computes in fp16: weights in 8 bits say nothing of that."""
+    return next((p.dtype for p in layer.parameters() if p.is_floating_point()), None) == torch.float16
 
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .checkpoint import load_tensors, save_tensors
-from .linear import Linear
+from .linear import Linear, take_over
 from .loading import SourceFile
 from .lora_names import Pair, pairs
 from .stored import CheckpointError, some
@@ -49,13 +49,18 @@ def load_lora(
     name = _free_name(transformer, path) if name is None else name
     if not re.fullmatch(r"\w{1,100}", name) or name in transformer.loras:
         raise ValueError(f"name is {name!r}; it must be letters, digits and _ alone, and not in use")
-    tensors, metadata = load_tensors(path)
-    layers = pairs(tensors, metadata, _checked("alpha", alpha), path)
+    layers = read_lora(path, alpha)
     _check_fits(transformer, layers, path)
     transformer.loras[name] = LoRA(str(path), SourceFile(path).sha256, _checked("weight", weight), alpha, layers)
     for layer, pair in layers.items():
-        _adapted(transformer, layer).add(name, pair, weight)
+        adapt(transformer, layer).add(name, pair, weight)
     return name
+
+
+def read_lora(file: str | Path, alpha: float | None = None) -> dict[str, Pair]:
+    """What a LoRA's file adds to each layer, by our name. Raises CheckpointError for a file that is no LoRA."""
+    tensors, metadata = load_tensors(file)
+    return pairs(tensors, metadata, _checked("alpha", alpha), file)
 
 
 def set_lora_weight(transformer: ExpertTransformer, name: str, weight: float) -> None:
@@ -83,7 +88,8 @@ def unload_lora(transformer: ExpertTransformer, name: str | None = None) -> None
 def fuse_lora(transformer: ExpertTransformer) -> None:
     """Compute the sums W + weight * scale * up @ down once, so that a call costs nothing more.
 
-    The weights from before are kept, in the memory of the CPU, so that `unfuse_lora` brings back every bit.
+    The weights from before are kept, in the memory of the CPU, so that `unfuse_lora` brings back every bit. Raises
+    ValueError for weights in 8 bits, beside which LoRAs can only be computed.
     """
     for module in _all_adapted(transformer):
         module.fuse()
@@ -128,9 +134,7 @@ class AdaptedLinear(Linear):
     """
 
     def __init__(self, layer: nn.Linear):
-        nn.Module.__init__(self)
-        self.in_features, self.out_features = layer.in_features, layer.out_features
-        self.weight, self.bias = layer.weight, layer.bias
+        take_over(self, layer)
         self.kind = type(layer)
         self.weights: dict[str, float] = {}
         self.scales: dict[str, float] = {}
@@ -138,7 +142,8 @@ class AdaptedLinear(Linear):
 
     def add(self, name: str, pair: Pair, weight: float) -> None:
         for part, matrix in (("down", pair.down), ("up", pair.up)):
-            self.register_buffer(f"{part}_{name}", matrix.to(self.weight), persistent=False)
+            like = {"device": self.weight.device, "dtype": getattr(self, "dtype", self.weight.dtype)}
+            self.register_buffer(f"{part}_{name}", matrix.to(**like), persistent=False)
         self.weights[name], self.scales[name] = weight, pair.scale
 
     def remove(self, name: str) -> None:
@@ -147,14 +152,12 @@ class AdaptedLinear(Linear):
         del self.weights[name], self.scales[name]
 
     def plain(self) -> nn.Linear:
-        with torch.device("meta"):
-            layer = self.kind(self.in_features, self.out_features, self.bias is not None)
-        layer.weight, layer.bias = self.weight, self.bias
+        layer = self.kind.__new__(self.kind)
+        take_over(layer, self)
         return layer.train(self.training)
 
     def forward(self, x: Tensor, gelu: bool = False) -> Tensor:
-        forward = Linear.forward if self.kind is Linear else nn.Linear.forward
-        y = forward(self, x)
+        y = self.kind.forward(self, x)
         for name, weight in self.weights.items() if self.original is None else ():
             low = F.linear(x, getattr(self, f"down_{name}"))
             y = torch.add(y, F.linear(low, getattr(self, f"up_{name}")), alpha=weight * self.scales[name])
@@ -164,6 +167,9 @@ class AdaptedLinear(Linear):
     def fuse(self) -> None:
         if self.original is not None:
             return
+        if hasattr(self, "form"):
+            what = "to which the sum would be rounded; leave the LoRAs beside them"
+            raise ValueError(f"the weights of this transformer are in {self.form}, {what}")
         self.original = self.weight.detach().to("cpu", copy=True)
         total = self.weight.float()
         for name, weight in self.weights.items():
@@ -186,7 +192,8 @@ def _free_name(transformer: ExpertTransformer, file: Path) -> str:
     return name
 
 
-def _adapted(transformer: ExpertTransformer, name: str) -> AdaptedLinear:
+def adapt(transformer: ExpertTransformer, name: str) -> AdaptedLinear:
+    """The layer of that name, which from now on has LoRAs beside it."""
     layer = transformer.get_submodule(name)
     if not isinstance(layer, AdaptedLinear):
         layer = AdaptedLinear(layer).train(layer.training)

@@ -16,13 +16,18 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .checkpoint import STEMS, CheckpointError, checkpoint_files
+from .eight_bits import refuse_to_save
 
 SHARD_BYTES = 10**10
 PARTS = (".json", ".model", ".safetensors")  # of a checkpoint folder
 
 
 def save_model(model: nn.Module, folder: str | Path, shard_bytes: int = SHARD_BYTES) -> None:
-    """Write a model with a `config` of ours as a component's folder. An earlier checkpoint there is replaced."""
+    """Write a model with a `config` of ours as a component's folder. An earlier checkpoint there is replaced.
+
+    Raises ValueError for weights in 8 bits, and CheckpointError as `new_folder` does.
+    """
+    refuse_to_save(model)
     with new_folder(folder) as partial:
         write_component(partial, model.state_dict(), model.config.to_dict(), STEMS[0], shard_bytes)
 

@@ -20,6 +20,8 @@ from torch import Tensor
 from transformers import T5Config, T5EncoderModel
 
 from .checkpoint import CheckpointError, component_folder, load_weights, read_json, resolve_folder, safe_path
+from .eight_bits import refuse_to_save
+from .linear import WideLinear
 from .saving import new_folder, write_component
 from .spiece import Vocabulary, parse_spiece, parse_tokenizer_json, write_tokenizer
 
@@ -63,13 +65,14 @@ class TextEncoder:
             raise CheckpointError(f"{root}: the tokenizer has {size} pieces, the text encoder {config.vocab_size}")
         with torch.device("meta"):
             model = T5EncoderModel(config)
-        fp32 = [name for name in model.state_dict() if name.endswith(".wo.weight")]  # overflows in fp16
+            fp32 = with_wide_layers(model)
         load_weights(model, part, root, dtype, device, EMBEDDING, fp32)
         model.tie_weights()
         return cls(model.eval(), vocabulary, num_sentinels, max_length)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write `text_encoder` and `tokenizer` into a new pipeline's folder."""
+        """Write `text_encoder` and `tokenizer` into a new pipeline's folder; ValueError for weights in 8 bits."""
+        refuse_to_save(self.model)
         weights = {name: tensor for name, tensor in self.model.state_dict().items() if name not in EMBEDDING}
         config = self.model.config.to_dict() | {"architectures": ["T5EncoderModel"]}
         with new_folder(Path(folder) / "text_encoder") as partial:
@@ -92,6 +95,15 @@ class TextEncoder:
                 ids = [*ids[: self.max_length - 1], ids[-1]]
             rows.append(ids + [0] * (self.max_length - len(ids)))
         return torch.tensor(rows)
+
+
+def with_wide_layers(model: T5EncoderModel) -> list[str]:
+    """The names of weights whose products overflow in fp16; their layers now compute in fp32 whatever those are in."""
+    overflowing = [name for name, module in model.named_modules() if name.endswith(".wo")]
+    for name in overflowing:
+        layer = model.get_submodule(name)
+        model.set_submodule(name, WideLinear(layer.in_features, layer.out_features, layer.bias is not None))
+    return [f"{name}.weight" for name in overflowing]
 
 
 def read_t5_config(folder: Path, root: Path) -> T5Config:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from cogvx_kernels import expert_layernorm, gated_expert_layernorm, qk_norm_rope
 
 from ..config import TransformerConfig
+from .eight_bits import EightBitLinear
 from .embeddings import Grid, Placement, default_placement, rope_positions, timestep_embedding
 from .fp16 import LARGEST, in_range, is_fp16, overflowed, widened
 from .linear import Linear
@@ -27,6 +28,7 @@ from .modulation import Modulation, ModulationTable
 from .patches import Added, PatchEmbed, unpatchify
 from .saving import SHARD_BYTES, save_model
 from .sequence import WHOLE, Rope, WholeSequence
+from .step_cache import StepCache
 
 OFS = 2.0  # what every model that takes an ofs was trained with, and always
 QK_EPS = 1e-6  # of the per-head norms of q and k; all others take the config's norm_eps
@@ -84,6 +86,7 @@ class ExpertTransformer(nn.Module):
         ofs: float | None = None,  # of the models that take one; None is the 2.0 they were trained with
         placement: Placement | None = None,  # at sizes other than the trained ones; None is `default_placement`
         careful: bool = False,  # for fp16: nothing overflows, see below
+        cache: StepCache | None = None,  # what skips the blocks where they would change little
     ) -> Tensor:  # [B, out_channels, T, H, W]
         """The velocity.
 
@@ -98,14 +101,23 @@ class ExpertTransformer(nn.Module):
         modulation = modulation.to(dtype) if own == torch.float16 else modulation
         tokens = in_range(self.patch_embed, latents.to(dtype), text.to(own), added)
         tokens, rope, num_text = self.sequence.own(tokens, rope, num_text)
-        stream = Stream(tokens)
+        start = [Stream(tokens)]
         del tokens  # of which the stream may hold a part alone
-        for block, norms in zip(self.transformer_blocks, modulation.blocks.unbind(1), strict=True):
-            stream = block(stream, norms, rope, num_text)
-        vision = stream.vision(num_text)
+
+        def blocks() -> Tensor:
+            return self.through_blocks(start.pop(), modulation.blocks, rope, num_text)
+
+        # No name holds what the blocks read, which is free again behind the first one.
+        vision = blocks() if cache is None else cache(start[0].x[:, num_text:], modulation.blocks[:, 0, 0], blocks)
         vision = (widened(self.norm_final, dtype) if dtype != own else self.norm_final)(vision)
         patches = self.sequence.whole(in_range(self.proj_out, self.norm_out(vision, modulation.last)))
         return unpatchify(patches, grid, patch)
+
+    def through_blocks(self, stream: "Stream", norms: Tensor, rope: Rope, num_text: int) -> Tensor:  # [B, N - L, D]
+        """The vision tokens behind the blocks. norms: [B, layers, 2, 3, 2, D]."""
+        for block, own in zip(self.transformer_blocks, norms.unbind(1), strict=True):
+            stream = block(stream, own, rope, num_text)
+        return stream.vision(num_text)
 
     def fits_fp16(self) -> bool:
         """Whether fp16 holds attention's logits, whatever the input; what else can overflow shows in the result."""
@@ -364,7 +376,7 @@ class FeedForward(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         up, down = self.net[0]["proj"], self.net[2]
         # GELU inside the product where that layer is still ours, and where no gradient needs what GELU saw.
-        if type(up) is Linear and not torch.is_grad_enabled():
+        if type(up) in (Linear, EightBitLinear) and not torch.is_grad_enabled():
             return down(up(x, gelu=True))
         return down(F.gelu(up(x), approximate="tanh"))
 

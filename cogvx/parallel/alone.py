@@ -7,6 +7,7 @@ from ..data.video import check_writable, write_video
 from ..diffusion.guidance import TOGETHER, Together
 from ..inputs import Inputs
 from ..settings import Settings
+from ..speed import Speed
 
 
 class Alone:
@@ -22,6 +23,9 @@ class Alone:
     def same(self, number: int) -> int:
         """A number that all processes have."""
         return number
+
+    def check_speed(self, speed: Speed) -> None:
+        """Raises for policies for time that processes cannot share."""
 
     def ways_for(self, asked: str, limits: Any) -> Any:
         """In which ways processes share a video with these limits."""

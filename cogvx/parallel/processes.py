@@ -27,6 +27,7 @@ from ..diffusion.guidance import TOGETHER
 from ..inputs import Inputs
 from ..machine import pick_device
 from ..settings import Settings
+from ..speed import Speed
 from .alone import ALONE, Alone
 from .frames import DealtChunks
 from .links import Link, ParallelError
@@ -71,6 +72,11 @@ class Processes(Alone):
         """Wait until every process is here."""
         self.talk.gathered("here", torch.zeros(1, device=self.device), [1] * self.size, dim=0)
 
+    def check_speed(self, speed: Speed) -> None:
+        """Raises ParallelError for policies for time: each process would decide for itself what it leaves out."""
+        if speed != Speed():
+            raise ParallelError(f"speed is {speed}; several processes take no policies for time, leave them out")
+
     def ways_for(self, asked: str, limits: Limits) -> Ways:
         """Raises ParallelError for ways that do not fit so many processes, or this video."""
         return choose_ways(asked, self.size, limits)
@@ -80,6 +86,7 @@ class Processes(Alone):
 
         Raises ParallelError for ways that do not fit them, SettingsError for settings that are not complete.
         """
+        self.check_speed(pipeline.speed)
         tiled = pipeline.vae.tiling is not None
         limits = Limits.of(pipeline.configs, settings, pipeline.numerics, tiled)
         ways = self.ways_for(str(asked), limits)

@@ -10,6 +10,8 @@ from .._group_norm import finish_gradients, gradient_of_moments
 from .._halo import behind_halo, dense, gradient_of_halo
 from .._triton_group_norm import load_channels, load_gradient, load_statistics, silu, silu_derivative, store_with_copies
 
+FOR_SHAPES = shared.FOR_SHAPES
+
 
 @triton.jit
 def apply_kernel(
@@ -98,7 +100,7 @@ def why_not(
     num_halo: int,
     moments: Tensor | None,
 ) -> str | None:
-    return shared.why_not(x)
+    return shared.why_not(x, num_groups)
 
 
 def forward(

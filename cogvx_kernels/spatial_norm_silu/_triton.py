@@ -17,6 +17,7 @@ from . import projection
 
 _ARITHMETIC = {torch.float32: tl.float32, torch.float64: tl.float64}
 _LATENT_PIXELS = 16  # neighbours in a row whose gradients one program adds up
+FOR_SHAPES = shared.FOR_SHAPES
 
 
 @triton.jit
@@ -177,7 +178,7 @@ def why_not(
 ) -> str | None:
     if z.shape[1] > 64:
         return f"a latent of {z.shape[1]} channels is wider than 64"
-    return shared.why_not(x)
+    return shared.why_not(x, num_groups)
 
 
 def forward(

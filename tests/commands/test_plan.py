@@ -41,8 +41,11 @@ def test_a_plan_is_read_as_if_anybody_had_written_it():
     assert Plan.read(TILED.as_dict()) == TILED and Plan.read(Plan().as_dict()) == Plan()
     good = TILED.as_dict()
     for bad in (None, [], {}, {**good, "more": 1}, {**good, "vae": "streamed"}, {**good, "transformer": []},
-                {**good, "tiling": 1}, {**good, "sequential_guidance": "yes"}):  # fmt: skip
+                {**good, "tiling": 1}, {**good, "sequential_guidance": "yes"},
+                {**good, "weights": "int4"}, {**good, "weights": []}):  # fmt: skip
         with pytest.raises(PlanError):
             Plan.read(bad)
+    older = {name: value for name, value in good.items() if name != "weights"}
+    assert Plan.read(older) == TILED
     with pytest.raises(ValueError, match="overlap of a tiling is 3"):
         Plan.read({**good, "tiling": {**good["tiling"], "overlap": 3}})

@@ -161,13 +161,16 @@ def listed(op: str, architecture: str) -> dict[str, str]:
     return {row[2].strip().strip("`"): row[column].strip() for row in rows if row[column].strip()}
 
 
-each_architecture = pytest.mark.parametrize(
-    "architecture", ["80", "90a", *(pytest.param(a, marks=pytest.mark.soak) for a in ("100", "120"))]
-)
+# Each folder is compiled for one architecture of the default build in every run, in turns; for all by `make soak`.
+IN_EVERY_RUN = {folder: ("80", "90a")[i % 2] for i, folder in enumerate(FOLDERS)}
+COMPILATIONS = [
+    pytest.param(folder, architecture, marks=() if architecture == IN_EVERY_RUN[folder] else pytest.mark.soak)
+    for folder in FOLDERS
+    for architecture in ARCHITECTURES
+]
 
 
-@each_architecture
-@pytest.mark.parametrize("folder", FOLDERS, ids=lambda path: path.name)
+@pytest.mark.parametrize(("folder", "architecture"), COMPILATIONS, ids=lambda x: getattr(x, "name", x))
 def test_no_warnings_no_spills_and_the_table_is_true(folder, architecture):
     if nvcc() is None:
         pytest.skip("no nvcc on this machine")

@@ -1,17 +1,25 @@
 """Where weights wait changes no bit of a video."""
 
+import shutil
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from cogvx import Pipeline
 from cogvx.memory.plan import Plan, PlanError
+from cogvx.models.lora import load_lora, unload_lora
 
 VISITING = Plan("visiting", "visiting", "visiting", halos_on_host=True)
 STREAMED = replace(VISITING, text_encoder="streamed", transformer="streamed")
 QUICK = {"num_inference_steps": 2, "num_frames": 17, "seed": 0, "progress": False}
+
+
+LORA = {f"transformer.transformer_blocks.{i}.{layer}.lora_{letter}.weight": shape
+        for i in range(2) for layer, width in (("norm1.linear", 384), ("ff.net.2", 64))
+        for letter, shape in (("A", (2, 256 if width == 64 else 32)), ("B", (width, 2)))}  # fmt: skip
 
 
 def placed(folder, plan: Plan) -> Pipeline:
@@ -59,7 +67,49 @@ def test_weights_are_brought_no_oftener_than_they_must(small_checkpoint):
     assert streamed == 2 * blocks + first  # the one after the last step's is on its way when the work ends
 
 
+def test_weights_in_eight_bits_are_the_same_wherever_they_wait(small_checkpoint):
+    folder = small_checkpoint("2b")
+    plain = Pipeline.from_pretrained(folder, device="cpu")("a red circle", **QUICK).frames
+    whole = Pipeline.from_pretrained(folder, device="cpu", weights="int8")
+    found = whole("a red circle", **QUICK)
+    assert not np.array_equal(found.frames, plain) and found.metadata["plan"]["weights"] == "int8"
+    streamed = placed(folder, replace(STREAMED, weights="int8"))
+    assert np.array_equal(streamed("a red circle", **QUICK).frames, found.frames)
+    with pytest.raises(PlanError, match="weights is 'fp8', those of the plan in memory are None; give one"):
+        Pipeline.from_pretrained(folder, device="cpu", weights="fp8", memory=STREAMED)
+
+
+def test_loras_come_and_go_with_the_weights_beside_them(small_checkpoint, tmp_path):
+    folder, file, generator = small_checkpoint("5b"), tmp_path / "x.safetensors", torch.Generator().manual_seed(0)
+    save_file({name: torch.randn(shape, generator=generator) for name, shape in LORA.items()}, file)
+    plain = Pipeline.from_pretrained(folder, device="cpu", loras=[(file, 0.5)])
+    expected = plain("a red circle", **QUICK).frames
+    unload_lora(plain.transformer)
+    without = plain("a red circle", **QUICK).frames
+    assert not np.array_equal(expected, without)
+    pipeline = placed(folder, STREAMED)
+    for _ in range(2):  # loaded into what has run before, and run again
+        load_lora(pipeline.transformer, file, 0.5)
+        assert np.array_equal(pipeline("a red circle", **QUICK).frames, expected)
+        moved = {name for weights in pipeline.placed.streams["transformer"].weights for _, name, _ in weights.owners}
+        assert {"down_x", "up_x"} <= moved
+        unload_lora(pipeline.transformer)
+        assert np.array_equal(pipeline("a red circle", **QUICK).frames, without)
+
+
+def test_a_plan_changes_no_dtype(small_checkpoint, tmp_path):
+    folder = shutil.copytree(small_checkpoint("5b"), tmp_path / "x")
+    file = folder / "vae" / "diffusion_pytorch_model.safetensors"
+    save_file({name: tensor.bfloat16() for name, tensor in load_file(file).items()}, file)
+    for memory in (None, Plan()):
+        pipeline = Pipeline.from_pretrained(folder, device="cpu", memory=memory)
+        dtypes = [next(part.parameters()).dtype for part in (pipeline.transformer, pipeline.vae)]
+        assert dtypes == [torch.float32, torch.bfloat16], memory
+
+
 def test_places_that_there_are_not():
+    with pytest.raises(PlanError, match="weights is 'int4'; valid: None, 'int8', 'fp8'"):
+        Plan(weights="int4")
     with pytest.raises(PlanError, match="transformer of a plan is 'disk'; valid: 'resident', 'visiting', 'streamed'"):
         Plan(transformer="disk")
     with pytest.raises(PlanError, match="vae of a plan is 'streamed'; valid: 'resident', 'visiting'"):

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import T5EncoderModel, T5Tokenizer
 
 from cogvx.models import CheckpointError
+from cogvx.models.linear import WideLinear
 from cogvx.models.text import TextEncoder
 
 PROMPTS = ["a red circle moves left", "", "Spelled, LETTER by letter: more than sixteen pieces"]
@@ -71,6 +72,20 @@ def test_fp16_keeps_the_layers_that_overflow_in_fp32(published):
     kinds = {name: p.dtype for name, p in model.named_parameters()}
     oracle = T5EncoderModel.from_pretrained(published / "text_encoder", dtype=torch.float16)
     assert kinds == {name: p.dtype for name, p in oracle.named_parameters()}
+
+
+def test_those_layers_stay_in_fp16_where_they_are_stored_so(published, tmp_path):
+    """They are computed in fp32 all the same."""
+    shutil.copytree(published, tmp_path / "x")
+    file = tmp_path / "x" / "text_encoder" / "model.safetensors"
+    save_file({name: tensor.half() for name, tensor in load_file(file).items()}, file)
+    encoder = TextEncoder.from_pretrained(tmp_path / "x", dtype=torch.float16)
+    assert {p.dtype for p in encoder.model.parameters()} == {torch.float16}
+    found = encoder.encode(PROMPTS)
+    for module in encoder.model.modules():
+        if isinstance(module, WideLinear):
+            module.float()
+    assert torch.equal(encoder.encode(PROMPTS), found)
 
 
 @pytest.mark.parametrize("part", ["spiece.model", "tokenizer.json"])

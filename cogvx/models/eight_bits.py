@@ -1,0 +1,78 @@
+"""Weights of fully connected layers in 8 bits, int8 or fp8, with a scale for each row.
+
+They take half the memory of 16 bits. A weight is widened where its layer is called, and the product is computed in the
+dtype of the tokens: that runs on every device, saves memory and no time.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cogvx_kernels import linear
+
+from .linear import Linear
+
+FORMS = ("int8", "fp8")
+FP8 = torch.float8_e4m3fn
+LARGEST = {"int8": 127.0, "fp8": torch.finfo(FP8).max}
+BLOCKS = ("transformer_blocks.", "encoder.block.")  # of the transformer, of the T5 encoder
+
+
+class EightBitLinear(nn.Linear):
+    """A fully connected layer [..., D] -> [..., K] whose weight is `weight * scale`, a scale a row.
+
+    form: "int8", whole numbers from -127 to 127; or "fp8", e4m3, as its bytes, so that no cast of a model widens them.
+    """
+
+    def __init__(self, layer: nn.Linear, form: str, device: torch.device | None = None):
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = layer.in_features, layer.out_features
+        self.form, self.for_tokens = form, isinstance(layer, Linear)
+        self.dtype = getattr(layer, "computed_in", layer.weight.dtype)
+        weight, scale = in_eight_bits(layer.weight.detach().to(device), form)
+        self.weight = nn.Parameter(weight.to(layer.weight.device), requires_grad=False)
+        self.register_parameter("bias", layer.bias)
+        self.register_buffer("scale", scale.to(layer.weight.device))
+
+    def forward(self, x: Tensor, gelu: bool = False) -> Tensor:
+        dtype = torch.promote_types(x.dtype, self.dtype)
+        bias = None if self.bias is None else self.bias.to(dtype)
+        weight = widened_weight(self, dtype)
+        if self.for_tokens:
+            return linear(x.to(dtype), weight, bias, gelu)
+        return F.linear(x.to(dtype), weight, bias)
+
+
+def in_eight_bits(weight: Tensor, form: str) -> tuple[Tensor, Tensor]:  # [K, D] -> [K, D] of int8, [K, 1]
+    """The nearest numbers of 8 bits, and scales in the weight's own dtype that take the largest of a row to LARGEST."""
+    most = LARGEST[form]
+    scale = (weight.abs().amax(1, keepdim=True).float() / most).to(weight.dtype)
+    scale = scale.clamp(min=torch.finfo(weight.dtype).tiny)
+    # By the scale as it is kept, so that its own rounding costs nothing.
+    scaled = (weight.float() / scale.float()).clamp(-most, most)
+    return scaled.round().to(torch.int8) if form == "int8" else scaled.to(FP8).view(torch.int8), scale
+
+
+def widened_weight(layer: EightBitLinear, dtype: torch.dtype) -> Tensor:  # [K, D]
+    """The weight that a layer computes with."""
+    numbers = layer.weight if layer.form == "int8" else layer.weight.view(FP8)
+    return numbers.to(dtype).mul_(layer.scale.to(dtype))
+
+
+def to_eight_bits(model: nn.Module, form: str, device: torch.device | None = None) -> None:
+    """Keep the weights of the fully connected layers in a model's blocks in 8 bits, each rounded on the device.
+
+    Raises ValueError for a form that there is not.
+    """
+    if form not in FORMS:
+        raise ValueError(f"weights is {form!r}; valid: {', '.join(map(repr, FORMS))}")
+    for name, module in list(model.named_modules()):
+        if name.startswith(BLOCKS) and isinstance(module, nn.Linear) and not isinstance(module, EightBitLinear):
+            model.set_submodule(name, EightBitLinear(module, form, device).train(module.training))
+
+
+def refuse_to_save(model: nn.Module) -> None:
+    """Raises ValueError for a model with weights in 8 bits."""
+    forms = {module.form for module in model.modules() if hasattr(module, "form")}
+    if forms:
+        raise ValueError(f"weights are in {', '.join(forms)}, which no checkpoint holds; load them as stored to save")

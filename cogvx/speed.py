@@ -1,0 +1,72 @@
+"""What may be given up for time: each policy changes the video, so that none is on unless it is asked for."""
+
+import math
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Self
+
+from cogvx_kernels import int8_joint_attention
+
+from .models.transformer import ExpertTransformer
+from .settings import Settings, SettingsError
+
+ATTENTIONS = ("int8",)
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Policies for time, as it stands none. `benchmarks/policies.py` measures what each gains and costs.
+
+    step_cache: how far what the blocks read may drift, relative to its size, before they are computed again; until
+        then a step takes what they added in the last one. None computes every step.
+    attention: "int8" computes attention's scores from queries and keys in 8 bits.
+    compiled: the blocks pass through torch.compile; the first step of each size of video then takes long.
+
+    Raises SettingsError for what is none.
+    """
+
+    step_cache: float | None = None
+    attention: str | None = None
+    compiled: bool = False
+
+    def __post_init__(self) -> None:
+        drift = self.step_cache
+        number = isinstance(drift, int | float) and not isinstance(drift, bool)
+        if drift is not None and not (number and math.isfinite(drift) and drift > 0):
+            raise SettingsError(f"step_cache is {repr(drift)[:60]}; it must be a number above 0, or None")
+        if self.attention is not None and self.attention not in ATTENTIONS:
+            valid = ", ".join(map(repr, ATTENTIONS))
+            raise SettingsError(f"attention is {repr(self.attention)[:60]}; valid: None, {valid}")
+        if not isinstance(self.compiled, bool):
+            raise SettingsError(f"compiled is {repr(self.compiled)[:60]}; it must be True or False")
+
+    def prepare(self, transformer: ExpertTransformer, placed: Any = None) -> None:
+        """Have a transformer compute so. placed: where a plan has its weights, a `cogvx.memory.placed.Placed`.
+
+        Raises SettingsError where it moves them and blocks are to be compiled.
+        """
+        if self.compiled and placed is not None and placed.plan.transformer != "resident":
+            raise SettingsError("compiled is True, and memory has a plan that moves the transformer; leave one out")
+        for block in transformer.transformer_blocks:
+            if self.attention is not None:
+                block.attn1.attention = int8_joint_attention
+            if self.compiled:
+                block.compile()
+
+    def check(self, settings: Settings, batch_size: int) -> None:
+        """Raises SettingsError for a call that these policies cannot serve."""
+        if self.step_cache is not None and batch_size > 1:
+            raise SettingsError(f"batch_size is {batch_size}; with step_cache it must be 1, each clip skips by itself")
+        if self.step_cache is not None and settings.longer == "windows":
+            raise SettingsError("longer is 'windows', each of which would need a cache; leave step_cache out")
+
+    def recorded(self) -> dict[str, dict]:
+        """What a video carries of it."""
+        return {} if self == Speed() else {"speed": asdict(self)}
+
+    @classmethod
+    def read(cls, record: object) -> Self:
+        """From what a file says. Raises SettingsError for what is none."""
+        names = {f.name for f in fields(cls)}
+        if not isinstance(record, dict) or not set(record) <= names:
+            raise SettingsError(f"speed is {str(record)[:60]!r}; it must be a table of {', '.join(sorted(names))}")
+        return cls(**record)
