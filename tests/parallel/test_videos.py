@@ -16,7 +16,7 @@ LIMITS = {"latents": 1e-5, "frames": 1e-5, "careful": 2e-3, "wide": 2e-3}  # the
 
 def run(*words: object) -> subprocess.CompletedProcess:
     command = [sys.executable, str(HERE / "worlds.py"), *map(str, words)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
 
 
 @pytest.mark.slow
