@@ -35,15 +35,16 @@ def rows(model: str) -> Iterator[str]:
     """The plans of a model's own size of video, 50 steps, guided; weights in int8 only where no others fit."""
     job, known = job_of(model), {}
 
-    def among(form: str | None, budget: int) -> Choice:
+    def among(form: str | None, budget: int) -> Choice | None:
         known.setdefault(form, []) or known[form].extend(choices(Pipeline, replace(job, weights=form)))
-        return fitting(known[form], budget * GB)
+        try:
+            return fitting(known[form], budget * GB)
+        except PlanError:
+            return None
 
     for budget in BUDGETS:
-        try:
-            yield row(model, budget, among(None, budget))
-        except PlanError:
-            yield row(model, budget, among("int8", budget))
+        choice = among(None, budget) or among("int8", budget)
+        yield row(model, budget, choice) if choice else f"| {model} | {budget} GB | no plan keeps it | | | |"
     yield from (least(model, form, known[form]) for form in known)
 
 

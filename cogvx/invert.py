@@ -62,6 +62,8 @@ def invert(
     settings, inputs = planned(settings, Inputs.read(image, last_image, video), pipeline.configs, pipeline.numerics)
     if isinstance(refinements, bool) or not isinstance(refinements, int) or refinements < 0:
         raise SettingsError(f"refinements is {refinements!r}; it must be a whole number from 0")
+    if pipeline.speed.step_cache is not None:
+        raise SettingsError("step_cache is set; inversion computes every step, load a pipeline without it")
     steps = chained_steps(pipeline, num_inference_steps)
     text = pipeline.encode_text([settings], {"prompt_embeds": None if prompt else pipeline.encode_prompts([""])})
     with pipeline.at_work("vae"):

@@ -64,7 +64,7 @@ class Loading:
         device: unset, a GPU where there is one.
         memory: what the device may hold, as in 8GB, or auto, what is free there; unset, all it takes. See cogvx plan.
         weights: those of the text encoder's and the transformer's blocks in 8 bits, for half the memory; unset, as
-            stored.
+            stored, and in int8 where nothing else keeps to memory.
     """
 
     model: str = "tiny"

@@ -47,8 +47,8 @@ def main(
         width: in pixels.
         longer: allows more frames than trained, which the model sees in overlapping windows, or all at once with its
             positions in time stretched as in RIFLEx.
-        parallel: how the processes that torchrun starts share the video: how many of them guidance, heads, tokens and
-            frames, as in guidance=2,heads=2; auto, as unset, finds out.
+        parallel: how the processes that torchrun starts share the video: how many of them guidance, heads, tokens,
+            frames and rows, as in guidance=2,heads=2; unset under torchrun, or auto, finds out.
         progress: show a progress bar.
     """
     from ..inputs import Inputs, planned

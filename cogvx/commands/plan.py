@@ -64,12 +64,15 @@ def main(
 
     from ..memory.choose import GB, amount, choices, choose, read_budget
     from ..memory.load import without_values
+    from ..memory.plan import PlanError
     from ..models.lora import read_lora
 
     check_sharing(memory, gpus, tflops, link)
     budget = None if memory is None else read_budget(memory)
     job = read_job(model, num_frames, height, width, num_inference_steps, guidance_scale, numerics, dtype)
     if what:
+        if given := [name for name, value in (("weights", weights), ("lora", lora), ("gpus", gpus)) if value]:
+            raise PlanError(f"{', '.join(given)} with {' '.join(what)!r}: training takes none of it; leave it out")
         plan_run(what, model, job, budget)
         return
     job = replace(job, weights=weights, loras=tuple(without_values(read_lora(file)) for file in lora))
@@ -103,7 +106,10 @@ def plan_run(words: tuple[str, ...], model: str, job: "Job", budget: int | None)
     _, kind, *rest = words
     file = Path(rest.pop(0)) if rest and "=" not in rest[0] else None
     # Neither is looked at: clips of what size, is said by flags.
-    run = read_options(Finetuning, file, ["data=-", "out=-", *rest, f"kind={kind}", f"model={model}"])
+    run = read_options(Finetuning, file, ["data=-", "out=-", f"model={model}", *rest, f"kind={kind}"])
+    if run.model != model or job.configs.takes_image:
+        what = "takes an image; text to video alone is trained" if run.model == model else f"is not {model!r}"
+        raise PlanError(f"model is {run.model!r} and {what}; --model says which one is planned for, as 2b or 5b")
     size = Size(job.settings.num_frames, job.settings.height, job.settings.width)
     asked = run, job.configs, job.text, size
     plan = plan_training(*asked) if budget is None else fitting(*asked, budget)
@@ -149,7 +155,7 @@ def show_sharing(job: "Job", gpus: int, flops: float, link: float) -> None:
     from ..parallel.ways import Limits, Ways, choose_ways, possible
 
     limits = Limits.of(job.configs, job.settings, job.numerics)
-    work = Work(job.configs, job.settings, job.dtype, job.dtype, job.numerics)
+    work = Work(job.configs, job.settings, job.dtype, job.vae_dtype or job.dtype, job.numerics)
     chosen, alone = choose_ways("auto", gpus, limits), slowest(work, Ways(), flops, link).seconds(flops, link)
     print(f"by a model, nothing measured: {flops / 1e12:g} TFLOP/s, {link / 1e9:g} GB/s, no byte hidden behind work")
     print(" guidance  heads tokens frames     PFLOP   GB sent   seconds  faster")

@@ -18,6 +18,7 @@ from ..numerics import Numerics
 from ..parts import check_folder, dtype_on, load_part
 from ..settings import Configs, Settings, SettingsError
 from .choose import plan_for
+from .placed import round_weights
 from .plan import Plan, check_weights
 from .predict import Job
 
@@ -80,6 +81,8 @@ def load_planned(
         )  # fmt: skip
         plan, planned_for = plan_for(make, memory, job, device)
     parts = files.load(dtypes, length, place)
+    if plan is not None:
+        round_weights(plan, {"transformer": parts[0]}, device)  # before LoRAs come beside them
     for file, weight in files.loras:
         try:
             load_lora(parts[0], file, weight)

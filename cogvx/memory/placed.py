@@ -28,9 +28,7 @@ class Placed:
     def __init__(self, plan: Plan, parts: dict[str, nn.Module], device: torch.device):
         self.plan, self.device, self.parts = plan, device, parts
         self.hooks: list[RemovableHandle] = []
-        for name in BLOCKED if plan.weights else ():
-            with nullcontext() if getattr(plan, name) == "resident" else host_memory():
-                to_eight_bits(parts[name], plan.weights, device)
+        round_weights(plan, parts, device)
         self.place()
         vae = parts["vae"]
         vae.tiling, vae.halos_on_host = plan.tiling, plan.halos_on_host
@@ -60,8 +58,9 @@ class Placed:
             if blocks:
                 self.streams[name] = Stream([Waiting(block, device) for block in blocks], blocks, device, self.hooks)
 
-    def loaded_loras(self) -> tuple[str, ...]:
-        return tuple(getattr(self.parts["transformer"], "loras", ()))
+    def loaded_loras(self) -> list[tuple]:
+        """The layers of each; another LoRA of the same name has others."""
+        return [lora.layers for lora in getattr(self.parts["transformer"], "loras", {}).values()]
 
     @contextmanager
     def at_work(self, name: str) -> Iterator[None]:
@@ -70,8 +69,10 @@ class Placed:
         "modulation" is the part of the transformer that works before the first step. LoRAs that came or went since
         the last time are taken along.
         """
-        if name == "transformer" and self.loras != self.loaded_loras():
-            self.place()
+        if name == "transformer":
+            loaded = self.loaded_loras()
+            if len(loaded) != len(self.loras) or any(a is not b for a, b in zip(loaded, self.loras, strict=True)):
+                self.place()
         waiting = self.modulation if name == "modulation" else [self.whole[name]] if name in self.whole else []
         try:
             for weights in waiting:
@@ -95,6 +96,13 @@ class Placed:
             moved[name] += round(steps * streamed) if name == "transformer" else streamed
         moved["transformer"] = moved.get("transformer", 0) + sum(weights.moved for weights in self.modulation)
         return moved
+
+
+def round_weights(plan: Plan, parts: dict[str, nn.Module], device: torch.device) -> None:
+    """Keep the weights of the given parts as a plan has them, in memory that they wait in."""
+    for name in parts.keys() & set(BLOCKED) if plan.weights else ():
+        with nullcontext() if getattr(plan, name) == "resident" else host_memory():
+            to_eight_bits(parts[name], plan.weights, device)
 
 
 class Waiting:

@@ -148,7 +148,7 @@ def predict(make: Callable[..., Any], job: Job, plan: Plan, few: int = 2, decode
 
 def _weights(job: Job, plan: Plan, num_blocks: tuple[int, int]) -> dict[str, int]:
     """Bytes of each part's weights, with so many blocks."""
-    parts = dict(zip((*BLOCKED, "vae"), _hollow(_with_blocks(job, num_blocks)), strict=True))
+    parts = dict(zip((*BLOCKED, "vae"), _hollow(_with_blocks(job, num_blocks), plan.weights), strict=True))
     for name in BLOCKED if plan.weights else ():
         to_eight_bits(parts[name], plan.weights)
     return {name: _nbytes(part, _job_of(name, job)) for name, part in parts.items()}
@@ -186,7 +186,7 @@ def _counted(
     configs = job.configs
     steps = sampling_steps(configs.schedule, settings.num_inference_steps, how.rounding, how.moves, how.zero_snr)
     stages: dict[str, Stage] = {}
-    hollow_parts = _hollow(job)
+    hollow_parts = _hollow(job, plan.weights)
     with FakeTensorMode(allow_non_fake_inputs=True), LiveBytes(job.target) as live, torch.inference_mode():
         pipeline = _fake_pipeline(make, job, plan, *hollow_parts)
 
@@ -207,12 +207,14 @@ def _counted(
     return stages, moved
 
 
-def _hollow(job: Job) -> tuple[nn.Module, nn.Module, nn.Module]:
+def _hollow(job: Job, weights: str | None) -> tuple[nn.Module, nn.Module, nn.Module]:
     with torch.device("meta"):
         text = T5EncoderModel(job.text).eval()
         with_wide_layers(text)
     transformer = hollow(ExpertTransformer, job.configs.transformer)
     layers = {name for name, _ in transformer.named_modules()}
+    if weights is not None and job.loras:
+        to_eight_bits(transformer.to(job.dtype), weights)  # before LoRAs come beside them
     for i, lora in enumerate(job.loras):
         for layer in layers & lora.keys():  # of the blocks that are there
             adapt(transformer, layer).add(f"lora_{i}", lora[layer], 1.0)

@@ -62,12 +62,16 @@ def widened_weight(layer: EightBitLinear, dtype: torch.dtype) -> Tensor:  # [K, 
 def to_eight_bits(model: nn.Module, form: str, device: torch.device | None = None) -> None:
     """Keep the weights of the fully connected layers in a model's blocks in 8 bits, each rounded on the device.
 
-    Raises ValueError for a form that there is not.
+    LoRAs stay beside layers whose weights are in 8 bits already; they are loaded after this, not before.
+
+    Raises ValueError for a form that there is not, and for layers with LoRAs beside weights that are not in 8 bits.
     """
     if form not in FORMS:
         raise ValueError(f"weights is {form!r}; valid: {', '.join(map(repr, FORMS))}")
     for name, module in list(model.named_modules()):
-        if name.startswith(BLOCKS) and isinstance(module, nn.Linear) and not isinstance(module, EightBitLinear):
+        if name.startswith(BLOCKS) and isinstance(module, nn.Linear) and not hasattr(module, "form"):
+            if hasattr(module, "original"):
+                raise ValueError(f"a LoRA is loaded beside {name}; load it after the weights are in 8 bits")
             model.set_submodule(name, EightBitLinear(module, form, device).train(module.training))
 
 

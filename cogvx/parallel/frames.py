@@ -31,7 +31,8 @@ class DealtChunks:
 
     def __init__(self, link: Link, wrap: Link, num: int):
         self.link, self.wrap, self.num = link, wrap, num
-        self.on_their_way: list[tuple[dist.Work, Tensor]] = []  # to the first process, which fetches them next round
+        self.held: list[Tensor] = []  # halos for the first process, which fetches them next round
+        self.on_their_way: list[tuple[dist.Work, Tensor]] = []
 
     def __call__(
         self, half: Encoder | Decoder, chunks: Iterable[Tensor], num_chunks: int, first_alone: bool = True
@@ -40,8 +41,9 @@ class DealtChunks:
         if num_chunks == 1:
             yield from in_chunks(half, chunks, num_chunks, False, first_alone)
             return
-        given, kept, done = iter(chunks), [], 0
+        given, kept, done, self.held = iter(chunks), [], 0, []
         while turn := list(islice(given, self.num)):
+            self._hand_on()
             kept += turn if turn[0].dtype == torch.float16 else []
             made = self.computed(half, turn, done, num_chunks, first_alone)
             if overflowed(*made):
@@ -62,7 +64,7 @@ class DealtChunks:
             halos.first_alone = first_alone and done + rank == 0
             made = half(turn[rank], halos)
             self._arrive()
-            self.on_their_way = halos.wrapped
+            self.held = halos.wrapped
             self.link.end([work for work, _ in halos.sent])
         results = []
         for i, chunk in enumerate(turn):
@@ -70,6 +72,11 @@ class DealtChunks:
             y = made if i == rank else torch.empty(shape, dtype=chunk.dtype, device=chunk.device)
             results.append(self.link.shared("frames", y, i))
         return results
+
+    def _hand_on(self) -> None:
+        """Send the halos of the round before; only now, since a round that overflowed or was given up has no next."""
+        self.on_their_way = [(self.wrap.send("halos", frames, 0), frames) for frames in self.held]
+        self.held = []
 
     def _arrive(self) -> None:
         self.wrap.end([work for work, _ in self.on_their_way])
@@ -85,7 +92,7 @@ class PassedHalos(Halos):
         self.layers = {layer.module: layer for layer in layers_of(half, chunk.shape, True)}
         self.is_first, self.is_last = number == 0, number == num_chunks - 1
         self.sent: list[tuple[dist.Work, Tensor]] = []
-        self.wrapped: list[tuple[dist.Work, Tensor]] = []
+        self.wrapped: list[Tensor] = []
 
     def take(self, conv: CausalConv3d, device: torch.device) -> Tensor | None:
         if self.is_first:
@@ -98,11 +105,12 @@ class PassedHalos(Halos):
     def keep(self, conv: CausalConv3d, frames: Tensor) -> None:
         if self.is_last:
             return
-        link, target, sent = self.dealt.link, self.dealt.link.rank + 1, self.sent
-        if target == self.dealt.num:
-            link, target, sent = self.dealt.wrap, 0, self.wrapped
+        link, target = self.dealt.link, self.dealt.link.rank + 1
         frames = frames.permute(0, 2, 3, 4, 1).clone(memory_format=torch.contiguous_format)
-        sent.append((link.send("halos", frames, target), frames))
+        if target == self.dealt.num:
+            self.wrapped.append(frames)
+        else:
+            self.sent.append((link.send("halos", frames, target), frames))
 
 
 def halo_shape(layer: Layer) -> tuple[int, ...]:  # B, 2, H, W, C

@@ -86,7 +86,21 @@ class Processes(Alone):
 
         Raises ParallelError for ways that do not fit them, SettingsError for settings that are not complete.
         """
+        if pipeline.processes is not ALONE:
+            raise ParallelError("the pipeline is shared already; load another one for other ways")
         self.check_speed(pipeline.speed)
+        plan = None if pipeline.placed is None else pipeline.placed.plan.as_dict()
+        loras = [(lora.sha256, lora.weight) for lora in pipeline.transformer.loras.values()]
+        dtypes = pipeline.dtype, next(pipeline.vae.parameters()).dtype
+        own = {
+            "memory's plans": plan,
+            "LoRAs": loras,
+            "dtypes": dtypes,
+            "numerics": pipeline.numerics,
+            "ways": str(asked),
+        }
+        if differing := self.differing(own):
+            raise ParallelError(f"{differing} differ between the processes; give memory as an amount, and all alike")
         tiled = pipeline.vae.tiling is not None
         limits = Limits.of(pipeline.configs, settings, pipeline.numerics, tiled)
         ways = self.ways_for(str(asked), limits)
@@ -104,15 +118,18 @@ class Processes(Alone):
         self.ways, self.limits_of = ways, partial(Limits.of, pipeline.configs, numerics=pipeline.numerics, tiled=tiled)
         pipeline.processes = self
 
+    def differing(self, own: dict[str, Any]) -> str:
+        """The names of what is not the same in every process."""
+        digests = [list(hashlib.sha256(repr(value).encode()).digest()[:8]) for value in own.values()]
+        mine = torch.tensor([digests], dtype=torch.uint8, device=self.device)
+        all_equal = (self.talk.gathered("digests", mine, [1] * self.size, dim=0) == mine).all(dim=2).all(dim=0)
+        return ", ".join(name for name, equal in zip(own, all_equal.tolist(), strict=True) if not equal)
+
     def agree(self, batch: list[Settings], inputs: Inputs) -> None:
         """Raises ParallelError where the processes are asked for different videos, or for one they cannot share."""
         asked = {name: [getattr(s, name) for s in batch] for name in batch[0].as_dict()} | {"inputs": inputs.hashes}
-        digests = [list(hashlib.sha256(repr(value).encode()).digest()[:8]) for value in asked.values()]
-        own = torch.tensor([digests], dtype=torch.uint8, device=self.device)
-        all_equal = (self.talk.gathered("digests", own, [1] * self.size, dim=0) == own).all(dim=2).all(dim=0)
-        differing = [name for name, equal in zip(asked, all_equal.tolist(), strict=True) if not equal]
-        if differing:
-            what = f"{', '.join(differing)} differ between the processes"
+        if differing := self.differing(asked):
+            what = f"{differing} differ between the processes"
             raise ParallelError(f"{what}; every one must be asked for the same video, with the same seed")
         choose_ways(str(self.ways), self.size, self.limits_of(batch[0]))
 

@@ -107,6 +107,7 @@ def accumulate(
 ) -> float:
     """The mean loss of a step's samples; the gradient of those of this process is left in the model."""
     device, total = model.proj_out.weight.device, 0.0
+    scaler.scale(torch.zeros((), device=device))  # a process without a sequence needs the scale as well
     low = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(run.precision)
     for part in ranks.share(sequences(run, model.config, drawn)):
         samples = [each.sample._replace(latents=each.sample.latents.to(device), text=each.sample.text.to(device))

@@ -22,8 +22,8 @@ from ..models.checkpoint import TINY
 from ..models.transformer import ExpertTransformer
 from ..models.vae import CausalVAE
 from . import transformer as training
-from .options import TrainingError
-from .scaling import Rung, predicted
+from .options import TrainingError, to_toml
+from .scaling import NUM_RUNGS, Rung, predicted
 
 _HEAD = 16  # channels of an attention head
 _AT_ONCE = 64  # clips that are measured together
@@ -36,7 +36,7 @@ class Ladder:
     out: Path
     latents: Path | None = None  # encoded clips and their prompts; None is `out`/latents, made of Shapes World
     num_clips: int = 1856  # of Shapes World, where they are made
-    held_out: int = 256  # the last ones, on which nothing is trained
+    held_out: int = 256  # the last ones, which no rung is trained on; the text encoder was, with their like
     text_encoder: Path = TINY  # a published folder
     widths: tuple[int, ...] = (32, 48, 64, 96, 128)
     layers: tuple[int, ...] = (2, 2, 3, 3, 4)  # of each width
@@ -55,6 +55,9 @@ class Ladder:
         for name in ("layers", "steps"):
             if min(getattr(self, name), default=0) < 1:
                 raise TrainingError(f"{name} is {list(getattr(self, name))}; every one must be at least 1")
+        if len(self.widths) * len(self.steps) <= NUM_RUNGS:
+            made = f"{len(self.widths)} widths and {len(self.steps)} steps make too few rungs"
+            raise TrainingError(f"{made}; a law takes {NUM_RUNGS} besides the largest")
         for name in ("batch", "draws", "held_out"):
             if getattr(self, name) < 1:
                 raise TrainingError(f"{name} is {getattr(self, name)}; it must be at least 1")
@@ -71,6 +74,7 @@ class Ladder:
 
 def climb(run: Ladder) -> dict:
     """Train all rungs; what was predicted of the largest before it was trained, and the rungs, also in `out`."""
+    check_is_the_same(run)
     latents = run.latents or run.out / "latents"
     if run.latents is None:
         encode_shapes(CausalVAE.from_pretrained(TINY, dtype=torch.float32), latents, run.num_clips, run.seed)
@@ -78,6 +82,8 @@ def climb(run: Ladder) -> dict:
     found = [climbed(run, latents, *rung) for rung in others]
     prediction = run.out / "prediction.json"
     if not prediction.exists():
+        if folder_of(run, config, steps).exists():
+            raise TrainingError(f"{folder_of(run, config, steps)} was trained before its loss was predicted; remove it")
         weights, tokens = weights_of(config), steps * run.batch * tokens_of(config)
         loss, between = predicted(found, weights, tokens)
         write_json(prediction, {"weights": weights, "tokens": tokens, "loss": loss, "interval": between})
@@ -87,9 +93,24 @@ def climb(run: Ladder) -> dict:
     return result
 
 
+def check_is_the_same(run: Ladder) -> None:
+    """Raises TrainingError where `out` holds a ladder of other options."""
+    file, text = run.out / "ladder.toml", to_toml(run)
+    if file.exists() and file.read_text() != text:
+        raise TrainingError(
+            f"out is {str(run.out)!r}, which holds a ladder of other options (ladder.toml); name another"
+        )
+    run.out.mkdir(parents=True, exist_ok=True)
+    write_text(file, text)
+
+
+def folder_of(run: Ladder, config: TransformerConfig, steps: int) -> Path:
+    return run.out / f"{config.width}x{config.num_layers}-{steps}"
+
+
 def climbed(run: Ladder, latents: Path, config: TransformerConfig, steps: int) -> Rung:
     """One rung, trained unless its result is there already."""
-    out = run.out / f"{config.width}x{config.num_layers}-{steps}"
+    out = folder_of(run, config, steps)
     result = out / "result.json"
     if not result.exists():
         settings = training.TransformerTraining(
@@ -142,7 +163,10 @@ def flops_of(config: TransformerConfig, samples: int) -> float:
 
 
 def write_json(path: Path, content: dict) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(content, indent=1) + "\n")
+    write_text(path, json.dumps(content, indent=1) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text)
     os.replace(partial, path)

@@ -7,6 +7,7 @@ What a step consists of does not depend on how many there are, so a run goes on 
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
@@ -64,6 +65,7 @@ class Ranks:
 
 
 ALONE = Ranks()
+TO_ENCODE = timedelta(days=2)  # others wait for the first process, which encodes all clips and captions
 
 
 @contextmanager
@@ -74,7 +76,7 @@ def joined(device: str) -> Iterator[Ranks]:
         return
     if device == "cuda":
         torch.cuda.set_device(dist.get_node_local_rank())
-    dist.init_process_group("nccl" if device == "cuda" else "gloo")
+    dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=TO_ENCODE)
     try:
         yield Ranks(dist.group.WORLD)
     finally:

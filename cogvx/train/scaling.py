@@ -15,7 +15,7 @@ from scipy.optimize import least_squares
 from .options import TrainingError
 
 _HUBER = 1e-2  # of the logarithm of the loss: a rung further off than a hundredth counts less than its square
-_LEAST_RUNGS = 6  # one more than the law has numbers
+NUM_RUNGS = 6  # one more than the law has numbers
 SHARE = 0.95  # of the intervals
 
 
@@ -51,8 +51,8 @@ def fit(rungs: Sequence[Rung]) -> Law:
 
     Raises TrainingError for too few rungs, or losses that are not finite and above 0.
     """
-    if len(rungs) < _LEAST_RUNGS:
-        raise TrainingError(f"{len(rungs)} rungs are given; the law takes at least {_LEAST_RUNGS}")
+    if len(rungs) < NUM_RUNGS:
+        raise TrainingError(f"{len(rungs)} rungs are given; the law takes at least {NUM_RUNGS}")
     losses = np.array([rung.loss for rung in rungs])
     if not (np.isfinite(losses) & (losses > 0)).all():
         raise TrainingError(f"losses are {losses.tolist()}; every one must be finite and above 0")

@@ -173,7 +173,7 @@ def _visit_keys_for_statistics(
 
 @triton.jit
 def _visit_keys_for_gradient(
-    queries, grads, peak, share, delta, grad, q, k, v, grad_n, q_n, k_n, v_n, row, first, end, scale, sums,
+    queries, grads, peak, share, delta, of_lse, grad, q, k, v, grad_n, q_n, k_n, v_n, row, first, end, scale, sums,
     QUERIES: tl.constexpr, KEYS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
     WHOLE: tl.constexpr,
 ):  # fmt: skip
@@ -185,7 +185,10 @@ def _visit_keys_for_gradient(
     if not WHOLE:
         weights = tl.where((tl.arange(0, KEYS) < end - first)[None, :], weights, 0.0)
     of_weights = _products(grads, values, grad, grad_n, row, v, v_n, first, end, QUERIES, KEYS, WIDTH, BLOCK, CHUNK)
-    of_scores = weights * (of_weights - delta[:, None]) * scale
+    of_scores = of_weights - delta[:, None]
+    if of_lse is not None:
+        of_scores += of_lse[:, None]
+    of_scores = weights * of_scores * scale
     return _multiply(of_scores.to(keys.dtype), keys, sums)
 
 
@@ -200,7 +203,7 @@ def queries_backward_kernel(
     A first pass over the keys finds the peak of the scores, the share of a weight of 1 in the sum of weights and
     delta = sum(p * grad v^T), which the keys need too. delta is sum(grad * y) as well, but rounded otherwise: where one
     key takes all the weight, the difference must be nothing, not noise. What lse passes on is p times its gradient,
-    which is taken from delta.
+    which is added to that difference: taken from a large delta it would be lost.
     """
     b, a, row, start, end = _place(tiles, num_tiles, num_heads, num_tokens, QUERIES)
     q += b * q_b + a * q_a
@@ -226,15 +229,17 @@ def queries_backward_kernel(
     delta *= share
     if grad_lse is not None:
         grad_lse += (b * num_heads + a) * num_tokens + row
-        delta -= tl.load(grad_lse + tl.arange(0, QUERIES), mask=tl.arange(0, QUERIES) < end - row, other=0.0)
+        of_lse = tl.load(grad_lse + tl.arange(0, QUERIES), mask=tl.arange(0, QUERIES) < end - row, other=0.0)
+    else:
+        of_lse = None
     sums = tl.zeros([QUERIES, BLOCK], tl.float32)
     for first in range(start, last, KEYS):
         sums = _visit_keys_for_gradient(
-            queries, grads, peak, share, delta, grad, q, k, v, grad_n, q_n, k_n, v_n, row, first, end, scale,
+            queries, grads, peak, share, delta, of_lse, grad, q, k, v, grad_n, q_n, k_n, v_n, row, first, end, scale,
             sums, QUERIES, KEYS, WIDTH, BLOCK, CHUNK, True,
         )  # fmt: skip
     sums = _visit_keys_for_gradient(
-        queries, grads, peak, share, delta, grad, q, k, v, grad_n, q_n, k_n, v_n, row, last, end, scale, sums,
+        queries, grads, peak, share, delta, of_lse, grad, q, k, v, grad_n, q_n, k_n, v_n, row, last, end, scale, sums,
         QUERIES, KEYS, WIDTH, BLOCK, CHUNK, False,
     )  # fmt: skip
     head = (b * num_heads + a) * num_tokens
@@ -248,7 +253,7 @@ def queries_backward_kernel(
 
 @triton.jit
 def _visit_queries(
-    keys, values, grad, q, k, v, peaks, shares, deltas, grad_n, q_n, k_n, v_n, row, first, end, scale,
+    keys, values, grad, q, k, v, peaks, shares, deltas, grad_lse, grad_n, q_n, k_n, v_n, row, first, end, scale,
     sums_k, sums_v, QUERIES: tl.constexpr, KEYS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
     CHUNK: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
@@ -266,13 +271,16 @@ def _visit_queries(
     of_weights = _products(
         values, grads, v, v_n, row, grad, grad_n, first, end, KEYS, QUERIES, WIDTH, BLOCK, CHUNK, True
     )
-    of_scores = weights * (of_weights - delta[None, :]) * scale
+    of_scores = of_weights - delta[None, :]
+    if grad_lse is not None:
+        of_scores += tl.load(grad_lse + rows, mask=rows < end, other=0.0)[None, :]
+    of_scores = weights * of_scores * scale
     return _multiply(of_scores.to(queries.dtype), queries, sums_k), sums_v
 
 
 @triton.jit
 def keys_backward_kernel(
-    grad, q, k, v, grad_k, grad_v, peaks, shares, deltas, tiles, num_tiles, num_heads, num_tokens, scale,
+    grad, q, k, v, grad_k, grad_v, peaks, shares, deltas, grad_lse, tiles, num_tiles, num_heads, num_tokens, scale,
     grad_b, grad_n, q_b, q_a, q_n, k_b, k_a, k_n, v_b, v_a, v_n,
     QUERIES: tl.constexpr, KEYS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
@@ -285,6 +293,8 @@ def keys_backward_kernel(
     peaks += (b * num_heads + a) * num_tokens
     shares += (b * num_heads + a) * num_tokens
     deltas += (b * num_heads + a) * num_tokens
+    if grad_lse is not None:
+        grad_lse += (b * num_heads + a) * num_tokens
     keys = _load(k, row, end, k_n, KEYS, WIDTH, BLOCK, False)
     values = _load(v, row, end, v_n, KEYS, WIDTH, BLOCK, False)
     sums_k = tl.zeros([KEYS, BLOCK], tl.float32)
@@ -292,11 +302,11 @@ def keys_backward_kernel(
     last = start + (end - start - 1) // QUERIES * QUERIES
     for query in range(start, last, QUERIES):
         sums_k, sums_v = _visit_queries(
-            keys, values, grad, q, k, v, peaks, shares, deltas, grad_n, q_n, k_n, v_n, row, query, end, scale,
+            keys, values, grad, q, k, v, peaks, shares, deltas, grad_lse, grad_n, q_n, k_n, v_n, row, query, end, scale,
             sums_k, sums_v, QUERIES, KEYS, WIDTH, BLOCK, CHUNK, True,
         )  # fmt: skip
     sums_k, sums_v = _visit_queries(
-        keys, values, grad, q, k, v, peaks, shares, deltas, grad_n, q_n, k_n, v_n, row, last, end, scale,
+        keys, values, grad, q, k, v, peaks, shares, deltas, grad_lse, grad_n, q_n, k_n, v_n, row, last, end, scale,
         sums_k, sums_v, QUERIES, KEYS, WIDTH, BLOCK, CHUNK, False,
     )  # fmt: skip
     head = (b * num_heads + a) * num_tokens * WIDTH
@@ -342,7 +352,7 @@ def backward(
         statistics = [torch.empty(q.shape[:3], dtype=torch.float32, device=q.device) for _ in range(3)]
         of_lse = grad_lse.contiguous() if return_lse else None
         _launch("queries_backward", lengths, inputs, [grads[0], *statistics, of_lse])
-        _launch("keys_backward", lengths, inputs, [*grads[1:], *statistics])
+        _launch("keys_backward", lengths, inputs, [*grads[1:], *statistics, of_lse])
     return tuple(grads)
 
 

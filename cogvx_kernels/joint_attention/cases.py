@@ -83,8 +83,6 @@ def kernels(module: ModuleType, capability: int) -> Iterator[tuple]:
     calls = [(*one, False, False) for one in whole] + [("bf16", 64, True, False), ("bf16", 64, False, True)]
     for dtype, width, packed, lse in calls:
         for name, kernel in module.KERNELS.items():
-            if lse and name == "keys_backward":
-                continue  # it knows nothing of lse
             options = module.options(name, torch.float32 if dtype == "fp32" else torch.bfloat16, width, capability)
             constants = {name: options.pop(name) for name in kernel.arg_names if name in options}
             absent = {"tiles": not packed, "lse": not lse, "grad_lse": not lse}

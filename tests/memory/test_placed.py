@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from cogvx import Pipeline
 from cogvx.memory.plan import Plan, PlanError
+from cogvx.models.eight_bits import to_eight_bits
 from cogvx.models.lora import load_lora, unload_lora
 
 VISITING = Plan("visiting", "visiting", "visiting", halos_on_host=True)
@@ -95,6 +96,20 @@ def test_loras_come_and_go_with_the_weights_beside_them(small_checkpoint, tmp_pa
         assert {"down_x", "up_x"} <= moved
         unload_lora(pipeline.transformer)
         assert np.array_equal(pipeline("a red circle", **QUICK).frames, without)
+
+
+def test_a_lora_is_given_together_with_weights_in_8_bits(small_checkpoint, tmp_path):
+    folder, file, generator = small_checkpoint("5b"), tmp_path / "x.safetensors", torch.Generator().manual_seed(0)
+    save_file({name: torch.randn(shape, generator=generator) for name, shape in LORA.items()}, file)
+    after = Pipeline.from_pretrained(folder, device="cpu", weights="int8")
+    without = after("a red circle", **QUICK).frames
+    load_lora(after.transformer, file, 0.5)
+    expected = after("a red circle", **QUICK).frames
+    given = Pipeline.from_pretrained(folder, device="cpu", weights="int8", loras=[(file, 0.5)])
+    assert np.array_equal(given("a red circle", **QUICK).frames, expected) and not np.array_equal(expected, without)
+    plain = Pipeline.from_pretrained(folder, device="cpu", loras=[(file, 0.5)]).transformer
+    with pytest.raises(ValueError, match=r"a LoRA is loaded beside transformer_blocks.*; load it after"):
+        to_eight_bits(plain, "int8")
 
 
 def test_a_plan_changes_no_dtype(small_checkpoint, tmp_path):

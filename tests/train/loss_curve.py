@@ -31,7 +31,15 @@ def machine() -> dict:
         "torch": torch.__version__,
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
+        "vendor": vendor(),
     }
+
+
+def vendor() -> str:
+    """Of the CPU: libraries choose their products by it."""
+    file = Path("/proc/cpuinfo")
+    lines = file.read_text().splitlines() if file.exists() else []
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("vendor_id")), "unknown")
 
 
 def losses() -> list[float]:

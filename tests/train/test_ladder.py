@@ -3,17 +3,19 @@ import json
 import pytest
 import torch
 
-from cogvx.data.latents import encode_shapes
+from cogvx.data.latents import encode_shapes, load_shapes
 from cogvx.models.checkpoint import TINY
 from cogvx.models.transformer import ExpertTransformer
 from cogvx.models.vae import CausalVAE
+from cogvx.train import ladder
 from cogvx.train.ladder import Ladder, climb, flops_of, weights_of
 from cogvx.train.ladder_report import findings, write
 from cogvx.train.options import TrainingError
+from cogvx.train.transformer import TransformerTraining, held_out, prepare
 
 
 def test_the_weights_that_are_counted_are_those_of_the_blocks_products():
-    for config, _ in Ladder(out="out", widths=(32, 48), layers=(1, 2)).rungs():
+    for config, _ in Ladder(out="out", widths=(32, 48), layers=(1, 2), steps=(1, 2, 3, 4)).rungs():
         names = ("attn1.to", "ff.net")
         weights = ExpertTransformer(config).state_dict()
         counted = sum(w.numel() for name, w in weights.items() if any(n in name for n in names) and w.ndim == 2)
@@ -27,13 +29,22 @@ def test_the_rung_with_most_compute_is_the_last():
 
 
 @pytest.mark.slow
-def test_a_small_ladder_is_climbed_and_goes_on_where_it_stopped(tmp_path):
+def test_a_small_ladder_is_climbed_and_goes_on_where_it_stopped(tmp_path, monkeypatch):
     encode_shapes(CausalVAE.from_pretrained(TINY, dtype=torch.float32), tmp_path / "latents", 64, seed=0)
     run = Ladder(
         out=tmp_path / "out", latents=tmp_path / "latents", held_out=8, widths=(16, 32), layers=(1, 1),
         steps=(1, 2, 3, 4), batch=2, draws=1,
     )  # fmt: skip
+    predicted, trained = run.out / "prediction.json", []
+    climbed_before = ladder.climbed
+
+    def climbed(*args):
+        trained.append(predicted.exists())
+        return climbed_before(*args)
+
+    monkeypatch.setattr(ladder, "climbed", climbed)
     result = climb(run)
+    assert trained == [False] * 7 + [True]  # before the last one alone
     losses = [rung["loss"] for rung in result["rungs"]]
     assert len(losses) == 8 and len(set(losses)) == 8 and all(0 < loss < 3 for loss in losses)
     said = json.loads((run.out / "prediction.json").read_text())
@@ -46,10 +57,20 @@ def test_a_small_ladder_is_climbed_and_goes_on_where_it_stopped(tmp_path):
     assert (run.out / "ladder.png").read_bytes()[:4] == b"\x89PNG" and findings(result).loss == said["loss"]
 
 
+def test_held_out_clips_are_not_trained_on(tmp_path):
+    encode_shapes(CausalVAE.from_pretrained(TINY, dtype=torch.float32), tmp_path / "latents", 64, seed=0)
+    run = TransformerTraining(latents=tmp_path / "latents", out=tmp_path, text_encoder=TINY, held_out=24)
+    (_, _, given, prompts), (_, kept, others) = prepare(run), held_out(run)
+    mean, _, every = load_shapes(tmp_path / "latents")
+    assert torch.equal(given.mean, mean[:40]) and torch.equal(kept.mean, mean[40:])
+    assert prompts == every[:40] and others == every[40:]
+
+
 @pytest.mark.parametrize(("change", "message"), [
     ({"layers": (1,)}, r"layers is \[1\]; there must be one for each of 5 widths"),
     ({"widths": (32, 40, 64, 96, 128)}, "widths is .* multiple of 16"),
     ({"steps": (0, 1)}, r"steps is \[0, 1\]; every one must be at least 1"),
+    ({"steps": (1,)}, "5 widths and 1 steps make too few rungs; a law takes 6 besides the largest"),
     ({"batch": 0}, "batch is 0; it must be at least 1"),
 ])  # fmt: skip
 def test_sizes_that_cannot_work_are_named(change, message):
