@@ -51,6 +51,7 @@ SMALL = [
     partial(make, 1, 35, 18, 2, 64),
     partial(make, 2, 21, 3, 2, 64, narrow=True),
     partial(make, 1, 5, 1, 3, 6, narrow=True),
+    partial(make, 1, 5, 1, 3, 10, narrow=True),
     partial(make, 1, 5, 0, 1, 64),
     partial(make, 1, 5, 0, 1, 6),
     partial(make, 1, 3, 3, 2, 64),
