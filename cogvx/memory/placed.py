@@ -58,7 +58,7 @@ class Placed:
             if blocks:
                 self.streams[name] = Stream([Waiting(block, device) for block in blocks], blocks, device, self.hooks)
 
-    def loaded_loras(self) -> list[tuple]:
+    def loaded_loras(self) -> list[dict]:
         """The layers of each; another LoRA of the same name has others."""
         return [lora.layers for lora in getattr(self.parts["transformer"], "loras", {}).values()]
 
