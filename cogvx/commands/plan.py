@@ -107,9 +107,8 @@ def plan_run(words: tuple[str, ...], model: str, job: "Job", budget: int | None)
     file = Path(rest.pop(0)) if rest and "=" not in rest[0] else None
     # Neither is looked at: clips of what size, is said by flags.
     run = read_options(Finetuning, file, ["data=-", "out=-", f"model={model}", *rest, f"kind={kind}"])
-    if run.model != model or job.configs.takes_image:
-        what = "takes an image; text to video alone is trained" if run.model == model else f"is not {model!r}"
-        raise PlanError(f"model is {run.model!r} and {what}; --model says which one is planned for, as 2b or 5b")
+    if run.model != model:
+        raise PlanError(f"model is {run.model!r} and not {model!r}; --model says which one is planned for, as 2b or 5b")
     size = Size(job.settings.num_frames, job.settings.height, job.settings.width)
     asked = run, job.configs, job.text, size
     plan = plan_training(*asked) if budget is None else fitting(*asked, budget)

@@ -61,10 +61,10 @@ def train_transformer(file: Path | None, words: Sequence[str], dry_run: bool, pr
     from ..data.clips import accepted, find_clips
     from ..machine import pick_device
     from ..train.finetune import learning, train
-    from ..train.finetuning import describe, examples_of, load_transformer, text_to_video_configs, tokens_of, unit_of
+    from ..train.finetuning import configs_of, describe, examples_of, load_transformer, tokens_of, unit_of
     from ..train.ranks import joined
 
-    configs, device = text_to_video_configs(run), pick_device(run.device)
+    configs, device = configs_of(run), pick_device(run.device)
     with joined(device.type) as ranks:
         clips = accepted(find_clips(run.data, unit_of(configs), run.num_frames), run.on_fault, warn)
         tokens_of(run, clips, configs)

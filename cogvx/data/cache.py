@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ..models.checkpoint import save_tensors
+from ..models.image_latents import SIGMA_LOG_MEAN, SIGMA_LOG_STD, add_noise, posteriors
 from ..models.text import TextEncoder
 from ..models.vae import CausalVAE
 from .clips import Clip
@@ -67,6 +68,30 @@ def latents_of(cache: Cache, clip: Clip, vae: Loaded[CausalVAE], vae_hash: str) 
 
     key = {"clip": clip.sha256, "num_frames": clip.num_frames, "vae": vae_hash, "dtype": str(vae.dtype)}
     found = cache.get("latents", key, compute)
+    return found["mean"], found["std"]
+
+
+@torch.no_grad()
+def images_of(cache: Cache, clip: Clip, vae: Loaded[CausalVAE], vae_hash: str, num_draws: int) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of the unscaled latents of a clip's first frame alone, [K, C, H, W] each, in fp32.
+
+    It is encoded K = `num_draws` times with fresh noise on its pixels, as training shows images, or with 0 once without
+    any. The noise follows from the clip, so that all runs share it.
+    """
+
+    def compute() -> dict[str, Tensor]:
+        image = to_tensor(clip.read()[:1])[:, :, 0]
+        if num_draws:
+            generator = torch.Generator().manual_seed(int(clip.sha256[:15], 16))
+            image = add_noise(image.expand(num_draws, -1, -1, -1), generator)
+        each = list(posteriors(vae.model, image.to(next(vae.model.parameters()))))
+        mean = torch.cat([posterior.mean for posterior in each])[:, :, 0].float()
+        std = torch.cat([(0.5 * posterior.logvar).exp() for posterior in each])[:, :, 0].float()
+        return {"mean": mean.cpu().contiguous(), "std": std.cpu().contiguous()}
+
+    noise = [SIGMA_LOG_MEAN, SIGMA_LOG_STD, num_draws] if num_draws else None
+    key = {"image": clip.sha256, "noise": noise, "vae": vae_hash, "dtype": str(vae.dtype)}
+    found = cache.get("images", key, compute)
     return found["mean"], found["std"]
 
 

@@ -6,13 +6,13 @@ B batch, C latent channels, T latent frames, H W height and width. Pictures are 
 Source: "CogVideoX" (arXiv 2408.06072), the official training code and the diffusers library.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from ..config import VAEConfig
-from .vae import CausalVAE
+from .vae import CausalVAE, Posterior
 
 # What an image's latent z becomes, f the VAE's scaling_factor. All agree on f z for 5B-I2V. For 1.5-5B-I2V the official
 # inference code takes z, its training code f z, the diffusers library z / f; which one the weights saw is unproven.
@@ -44,11 +44,17 @@ def encode_image(
         raise ValueError(f"scaling is {scaling!r}; it must be one of {', '.join(SCALINGS)}")
     if generators is not None and len(generators) != len(images):
         raise ValueError(f"generators has {len(generators)} entries for {len(images)} images; give one an image")
-    latents = []
-    for i, image in enumerate(images.to(next(vae.parameters()).dtype)[:, None]):  # one by one: bits do not depend on B
-        posterior = vae.encode(image.unsqueeze(2))
-        latents.append(posterior.mode() if generators is None else posterior.sample(generators[i]))
+    latents = [
+        posterior.mode() if generators is None else posterior.sample(generators[i])
+        for i, posterior in enumerate(posteriors(vae, images))
+    ]
     return scaled(torch.cat(latents), vae.config.scaling_factor, scaling)
+
+
+def posteriors(vae: CausalVAE, images: Tensor) -> Iterator[Posterior]:  # of [1, C, 1, H / 8, W / 8] each
+    """The distribution of latents behind each image [B, 3, H, W]; one by one, so that bits do not depend on B."""
+    for image in images.to(next(vae.parameters()).dtype)[:, None]:
+        yield vae.encode(image.unsqueeze(2))
 
 
 def scaled(latents: Tensor, factor: float, scaling: str) -> Tensor:

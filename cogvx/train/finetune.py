@@ -2,8 +2,9 @@
 
     cogvx train lora run.toml model=tiny data=clips out=runs/lora
 
-Text to video. The clips' latents and their captions' embeddings are computed once and kept on disk. A stopped run goes
-on exactly where its last state was saved, with any number of processes.
+Text to video, or, for a model that takes an image, image to video: it is shown each clip's first frame. The latents of
+clips and images and the captions' embeddings are computed once and kept on disk. A stopped run goes on exactly where
+its last state was saved, with any number of processes.
 """
 
 import math
@@ -57,7 +58,7 @@ def train(
     optimiser = adamw(parameters.values(), rates)
     average = Average(parameters, run.ema_decay) if run.ema_decay is not None else None
     scaler = torch.amp.GradScaler(device.type, enabled=run.precision == "fp16")
-    progress = Progress()
+    progress = Progress(model.config.in_channels)
     parts = {"model": Weights(parameters), "optimiser": optimiser, "random": RandomStates(), "progress": progress}
     parts |= {"scaler": scaler} if scaler.is_enabled() else {}
     parts |= {"average": average} if average is not None else {}

@@ -8,12 +8,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..data.cache import Cache, Loaded, embedding_of, latents_of
+from ..data.cache import Cache, Loaded, embedding_of, images_of, latents_of
 from ..data.clips import Clip
 from ..data.packing import num_tokens
 from ..machine import pick_device
 from ..models.checkpoint import component_folder, resolve_folder
-from ..models.choices import last_norm_eps, num_text_tokens
+from ..models.choices import image_scaling, last_norm_eps, num_text_tokens, placement
 from ..models.saving import content_hash
 from ..models.text import TextEncoder
 from ..models.transformer import ExpertTransformer
@@ -53,6 +53,7 @@ class Finetuning:
     out: Path
     model: str = "tiny"  # a checkpoint folder, a hub name, or "tiny"
     kind: Literal["transformer", "lora"] = "lora"
+    task: Literal["text_to_video", "image_to_video"] | None = None  # None is what the model is made for
     numerics: str = "sat"  # what the clips are to be made with: sat, diffusers, or either with changes
     start: Literal["checkpoint", "scratch"] = "checkpoint"  # of the transformer; VAE and text encoder are the model's
     cache: Path | None = None  # of latents and embeddings; None is `out`/cache
@@ -66,6 +67,8 @@ class Finetuning:
     checkpointing: bool = False  # of activations: a third more time, far less memory
     drop_text: float = 0.1
     null_text: Literal["zeros", "encoded"] = "zeros"  # what stands in the place of a dropped caption
+    drop_image: float = 0.05  # of the samples of a model that takes an image: each clip's first frame
+    image_draws: int = 4  # how often it is encoded, each time with other noise on its pixels; 0: once, without noise
     ema_decay: float | None = None
     non_finite: Literal["stop", "skip"] = "stop"
     save_every: int = 100
@@ -82,6 +85,8 @@ class Finetuning:
         check("pack_tokens", self.pack_tokens, self.pack_tokens is None or self.pack_tokens >= 1, "at least 1")
         check("num_frames", self.num_frames, self.num_frames is None or self.num_frames % 8 == 1, "8N+1")
         check("drop_text", self.drop_text, 0 <= self.drop_text <= 1, "from 0 to 1")
+        check("drop_image", self.drop_image, 0 <= self.drop_image <= 1, "from 0 to 1")
+        check("image_draws", self.image_draws, self.image_draws >= 0, "at least 0")
         check("lora.rank", self.lora.rank, self.lora.rank >= 1, "at least 1")
         read_numerics(self.numerics)
         check("start", self.start, self.kind == "transformer" or self.start == "checkpoint", "checkpoint for a LoRA")
@@ -101,11 +106,13 @@ def check(name: str, value: object, is_valid: bool, wanted: str) -> None:
         raise TrainingError(f"{name} is {value}; it must be {wanted}")
 
 
-def text_to_video_configs(run: Finetuning) -> Configs:
-    """The model's configs. Raises TrainingError for one that takes an image too, which is not trained here."""
+def configs_of(run: Finetuning) -> Configs:
+    """The model's configs. Raises TrainingError for a model that is made for another task than the run's."""
     configs = read_configs(run.model)
-    if configs.takes_image:
-        raise TrainingError(f"model is {run.model!r}, which takes an image; text to video alone is trained")
+    made_for = "image_to_video" if configs.takes_image else "text_to_video"
+    if run.task not in (None, made_for):
+        channels = f"{configs.transformer.in_channels} input channels for {configs.vae.latent_channels} of latents"
+        raise TrainingError(f"task is {run.task!r}; model {run.model!r} has {channels}, it is made for {made_for!r}")
     return configs
 
 
@@ -147,24 +154,34 @@ def examples_of(run: Finetuning, clips: list[Clip], configs: Configs) -> tuple[l
     hashes = {name: content_hash(component_folder(root, name)) for name in ("vae", "text_encoder", "tokenizer")}
     vae = Loaded(lambda: CausalVAE.from_pretrained(run.model, dtype=torch.float32, device=device), torch.float32)
     latents = [latents_of(cache, clip, vae, hashes["vae"]) for clip in clips]
+    images = [images_of(cache, clip, vae, hashes["vae"], run.image_draws) if configs.takes_image else None
+              for clip in clips]  # fmt: skip
     vae.free()
-    length = num_text_tokens(configs.transformer, read_numerics(run.numerics))
+    numerics = read_numerics(run.numerics)
+    length = num_text_tokens(configs.transformer, numerics)
     text = Loaded(lambda: TextEncoder.from_pretrained(run.model, length, torch.float32, device), torch.float32)
     known = text, hashes["text_encoder"] + hashes["tokenizer"], length
     embeddings = {caption: embedding_of(cache, caption, *known) for caption in {c.caption for c in clips}}
     null: Tensor = embedding_of(cache, "", *known)
     null = torch.zeros_like(null) if run.null_text == "zeros" else null
-    examples = [Example(*pair, embeddings[clip.caption]) for pair, clip in zip(latents, clips, strict=True)]
-    scaling = configs.vae.scaling_factor
-    return examples, Draws(configs.transformer, configs.schedule, scaling, null, run.drop_text, run.seed)
+    examples = [Example(*pair, embeddings[clip.caption], image)
+                for pair, clip, image in zip(latents, clips, images, strict=True)]  # fmt: skip
+    how = configs.transformer, configs.schedule, configs.vae.scaling_factor, null, run.drop_text, run.seed
+    return examples, Draws(*how, image_scaling(configs.vae, numerics), run.drop_image)
 
 
 def tokens_of(run: Finetuning, clips: list[Clip], configs: Configs) -> list[int]:
-    """How many tokens each clip has. Raises TrainingError where a sequence is to hold fewer."""
-    config, tokens = configs.transformer, []
+    """How many tokens each clip has.
+
+    Raises TrainingError where a sequence is to hold fewer, and NumericsError for a clip that the run's numerics have no
+    positions for.
+    """
+    config, numerics, tokens = configs.transformer, read_numerics(run.numerics), []
     for clip in clips:
         frames = -(-((clip.num_frames - 1) // 4 + 1) // config.patch[0]) * config.patch[0]
-        tokens.append(num_tokens(config, (frames, clip.height // 8, clip.width // 8), config.max_text_seq_length))
+        size = frames, clip.height // 8, clip.width // 8
+        placement(config, numerics, size)
+        tokens.append(num_tokens(config, size, config.max_text_seq_length))
     check("pack_tokens", run.pack_tokens, run.pack_tokens is None or max(tokens) <= run.pack_tokens,
           f"at least {max(tokens)}, as many as the longest clip has")  # fmt: skip
     return tokens
@@ -175,14 +192,14 @@ def describe(run: Finetuning, clips: list[Clip], configs: Configs, learning: int
 
     learning, weights: how many numbers learn, and how many bytes the model has.
     """
-    tokens = tokens_of(run, clips, configs)
+    tokens, task = tokens_of(run, clips, configs), "image to video" if configs.takes_image else "text to video"
     per_step = run.batch * run.accumulation
     # Gradient and two moments of the optimiser, in fp32; the average is a fourth.
     states = learning * 4 * (3 + (run.ema_decay is not None))
     return "\n".join([
         f"{len(clips)} clips of {min(tokens)} to {max(tokens)} tokens, {sum(tokens) / len(tokens):.0f} in the mean",
         f"{run.num_steps} steps of {per_step} samples: {run.num_steps * per_step / len(clips):.1f} epochs",
-        f"{learning:,} of the model's numbers learn ({run.kind})",
+        f"{learning:,} of the model's numbers learn ({run.kind}, {task})",
         f"{weights / 2**30:.2f} GiB of weights, {states / 2**30:.2f} GiB of gradients and states, activations besides",
         f"{math.ceil(run.num_steps / run.save_every)} states are saved to {run.out}, the last {run.keep_last} kept",
     ])  # fmt: skip

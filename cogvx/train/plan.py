@@ -169,6 +169,7 @@ def _drawn(run: Finetuning, configs: Configs, size: Size) -> list[Drawn]:
     def one() -> Drawn:
         clip: Tensor = whole_patches(torch.empty(config.out_channels, *grid), config.patch_size_t or 1)
         alpha = torch.empty((), dtype=torch.float64)
-        return Drawn(Sample(torch.empty_like(clip), text, 500), clip, torch.empty_like(clip), alpha)
+        noisy = torch.empty(config.in_channels, *clip.shape[1:])  # and behind it, for image to video, the image
+        return Drawn(Sample(noisy, text, 500), clip, torch.empty_like(clip), alpha)
 
     return [one() for _ in range(run.batch * run.accumulation)]

@@ -33,7 +33,8 @@ class Weights:
 class Progress:
     """Where a run stands besides its step."""
 
-    def __init__(self) -> None:
+    def __init__(self, channels: int | None = None):
+        self.channels = channels  # that the model takes: a LoRA's weights alone do not tell models of two tasks apart
         self.skipped = 0  # steps whose loss or gradient was not finite
         self._losses: list[float] = []  # since the last state
 
@@ -46,9 +47,11 @@ class Progress:
         return sum(losses) / len(losses) if losses else None
 
     def state_dict(self) -> dict:
-        return {"skipped": self.skipped}
+        return {"skipped": self.skipped, "channels": self.channels}
 
     def load_state_dict(self, state: dict) -> None:
+        if state.get("channels", self.channels) != self.channels:
+            raise ValueError(f"it is of a model with {state['channels']} input channels, this one has {self.channels}")
         self.skipped = state["skipped"]
 
 

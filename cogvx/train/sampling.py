@@ -11,6 +11,7 @@ from torch import Tensor
 from ..config import ScheduleConfig, TransformerConfig
 from ..diffusion.loss import add_noise, spread_timesteps
 from ..diffusion.schedule import cumulative_alphas
+from ..models.image_latents import drop_image, in_frames, scaled
 from ..models.packed import Sample
 
 
@@ -20,12 +21,13 @@ class Example(NamedTuple):
     mean: Tensor  # [C, T, H, W], of its unscaled latents
     std: Tensor
     text: Tensor  # [L, D]
+    images: tuple[Tensor, Tensor] | None = None  # of its first frame, K times with other noise: [K, C, H, W] each
 
 
 class Drawn(NamedTuple):
     """A sample, and what its velocity is to be compared with."""
 
-    sample: Sample  # noisy
+    sample: Sample  # noisy, and behind it what is seen of an image
     clip: Tensor  # [C, T, H, W], scaled latents
     noise: Tensor
     alpha: Tensor  # []
@@ -33,7 +35,7 @@ class Drawn(NamedTuple):
 
 @dataclass(frozen=True)
 class Draws:
-    """How examples are drawn: order, posterior, noise, timestep, dropped text."""
+    """How examples are drawn: order, posterior, noise, timestep, dropped text, and the image where one is seen."""
 
     config: TransformerConfig
     schedule: ScheduleConfig
@@ -41,6 +43,8 @@ class Draws:
     null_text: Tensor  # [L, D], what stands in the place of a dropped caption
     drop_text: float
     seed: int
+    image_scaling: str = "multiplied"  # of its latents, one of SCALINGS
+    drop_image: float = 0.0  # of the samples
 
     def step(self, examples: Sequence[Example], step: int, count: int) -> list[Drawn]:
         """The samples of a step: `count` examples, the next ones of an order that is another in every epoch."""
@@ -52,13 +56,26 @@ class Draws:
         dropped = torch.rand(count, generator=generator) < self.drop_text
         alphas, drawn = cumulative_alphas(self.schedule), []
         for row, timestep, no_text in zip(rows, timesteps.tolist(), dropped.tolist(), strict=True):
-            mean, std, text = examples[row]
+            mean, std, text, images = examples[row]
             clip = self.scaling * (mean + std * torch.randn(mean.shape, generator=generator))
             clip = whole_patches(clip, self.config.patch_size_t or 1)
             noise, alpha = torch.randn(clip.shape, generator=generator), alphas[timestep]
             noisy = add_noise(clip[None], noise[None], alpha[None])[0]
+            if images is not None:
+                noisy = torch.cat([noisy, self.seen(images, clip.shape[1], generator)])
             drawn.append(Drawn(Sample(noisy, self.null_text if no_text else text, timestep), clip, noise, alpha))
         return drawn
+
+    def seen(self, images: tuple[Tensor, Tensor], num_latents: int, generator: torch.Generator) -> Tensor:
+        """The image beside a noisy clip, [C, T, H, W]: one of its draws as `placed`, or zeros where it is dropped."""
+        mean, std = images
+        draw = torch.randint(len(mean), (), generator=generator).item()
+        return drop_image(self.placed(mean[draw], std[draw], num_latents, generator), self.drop_image, generator)
+
+    def placed(self, mean: Tensor, std: Tensor, num_latents: int, generator: torch.Generator) -> Tensor:
+        """A sample of an image's latents [C, H, W] as a pipeline shows them: scaled, in the first frame, else zeros."""
+        latent = mean + std * torch.randn(mean.shape, generator=generator)
+        return in_frames({0: scaled(latent, self.scaling, self.image_scaling)[None, :, None]}, num_latents)[0]
 
 
 def rows_of(seed: int, first: int, count: int, num_examples: int) -> list[int]:

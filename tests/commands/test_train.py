@@ -70,6 +70,27 @@ def test_a_trained_transformer_is_a_published_folder_and_the_cache_is_read_again
     assert losses[0] == losses[1] and len(losses[0]) == 2
 
 
+@pytest.mark.parametrize(("kind", "learnt"), [("5b-i2v", "pos_embedding"), ("1.5-5b-i2v", "ofs_embedding")])
+def test_an_image_model_is_trained_whole_as_diffusers_reads_it(
+    run_command, options, small_checkpoint, kind, learnt, tmp_path
+):
+    """With what it has besides: a learned table of positions, or what is learned of the ofs and patches in time."""
+    words = ("train", "transformer", options, f"model={small_checkpoint(kind)}", "batch=2", "task=image_to_video")
+    status, out, err = run_command(*words)
+    assert status == 0 and out == f"{tmp_path / 'run'}  step 2\n", err
+    kinds = sorted(file.name.split("-")[0] for file in (tmp_path / "run" / "cache").iterdir())
+    assert kinds == ["images", "images", "latents", "latents", "text", "text", "text"]
+    from diffusers import CogVideoXTransformer3DModel
+
+    before, after = (
+        CogVideoXTransformer3DModel.from_pretrained(folder, torch_dtype=torch.float32).state_dict()
+        for folder in (small_checkpoint(kind) / "transformer", tmp_path / "run" / "transformer")
+    )
+    assert before.keys() == after.keys()
+    changed = [name for name in before if not torch.equal(before[name], after[name])]
+    assert any(learnt in name for name in changed) and "patch_embed.proj.weight" in changed
+
+
 def test_nothing_is_computed_or_written_before_all_is_checked(run_command, options, clips, tmp_path):
     status, out, _ = run_command("train", "lora", options, "batch=2", "--dry-run")
     assert status == 0 and "2 clips of 18 to 34 tokens" in out and "2 steps of 2 samples: 2.0 epochs" in out
@@ -80,6 +101,7 @@ def test_nothing_is_computed_or_written_before_all_is_checked(run_command, optio
         (["lora", options, "pack_tokens=33"], "pack_tokens is 33; it must be at least 34, as many as the longest clip"),
         (["lora", options, "lora.targets=['to_x']"], "lora.targets holds 'to_x', which no layer is called"),
         (["lora", options, f"data={tmp_path}"], "which holds no video"),
+        (["lora", options, "task=image_to_video"], "has 4 input channels for 4 of latents, it is made for 'text_to_v"),
         (["lora", "none.toml"], "none.toml cannot be read: No such file or directory"),
         (["lora"], "data is missing"),
     ):

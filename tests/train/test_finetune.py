@@ -23,24 +23,28 @@ SMALL = TransformerConfig(
     text_embed_dim=16, max_text_seq_length=8, sample_width=8, sample_height=8, sample_frames=17,
     use_rotary_positional_embeddings=True,
 )  # fmt: skip
+WIDE = dataclasses.replace(SMALL, in_channels=8)  # for an image beside the clip
 SIZES = [(1, 4, 4), (3, 4, 6), (2, 6, 4)]  # of latents; three examples, so that steps end in the midst of an epoch
 
 
-def examples() -> list[Example]:
+def examples(config: TransformerConfig = SMALL) -> list[Example]:
     generator = torch.Generator().manual_seed(0)
-    return [
+    known = [
         Example(torch.randn(4, *size, generator=generator), torch.full((4, *size), 0.1),
                 torch.randn(5, 16, generator=generator)) for size in SIZES
     ]  # fmt: skip
+    if config is SMALL:
+        return known
+    return [each._replace(images=(each.mean[None, :, 0], each.std[None, :, 0])) for each in known]
 
 
-def draws(seed: int = 0) -> Draws:
-    return Draws(SMALL, ScheduleConfig(), 0.7, torch.zeros(5, 16), 0.3, seed)
+def draws(seed: int = 0, config: TransformerConfig = SMALL, drop_image: float = 0.0) -> Draws:
+    return Draws(config, ScheduleConfig(), 0.7, torch.zeros(5, 16), 0.3, seed, drop_image=drop_image)
 
 
-def model() -> ExpertTransformer:
+def model(config: TransformerConfig = SMALL) -> ExpertTransformer:
     torch.manual_seed(1)
-    made = ExpertTransformer(SMALL).init_for_training()
+    made = ExpertTransformer(config).init_for_training()
     for parameter in made.parameters():  # an untrained model's gates are zero, and with them every LoRA's gradient
         parameter.data.add_(0.1 * torch.randn(parameter.shape))
     return made
@@ -86,19 +90,23 @@ SET_UPS = [
     {"non_finite": "skip"},
     {"precision": "fp16", "kind": "lora"},
     {"drop_text": 1.0, "save_every": 3},
+    {"drop_image": 0.3},
+    {"drop_image": 0.3, "kind": "lora"},
 ]
 
 
 @pytest.mark.parametrize("changes", SET_UPS, ids=str)
 def test_a_run_stopped_by_sigterm_goes_on_bit_by_bit(tmp_path, changes):
     whole, halves = options(tmp_path / "a", **changes), options(tmp_path / "b", **changes)
-    wanted, first, second = model(), model(), model()
-    assert train(whole, wanted, examples(), draws()) == 4
+    config = WIDE if "drop_image" in changes else SMALL
+    known = examples(config), draws(0, config, whole.drop_image)
+    wanted, first, second = model(config), model(config), model(config)
+    assert train(whole, wanted, *known) == 4
     patch = stopped_at(1)
-    assert train(halves, first, examples(), draws()) == 2
+    assert train(halves, first, *known) == 2
     patch.undo()
     assert not (halves.out / "transformer").exists() and not (halves.out / finetune.ADAPTER).exists()
-    assert train(halves, second, examples(), draws()) == 4
+    assert train(halves, second, *known) == 4
     for name, value in wanted.state_dict().items():
         assert torch.equal(value, second.state_dict()[name]), name
     assert rows(whole) == rows(halves) and [row["step"] for row in rows(whole)] == [1, 2, 3, 4]
@@ -158,6 +166,10 @@ def test_a_state_of_another_model_or_kind_is_refused(tmp_path):
         train(run, other, examples(), draws())
     with pytest.raises(CheckpointError, match="does not fit this run"):
         train(dataclasses.replace(run, kind="lora"), model(), examples(), draws())
+    run = dataclasses.replace(run, out=tmp_path / "lora", kind="lora")  # whose weights fit models of either task
+    train(run, model(WIDE), examples(WIDE), draws(0, WIDE))
+    with pytest.raises(CheckpointError, match="it is of a model with 8 input channels, this one has 4"):
+        train(run, model(), examples(), draws())
     with pytest.raises(CheckpointError, match="has no average"):
         train(dataclasses.replace(run, ema_decay=0.9), model(), examples(), draws())
 
