@@ -2,8 +2,8 @@
 
 A fake run says what a real one would hold, from shapes alone and in seconds. Our operators are opaque to PyTorch; here
 a backend of plain PyTorch is run in the place of its operator, so that what it holds inside counts too, and a compiled
-one adds the bytes that it declares as `scratch`. Whoever asks a fake tensor for a value gets the answer of a healthy
-run: numbers are finite, frames differ.
+one adds the tensors that it declares as its `scratch`. Whoever asks a fake tensor for a value gets the answer of a
+healthy run: numbers are finite, frames differ.
 """
 
 import math
@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass_type
 from torch.utils._pytree import tree_leaves
 
+from cogvx_kernels._extension import built_with
 from cogvx_kernels._op import OPS
 
 from ..host import in_host_memory
@@ -60,10 +61,10 @@ class LiveBytes(TorchDispatchMode):
         for tally in (self.device, self.host):
             tally.peak = tally.now
 
-    def hold(self, *modules: nn.Module) -> None:
-        """Count the weights of modules from now on, as if they were made here."""
-        for module in modules:
-            self._see([*module.parameters(), *module.buffers()])
+    def hold(self, *held: nn.Module | Tensor) -> None:
+        """Count the weights of modules, and tensors, from now on, as if they were made here."""
+        for each in held:
+            self._see([each] if isinstance(each, Tensor) else [*each.parameters(), *each.buffers()])
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         if any(map(is_traceable_wrapper_subclass_type, types)):
@@ -108,10 +109,11 @@ class LiveBytes(TorchDispatchMode):
         if backend in PLAIN:
             with self:
                 return module.forward(*args)
-        inside = module.scratch(*args) if hasattr(module, "scratch") else 0
         result = func(*args)
         self._see(x for x in tree_leaves(result) if isinstance(x, Tensor))
-        self._pass(inside)
+        if hasattr(module, "scratch") and built_with()["missing"] is None:  # where sizes are asked for
+            with self:
+                module.scratch(*args)
         return result
 
     @staticmethod
