@@ -30,7 +30,7 @@ constexpr int kWidth = sizeof(Vec) / sizeof(float), kColumns = 2 * kWidth;
 constexpr int64_t kTiles = 8, kBlockRows = kTiles * kRows;  // whose panels stay in the second cache
 constexpr int64_t kFetched = 512;           // bytes of the next piece of a; the processor follows from there by itself
 constexpr int64_t kPanelsOfTurn = 8;        // of b, that a thread packs in one go
-constexpr int64_t kPackedBytes = 16 << 20;  // of panels of b at a time, about
+constexpr int64_t kPackedBytes = 8 << 20;   // of panels of b at a time, about
 
 // What is multiplied at once: a value in float, or, where the processor adds pairs of products of bfloat16, a pair.
 template <class T> struct Unit {
