@@ -45,8 +45,9 @@ def test_double_precision_keeps_pytorchs_product():
     assert torch.equal(linear(*args), torch.nn.functional.linear(*args[:3]))
 
 
-def test_results_do_not_depend_on_the_number_of_threads():
-    x, weight, bias, _ = make(1, 301, 70, 90)
+@pytest.mark.parametrize("sizes", [(301, 70, 90), (100, 2111, 2222)])  # the second weight is packed in three turns
+def test_results_do_not_depend_on_the_number_of_threads(sizes):
+    x, weight, bias, _ = make(1, *sizes)
     before, found = torch.get_num_threads(), []
     try:
         for count in (1, 2, 3):
@@ -55,6 +56,8 @@ def test_results_do_not_depend_on_the_number_of_threads():
     finally:
         torch.set_num_threads(before)
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+    with use_backend("reference"):
+        torch.testing.assert_close(found[0], linear(x, weight, bias, gelu=True))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
