@@ -30,10 +30,11 @@ from cogvx_kernels._op import OPS, declared_backends
 TOKENS_ON_CPU = int(os.environ.get("COGVX_BENCH_TOKENS", "2048"))
 ROUNDS = 20 if DEVICE == "cuda" else 5
 LONG, ROUNDS_IF_LONG = 1.0, 3  # seconds of a call on a CPU
+ONCE = 60.0  # seconds of a reference beyond which a single pair is compared
 
 # Without instructions for it, PyTorch multiplies in bf16 at a hundredth of the speed of fp32: what is made of products
-# is then measured in fp32 alone (marker `products`).
-NO_BF16 = DEVICE == "cpu" and not multiplies_bf16()
+# is then measured in fp32 alone (marker `products`), unless COGVX_BENCH_BF16=1 asks for it all the same.
+NO_BF16 = DEVICE == "cpu" and not multiplies_bf16() and os.environ.get("COGVX_BENCH_BF16") != "1"
 NARROW = torch.float32 if NO_BF16 else torch.bfloat16  # of benchmarks in one dtype
 
 DEFAULT_ALLOCATOR = os.environ.get("COGVX_BENCH_ALLOCATOR") == "default"
@@ -137,7 +138,9 @@ def _ratio(reference: Callable[[], object], call: Callable[[], object], backend:
             slow = seconds_of(reference)
         with use_backend(backend) if backend else nullcontext():
             ratios.append(slow / seconds_of(call))
-    return median(ratios[1:])
+        if slow > ONCE:
+            break
+    return median(ratios[1:] or ratios)
 
 
 def _dtype(result: object) -> torch.dtype:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass_type
 from torch.utils._pytree import tree_leaves
 
 from cogvx_kernels._extension import built_with
@@ -67,6 +67,8 @@ class LiveBytes(TorchDispatchMode):
             self._see([each] if isinstance(each, Tensor) else [*each.parameters(), *each.buffers()])
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if any(map(is_traceable_wrapper_subclass_type, types)):
+            return NotImplemented  # it is made of other tensors, in whose operations it comes here again
         name = func._schema.name
         fake = any(isinstance(x, FakeTensor) for x in args if isinstance(x, Tensor))
         if fake and name == "aten::_local_scalar_dense":
@@ -140,6 +142,8 @@ class LiveBytes(TorchDispatchMode):
 
     def _see(self, found: Iterable[Tensor]) -> None:
         for tensor in found:
+            if is_traceable_wrapper_subclass_type(type(tensor)):  # without memory of its own
+                continue
             storage = tensor.untyped_storage()
             key = weakref.ref(storage, self._forget)
             if key in self._known or not storage.nbytes():

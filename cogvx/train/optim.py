@@ -82,9 +82,30 @@ class MuonAdamW:
         return [(name, part) for name, part in (("muon", self.muon), ("adamw", self.adamw)) if part is not None]
 
 
-def adamw(weights: Iterable[nn.Parameter], rates: Any) -> torch.optim.AdamW:
-    """AdamW by the options of a run, in one pass over weights and states: without copies of all of them beside."""
+def adamw(weights: Iterable[nn.Parameter], rates: Any) -> torch.optim.Optimizer:
+    """AdamW by the options of a run, in one pass over weights and states: without copies of all of them beside.
+
+    rates: with `bits` 8 the moments are quantised, which torchao does.
+    """
+    if rates.bits == 8:
+        from .eight_bits import AdamW8  # only now: torchao is no requirement
+
+        return AdamW8(weights, rates.lr, rates.betas, rates.eps, rates.weight_decay)
     return torch.optim.AdamW(weights, rates.lr, rates.betas, rates.eps, rates.weight_decay, fused=True)
+
+
+def state_name(rates: Any) -> str:
+    """What `adamw`'s state is called on disk: moments of 8 and of 32 bits do not stand in for each other."""
+    return "optimiser" if rates.bits == 32 else f"optimiser_{rates.bits}bit"
+
+
+def set_rate(optimiser: torch.optim.Optimizer, lr: float) -> None:
+    """The learning rate of the next step."""
+    for group in optimiser.param_groups:
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(lr)
+        else:
+            group["lr"] = lr
 
 
 def muon_adamw(model: nn.Module, muon_lr: float, adamw_lr: float, adamw_names: tuple[str, ...]) -> MuonAdamW:
