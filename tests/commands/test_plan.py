@@ -21,6 +21,7 @@ def test_what_cannot_be_planned_is_named(run_command):
     for words, message in (
         (("train", "vae"), "'train vae' is nothing to plan; valid: train transformer, train lora"),
         (("train", "lora", "batc=2"), "batc is no option; did you mean batch?"),
+        (("train", "transformer", "shard=0"), "what processes that share the weights out hold is not planned yet"),
     ):
         status, _, err = run_command("plan", *words, "--model", "tiny")
         assert status == 2 and message in err
