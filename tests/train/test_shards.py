@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from torch.distributed.tensor import DTensor, init_device_mesh
+from torch.distributed.tensor import DTensor, Shard, init_device_mesh
 
 from cogvx.train.options import TrainingError
 from cogvx.train.ranks import ALONE, Ranks
@@ -29,7 +29,7 @@ def test_the_number_that_shares_divides_the_processes():
 
 def test_a_state_is_whole_where_it_is_kept(mesh):
     full = torch.arange(6.0).view(3, 2)
-    held = slice_like(DTensor.from_local(torch.zeros(3, 2), mesh), full)
+    held = slice_like(DTensor.from_local(torch.zeros(3, 2), mesh, [Shard(0)]), full)
     tree = {"a": held, "b": [full, {"c": held, "step": 3}]}
     kept, left = whole(tree, keep=True), whole(tree, keep=False)
     assert type(kept["a"]) is torch.Tensor and torch.equal(kept["a"], full)
@@ -38,7 +38,7 @@ def test_a_state_is_whole_where_it_is_kept(mesh):
 
 
 def test_an_optimisers_whole_states_are_cut_as_its_weights_are(mesh):
-    weight = torch.nn.Parameter(slice_like(DTensor.from_local(torch.zeros(3, 2), mesh), torch.ones(3, 2)))
+    weight = torch.nn.Parameter(slice_like(DTensor.from_local(torch.zeros(3, 2), mesh, [Shard(0)]), torch.ones(3, 2)))
     plain = torch.nn.Parameter(torch.ones(3, 2))
     optimisers = [torch.optim.AdamW([each], 0.1, fused=True) for each in (plain, weight)]
     plain.grad = torch.arange(6.0).view(3, 2)
