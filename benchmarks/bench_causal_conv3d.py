@@ -5,13 +5,15 @@ from collections.abc import Callable
 import cost
 import pytest
 import torch
-from conftest import DEVICE, skip_unless_live
+from conftest import DEVICE, NARROW, skip_unless_live
 
 from cogvx_kernels import causal_conv3d, use_backend
 from cogvx_kernels._op import OPS
 from cogvx_kernels.causal_conv3d import reference
 from cogvx_kernels.causal_conv3d.cases import REAL
 from cogvx_kernels.testing import assert_as_accurate
+
+pytestmark = pytest.mark.products
 
 BACKENDS = ["reference", *OPS["causal_conv3d"].backends]
 
@@ -58,7 +60,7 @@ def test_forward(measure, backend, case, dtype):
 @pytest.mark.parametrize("case", REAL)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_forward_and_backward(measure, backend, case):
-    args = arguments(case, torch.bfloat16)
+    args = arguments(case, NARROW)
     skip_unless_live("causal_conv3d", backend, *args)
     with use_backend(backend):
         grad = torch.randn_like(causal_conv3d(*args))

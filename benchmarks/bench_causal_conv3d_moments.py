@@ -6,13 +6,15 @@ import cost
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import DEVICE, skip_unless_live
+from conftest import DEVICE, NARROW, skip_unless_live
 from torch import Tensor
 
 from cogvx_kernels import causal_conv3d, causal_conv3d_moments, group_norm_silu, use_backend
 from cogvx_kernels._op import OPS
 from cogvx_kernels.causal_conv3d_moments.cases import REAL
 from cogvx_kernels.testing import assert_as_accurate
+
+pytestmark = pytest.mark.products
 
 PYTORCH = "PyTorch, channels last"
 BACKENDS = OPS["causal_conv3d_moments"].backends
@@ -22,7 +24,7 @@ GROUPS, EPS = 32, 1e-6
 def arguments(label: str) -> tuple:
     real = REAL[label]
     size = real.args if DEVICE == "cuda" else (*real.args[:3], 1, 24, 40)
-    x, weight, bias, residual = real.func(*size, **real.keywords, dtype=torch.bfloat16, device=DEVICE)
+    x, weight, bias, residual = real.func(*size, **real.keywords, dtype=NARROW, device=DEVICE)
     x, residual = (t if t is None else t.contiguous(memory_format=torch.channels_last_3d) for t in (x, residual))
     return x, weight, bias, residual
 

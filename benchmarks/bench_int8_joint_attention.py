@@ -2,12 +2,13 @@
 
 import cost
 import pytest
-import torch
-from conftest import DEVICE, TOKENS_ON_CPU, skip_unless_live
+from conftest import DEVICE, NARROW, TOKENS_ON_CPU, skip_unless_live
 
 from cogvx_kernels import int8_joint_attention, joint_attention, use_backend
 from cogvx_kernels._op import OPS
 from cogvx_kernels.int8_joint_attention.cases import REAL
+
+pytestmark = pytest.mark.products
 
 BACKENDS = [
     (op, name, backend)
@@ -21,7 +22,7 @@ BACKENDS = [
 def test_forward(measure, op, name, backend, case):
     batch, heads, tokens, width = REAL[case].args
     tokens, heads = (tokens, heads) if DEVICE == "cuda" else (min(tokens, TOKENS_ON_CPU), 4)
-    args = REAL[case].func(batch, heads, tokens, width, dtype=torch.bfloat16, device=DEVICE)
+    args = REAL[case].func(batch, heads, tokens, width, dtype=NARROW, device=DEVICE)
     others = (None, False) if name == "joint_attention" else ()
     skip_unless_live(name, backend, *args, *others)
     y = measure(f"int8 forward {case} {list(args[0].shape)}", backend, lambda: op(*args), cost.of(name, args))

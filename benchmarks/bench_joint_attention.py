@@ -10,6 +10,8 @@ from cogvx_kernels._op import OPS
 from cogvx_kernels.joint_attention.cases import REAL
 from cogvx_kernels.testing import assert_as_accurate
 
+pytestmark = pytest.mark.products
+
 BACKENDS = ["reference", *OPS["joint_attention"].backends]
 LENGTHS = {4096: "2b, 4096 tokens", 17776: "2b, 49 x 480 x 720"}
 HEADS_ON_CPU = {4096: 4, 17776: 1}  # a CPU takes minutes for all of them

@@ -10,6 +10,8 @@ from cogvx_kernels._op import OPS
 from cogvx_kernels.linear.cases import REAL
 from cogvx_kernels.testing import assert_as_accurate
 
+pytestmark = pytest.mark.products
+
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("case", REAL)

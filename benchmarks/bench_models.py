@@ -14,6 +14,8 @@ from cogvx.config import PRESETS
 from cogvx.models.transformer import ExpertBlock, Stream
 from cogvx_kernels.testing import Normal
 
+pytestmark = pytest.mark.products
+
 CONFIG = PRESETS["2b"].transformer
 NUM_TEXT = CONFIG.max_text_seq_length
 CLOSE = {torch.bfloat16: 2e-2, torch.float32: 1e-5}  # of the norm of the result; attention rounds its weights in bf16

@@ -3,13 +3,15 @@
 import cost
 import pytest
 import torch
-from conftest import DEVICE, skip_unless_live
+from conftest import DEVICE, NARROW, skip_unless_live
 
 from cogvx_kernels import upsample_conv, use_backend
 from cogvx_kernels._op import OPS
 from cogvx_kernels.testing import assert_as_accurate
 from cogvx_kernels.upsample_conv import reference
 from cogvx_kernels.upsample_conv.cases import REAL
+
+pytestmark = pytest.mark.products
 
 BACKENDS = ["reference", *OPS["upsample_conv"].backends]
 
@@ -47,7 +49,7 @@ def test_forward(measure, backend, case, dtype):
 @pytest.mark.parametrize("case", REAL)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_forward_and_backward(measure, backend, case):
-    args = arguments(case, torch.bfloat16)
+    args = arguments(case, NARROW)
     skip_unless_live("upsample_conv", backend, *args)
     with use_backend(backend):
         grad = torch.randn_like(upsample_conv(*args))

@@ -14,6 +14,8 @@ from cogvx.machine import peak_of_tensors
 from cogvx.models import CausalVAE
 from cogvx_kernels.testing import assert_as_accurate
 
+pytestmark = pytest.mark.products
+
 LATENTS = (1, 16, 3, 60, 90) if DEVICE == "cuda" else (1, 16, 3, 15, 22)  # 9 x 480 x 720, 9 x 120 x 176
 ROUNDS = 20 if DEVICE == "cuda" else 5
 

@@ -22,6 +22,7 @@ from timing import DEVICE, DEVICE_NAME, flush_cache, shares, synchronize, times
 from timing import seconds as seconds_of
 
 from cogvx.allocator import keep_freed_memory
+from cogvx.machine import multiplies_bf16
 from cogvx_kernels import use_backend
 from cogvx_kernels._op import OPS, declared_backends
 
@@ -29,12 +30,24 @@ from cogvx_kernels._op import OPS, declared_backends
 TOKENS_ON_CPU = int(os.environ.get("COGVX_BENCH_TOKENS", "2048"))
 ROUNDS = 20 if DEVICE == "cuda" else 5
 LONG, ROUNDS_IF_LONG = 1.0, 3  # seconds of a call on a CPU
+ONCE = 60.0  # seconds of a reference beyond which a single pair is compared
+
+# Without instructions for it, PyTorch multiplies in bf16 at a hundredth of the speed of fp32: what is made of products
+# is then measured in fp32 alone (marker `products`), unless COGVX_BENCH_BF16=1 asks for it all the same.
+NO_BF16 = DEVICE == "cpu" and not multiplies_bf16() and os.environ.get("COGVX_BENCH_BF16") != "1"
+NARROW = torch.float32 if NO_BF16 else torch.bfloat16  # of benchmarks in one dtype
 
 DEFAULT_ALLOCATOR = os.environ.get("COGVX_BENCH_ALLOCATOR") == "default"
 ALLOCATOR = "default allocator" if DEFAULT_ALLOCATOR else (keep_freed_memory() or "freed memory is kept")
 _REMEMBERED = "cogvx/default allocator"  # in pytest's cache: "group | backend" to milliseconds
 
 _table: dict[str, dict[str, dict[str, str]]] = {}  # group, backend, column
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    parameters = item.callspec.params.values() if hasattr(item, "callspec") else ()
+    if NO_BF16 and item.get_closest_marker("products") and torch.bfloat16 in parameters:
+        pytest.skip("this CPU has no instructions for products in bf16; PyTorch would take minutes a call")
 
 
 @pytest.fixture
@@ -125,7 +138,9 @@ def _ratio(reference: Callable[[], object], call: Callable[[], object], backend:
             slow = seconds_of(reference)
         with use_backend(backend) if backend else nullcontext():
             ratios.append(slow / seconds_of(call))
-    return median(ratios[1:])
+        if slow > ONCE:
+            break
+    return median(ratios[1:] or ratios)
 
 
 def _dtype(result: object) -> torch.dtype:

@@ -27,6 +27,8 @@ POLICIES: dict[str, dict] = {
     "`Speed(step_cache=0.5)`": {"speed": Speed(step_cache=0.5)},
     "`Speed(step_cache=0.8)`": {"speed": Speed(step_cache=0.8)},
     "`Speed(attention=\"int8\")`": {"speed": Speed(attention="int8")},
+    "`Speed(products=\"fp8\")`": {"speed": Speed(products="fp8")},
+    "`weights=\"fp8\"`, `Speed(products=\"fp8\")`": {"weights": "fp8", "speed": Speed(products="fp8")},
     "`Speed(compiled=True)`": {"speed": Speed(compiled=True)},
 }  # fmt: skip
 PAGE = Path(__file__).parents[1] / "docs" / "speed.md"

@@ -26,6 +26,7 @@ COMMANDS = {
     "evaluate": "measure the embedded checkpoint on Shapes World",
     "demo": "make a video with the embedded checkpoint, and a contact sheet beside it",
 }
+ALONE = ("replay", "encode", "decode", "extend", "invert", "convert", "evaluate", "demo")  # write, and share no work
 USAGE = "usage: cogvx COMMAND [OPTIONS]\n\n" + "\n".join(f"  {word:10}{text}" for word, text in COMMANDS.items())
 
 
@@ -52,6 +53,8 @@ def run(word: str, arguments: list[str]) -> None:
     import logging
 
     call = parse(word, arguments)
+    if word in ALONE:
+        refuse_torchrun(word)
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("cogvx: warning: %(message)s"))
     logging.getLogger("cogvx").addHandler(handler)
@@ -59,6 +62,16 @@ def run(word: str, arguments: list[str]) -> None:
         call()
     finally:
         logging.getLogger("cogvx").removeHandler(handler)
+
+
+def refuse_torchrun(word: str) -> None:
+    """Raises ParallelError where several processes would all do the same, and write the same file."""
+    from .parallel.links import ParallelError
+    from .parallel.processes import are_started
+
+    if are_started():
+        what = "start it without torchrun; cogvx generate and cogvx train share their work"
+        raise ParallelError(f"cogvx {word} works in one process, and torchrun has started this one; {what}")
 
 
 def parse(word: str, arguments: list[str]) -> Callable[[], None]:

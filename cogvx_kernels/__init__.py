@@ -3,6 +3,7 @@
 >>> from cogvx_kernels import expert_layernorm, use_backend, explain
 """
 
+from ._fp8 import fp8_linear, rows_in_fp8
 from ._op import explain, use_backend
 from .causal_conv3d import causal_conv3d
 from .causal_conv3d_moments import causal_conv3d_for_norm, causal_conv3d_moments
@@ -24,12 +25,14 @@ __all__ = [
     "downsample_conv",
     "expert_layernorm",
     "explain",
+    "fp8_linear",
     "gated_expert_layernorm",
     "group_norm_silu",
     "int8_joint_attention",
     "joint_attention",
     "linear",
     "qk_norm_rope",
+    "rows_in_fp8",
     "spatial_norm_silu",
     "upsample_conv",
     "use_backend",

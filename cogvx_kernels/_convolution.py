@@ -28,6 +28,11 @@ def in_vectors(x: Tensor) -> Tensor:  # [B, C, T, H, W] -> the same in channels-
     return filled
 
 
+def filled_up(*tensors: Tensor | None) -> list[Tensor]:
+    """Those in whole vectors of which `in_vectors` makes copies for want of channels."""
+    return [in_vectors(x) for x in tensors if x is not None and x.shape[1] % _VECTOR]
+
+
 def block_of(num_out: int) -> int:
     """The output channels of a tile."""
     wide, narrow = _extension.cuda().CONVOLUTION_BLOCKS
@@ -107,6 +112,11 @@ def convolve_causally(
         pads = (pad_t, k_h // 2, k_w // 2)
         convolve(kernel, x, in_tiles(weight.flatten(3)), y, (k_t, k_h, k_w), pads, bias, residual, moments=moments)
     return y
+
+
+def scratch_causally(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> list[Tensor]:
+    """What a causal convolution holds beside its result, not filled."""
+    return [in_tiles(weight.flatten(3)), *filled_up(x, residual)] if x.numel() and len(weight) else []
 
 
 def weight_gradient(

@@ -46,6 +46,11 @@ class Stages:
             self("group_norm_statistics", self.flat, moments=of_pieces, statistics=result)
         return result
 
+    def scratch(self, moments: Tensor | None) -> list[Tensor]:
+        """What `statistics` makes, not filled."""
+        of_pieces = [] if moments is not None else [self.partials(_extension.cuda().group_norm_pieces(self.flat))]
+        return [self.x.new_empty(len(self.x), 2, self.x.shape[1], dtype=torch.float64), *of_pieces]
+
 
 def gradient_of_moments(moments: Tensor | None) -> Tensor | None:
     """Nothing: they only say what x says already."""

@@ -4,6 +4,8 @@ An operator is its reference: a module whose `forward` gives the meaning, the fa
 and the fallback. A backend is a module named `_<backend>` beside it, with the same `forward`, and if it wants
 `backward(*grads, *args)`, a gradient for each tensor argument, and `why_not(*args)`, the reason it cannot run or None.
 One that is for some dtypes alone lists them as FOR_DTYPES, one that is for some shapes alone says which as FOR_SHAPES.
+One that holds more than its result while it runs has `scratch(*args)`, which gives those tensors, made but not filled:
+whoever plans the memory counts them, on tensors without memory too.
 A backward with a keyword argument `needs` is told which of those gradients are wanted; None does for the others.
 
 `torch.ops.cogvx.<name>` and `torch.ops.cogvx.<name>_backward` are opaque to torch.compile; the backend is chosen when

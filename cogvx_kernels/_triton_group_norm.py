@@ -155,13 +155,19 @@ def strides_behind_halo(y: Tensor) -> tuple[int, int, int, int]:  # y [B, C, num
     return b, c, pixel * y.shape[3] * y.shape[4], pixel
 
 
+def scratch(x: Tensor) -> list[Tensor]:  # [B, chunks, 2, C], [B, 2, C]
+    """Memory for the moments of every chunk, and for the statistics."""
+    b, c, num_pixels = *x.shape[:2], x.shape[2:].numel()
+    num_chunks = triton.cdiv(num_pixels, chunk_size(num_pixels))
+    return [x.new_empty(b, num_chunks, 2, c, dtype=torch.float64), x.new_empty(b, 2, c, dtype=torch.float32)]
+
+
 def statistics(x: Tensor, num_groups: int, eps: float) -> Tensor:  # [B, 2, C]
     """Mean and 1 / sqrt(variance + eps) of every channel's group; x is dense."""
     b, c, num_pixels = *x.shape[:2], x[0, 0].numel()
     chunk, options = chunk_size(num_pixels), tile(x)
-    num_chunks = triton.cdiv(num_pixels, chunk)
-    moments = torch.empty(b, num_chunks, 2, c, dtype=torch.float64, device=x.device)
-    result = torch.empty(b, 2, c, dtype=torch.float32, device=x.device)
+    moments, result = scratch(x)
+    num_chunks = moments.shape[1]
     grid = num_chunks, triton.cdiv(c, options["CHANNELS"]), b
     moments_kernel[grid](x, moments, chunk, num_pixels, c, *strides(x), **options)
     width = c // num_groups

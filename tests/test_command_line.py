@@ -75,6 +75,19 @@ print(heavy & set(sys.modules), file=sys.stderr)
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.5  # seconds of a CPU
 
 
+@pytest.mark.parametrize("words", [
+    ("replay", "a.mp4"), ("encode", "a.mp4", "-o", "b.safetensors"), ("decode", "a.safetensors", "-o", "b.mp4"),
+    ("extend", "a.mp4", "x", "-o", "b.mp4"), ("invert", "a.mp4", "-o", "b.safetensors"),
+    ("convert", "a", "b.safetensors", "--to", "single"), ("evaluate",), ("demo",),
+], ids=lambda words: words[0])  # fmt: skip
+def test_what_one_process_does_is_not_done_by_several(run_command, monkeypatch, tmp_path, words):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")  # as torchrun does
+    message = one_line(run_command(*words))
+    assert message.startswith(f"cogvx {words[0]} works in one process, and torchrun has started this one"), message
+    assert not list(tmp_path.iterdir())
+
+
 def test_every_command_of_the_list_has_a_help(run_command):
     status, out, _ = run_command()
     assert status == 0

@@ -73,6 +73,15 @@ def test_attention_in_eight_bits_is_near_and_not_the_same(small_checkpoint, with
     assert np.abs(found.astype(int) - exact).max() > 0 and np.abs(found.astype(int) - exact).mean() < 2
 
 
+def test_products_in_eight_bits_are_near_and_not_the_same(small_checkpoint):
+    folder = small_checkpoint("5b")
+    exact, _ = frames(folder)
+    found, _ = frames(folder, Speed(products="fp8"))
+    assert np.abs(found.astype(int) - exact).max() > 0 and np.abs(found.astype(int) - exact).mean() < 8
+    streamed, _ = frames(folder, Speed(products="fp8"), Plan(transformer="streamed"))
+    assert np.array_equal(streamed, found)
+
+
 @pytest.mark.slow
 def test_compiled_blocks_are_within_two_levels(small_checkpoint):
     folder = small_checkpoint("5b")
@@ -88,10 +97,11 @@ def test_compiled_blocks_are_within_two_levels(small_checkpoint):
 def test_a_video_says_it_and_is_made_again(run_command, tmp_path, without_interpreter):
     words = ("--seed", 3, "--num-inference-steps", 3, "--num-frames", 1, "--no-progress")
     status, _, err = run_command("generate", "a red circle", "-o", tmp_path / "a.mp4", *words, "--device", "cpu",
-                                 "--step-cache", 0.5, "--attention", "int8", "--weights", "fp8")  # fmt: skip
+                                 "--step-cache", 0.5, "--attention", "int8", "--weights", "fp8", "--products",
+                                 "fp8")  # fmt: skip
     assert status == 0, err
     made = read_metadata(tmp_path / "a.mp4")
-    assert made["speed"] == asdict(Speed(0.5, "int8")) and made["plan"] == Plan(weights="fp8").as_dict()
+    assert made["speed"] == asdict(Speed(0.5, "int8", products="fp8")) and made["plan"] == Plan(weights="fp8").as_dict()
     status, out, err = run_command("replay", tmp_path / "a.mp4", "--no-progress", "--device", "cpu")
     assert (status, out.rpartition(": ")[2].strip(), err) == (0, "frames equal, bytes equal", "")
     status, _, err = run_command("generate", "a red circle", "-o", tmp_path / "b.mp4", *words, "--step-cache", -1)
@@ -100,17 +110,19 @@ def test_a_video_says_it_and_is_made_again(run_command, tmp_path, without_interp
 
 def test_what_cannot_be(small_checkpoint):
     for wrong in ({"step_cache": 0}, {"step_cache": float("nan")}, {"step_cache": True}, {"attention": "fp4"},
-                  {"compiled": 1}):  # fmt: skip
+                  {"compiled": 1}, {"products": "int8"}):  # fmt: skip
         with pytest.raises(SettingsError, match=next(iter(wrong))):
             Speed(**wrong)
         with pytest.raises(SettingsError, match=next(iter(wrong))):
             Speed.read(wrong)
     for record in (None, [], {"steps": 1}):
-        with pytest.raises(SettingsError, match=r"speed is .* a table of attention, compiled, step_cache"):
+        with pytest.raises(SettingsError, match=r"speed is .* a table of attention, compiled, products, step_cache"):
             Speed.read(record)
     folder = small_checkpoint("2b")
     with pytest.raises(SettingsError, match="compiled is True, and memory has a plan that moves the transformer"):
         Pipeline.from_pretrained(folder, memory=Plan(transformer="visiting"), speed=Speed(compiled=True))
+    with pytest.raises(SettingsError, match="products is 'fp8', but weights are in int8"):
+        Pipeline.from_pretrained(folder, weights="int8", speed=Speed(products="fp8"))
     pipeline = Pipeline.from_pretrained(folder, speed=Speed(step_cache=0.1))
     with pytest.raises(SettingsError, match="longer is 'windows'"):
         pipeline("a red circle", longer="windows", **QUICK)

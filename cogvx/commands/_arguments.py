@@ -11,7 +11,6 @@ if TYPE_CHECKING:
 
     from ..models.vae import CausalVAE
     from ..numerics import Numerics as Choices
-    from ..parallel.alone import Alone
     from ..pipeline import Pipeline
     from ..settings import Settings
     from ..speed import Speed
@@ -84,24 +83,16 @@ class Loading:
 
         return read_numerics(self.numerics)
 
-    def pipeline(
-        self,
-        planned_for: "Settings | None" = None,
-        speed: "Speed | None" = None,
-        processes: "Alone | None" = None,
-    ) -> "Pipeline":
+    def pipeline(self, planned_for: "Settings | None" = None, speed: "Speed | None" = None) -> "Pipeline":
         """All weights; where memory is given, under a plan for a video of these settings, resolved.
-
-        processes: those that share the work, of a command that lets them.
 
         Raises SettingsError or CheckpointError for files that are none, or do not fit.
         """
-        from ..parallel.processes import are_started
         from ..pipeline import Pipeline
         from ..settings import SettingsError
 
-        if processes is None and are_started():
-            raise SettingsError("this command works in one process; start it without torchrun, or see cogvx generate")
+        if speed is not None:
+            speed.check_weights(self.weights)
         if len(self.lora_weight) not in (0, len(self.lora)):
             what = f"{len(self.lora_weight)} numbers for {len(self.lora)} LoRAs; give one for each"
             raise SettingsError(f"lora_weight has {what}")
@@ -121,11 +112,13 @@ class Policies:
             size, as in 0.5; until then they are taken to add what they did last. Unset, every step is computed.
         attention: the scores of attention in 8 bits.
         compiled: pass the transformer's blocks through torch.compile.
+        products: of tokens and weights in the transformer's blocks, in 8 bits.
     """
 
     step_cache: float | None = None
     attention: Literal["int8"] | None = None
     compiled: bool = False
+    products: Literal["fp8"] | None = None
 
     def speed(self) -> "Speed":
         """Raises SettingsError for policies that are none."""

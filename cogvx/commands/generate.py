@@ -73,7 +73,7 @@ def main(
         # Known before the weights are loaded, as far as the plan for the memory has no say in it.
         processes.ways_for(parallel or AUTO, Limits.of(configs, settings, choices))
         loading = replace(loading, device=processes.device_for(loading.device))
-        pipeline = loading.pipeline(settings, speed, processes)
+        pipeline = loading.pipeline(settings, speed)
         processes.share(pipeline, parallel or AUTO, settings)
         progress = progress and processes.leads
         made = pipeline.write(output, **settings.as_dict(), **files, progress=progress)

@@ -2,8 +2,8 @@
 
 A fake run says what a real one would hold, from shapes alone and in seconds. Our operators are opaque to PyTorch; here
 a backend of plain PyTorch is run in the place of its operator, so that what it holds inside counts too, and a compiled
-one adds the bytes that it declares as `scratch`. Whoever asks a fake tensor for a value gets the answer of a healthy
-run: numbers are finite, frames differ.
+one adds the tensors that it declares as its `scratch`. Whoever asks a fake tensor for a value gets the answer of a
+healthy run: numbers are finite, frames differ.
 """
 
 import math
@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass_type
 from torch.utils._pytree import tree_leaves
 
+from cogvx_kernels._extension import built_with
 from cogvx_kernels._op import OPS
 
 from ..host import in_host_memory
@@ -60,12 +61,14 @@ class LiveBytes(TorchDispatchMode):
         for tally in (self.device, self.host):
             tally.peak = tally.now
 
-    def hold(self, *modules: nn.Module) -> None:
-        """Count the weights of modules from now on, as if they were made here."""
-        for module in modules:
-            self._see([*module.parameters(), *module.buffers()])
+    def hold(self, *held: nn.Module | Tensor) -> None:
+        """Count the weights of modules, and tensors, from now on, as if they were made here."""
+        for each in held:
+            self._see([each] if isinstance(each, Tensor) else [*each.parameters(), *each.buffers()])
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if any(map(is_traceable_wrapper_subclass_type, types)):
+            return NotImplemented  # it is made of other tensors, in whose operations it comes here again
         name = func._schema.name
         fake = any(isinstance(x, FakeTensor) for x in args if isinstance(x, Tensor))
         if fake and name == "aten::_local_scalar_dense":
@@ -106,10 +109,11 @@ class LiveBytes(TorchDispatchMode):
         if backend in PLAIN:
             with self:
                 return module.forward(*args)
-        inside = module.scratch(*args) if hasattr(module, "scratch") else 0
         result = func(*args)
         self._see(x for x in tree_leaves(result) if isinstance(x, Tensor))
-        self._pass(inside)
+        if hasattr(module, "scratch") and built_with()["missing"] is None:  # where sizes are asked for
+            with self:
+                module.scratch(*args)
         return result
 
     @staticmethod
@@ -138,6 +142,8 @@ class LiveBytes(TorchDispatchMode):
 
     def _see(self, found: Iterable[Tensor]) -> None:
         for tensor in found:
+            if is_traceable_wrapper_subclass_type(type(tensor)):  # without memory of its own
+                continue
             storage = tensor.untyped_storage()
             key = weakref.ref(storage, self._forget)
             if key in self._known or not storage.nbytes():

@@ -1,14 +1,14 @@
 """Weights of fully connected layers in 8 bits, int8 or fp8, with a scale for each row.
 
 They take half the memory of 16 bits. A weight is widened where its layer is called, and the product is computed in the
-dtype of the tokens: that runs on every device, saves memory and no time.
+dtype of the tokens: that runs on every device, saves memory and no time. Products in fp8 are asked for apart.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cogvx_kernels import linear
+from cogvx_kernels import fp8_linear, linear
 
 from .linear import Linear
 
@@ -24,6 +24,8 @@ class EightBitLinear(nn.Linear):
     form: "int8", whole numbers from -127 to 127; or "fp8", e4m3, as its bytes, so that no cast of a model widens them.
     """
 
+    products: str | None = None  # "fp8" has them taken in fp8, of the numbers of the weight as they are
+
     def __init__(self, layer: nn.Linear, form: str, device: torch.device | None = None):
         nn.Module.__init__(self)
         self.in_features, self.out_features = layer.in_features, layer.out_features
@@ -37,6 +39,8 @@ class EightBitLinear(nn.Linear):
     def forward(self, x: Tensor, gelu: bool = False) -> Tensor:
         dtype = torch.promote_types(x.dtype, self.dtype)
         bias = None if self.bias is None else self.bias.to(dtype)
+        if self.products == "fp8":
+            return fp8_linear(x.to(dtype), self.weight.view(FP8), self.scale, bias, gelu)
         weight = widened_weight(self, dtype)
         if self.for_tokens:
             return linear(x.to(dtype), weight, bias, gelu)
@@ -73,6 +77,24 @@ def to_eight_bits(model: nn.Module, form: str, device: torch.device | None = Non
             if hasattr(module, "original"):
                 raise ValueError(f"a LoRA is loaded beside {name}; load it after the weights are in 8 bits")
             model.set_submodule(name, EightBitLinear(module, form, device).train(module.training))
+
+
+def multiply_in_fp8(model: nn.Module) -> None:
+    """Have the fully connected layers that tokens pass in a transformer's blocks take their products in fp8.
+
+    The first and the last layer and what modulates compute as before, and so do LoRAs, beside them. Weights that are
+    in fp8 already are multiplied as they are; others are rounded at each call.
+
+    Raises ValueError for weights in other forms of few bits, which would be rounded twice.
+    """
+    for name, module in model.named_modules():
+        for_tokens = getattr(module, "for_tokens", isinstance(module, Linear))
+        if not name.startswith(BLOCKS[0]) or not for_tokens:
+            continue
+        form = getattr(module, "form", "fp8") if type(module.weight) in (nn.Parameter, Tensor) else "another form"
+        if form != "fp8":
+            raise ValueError(f"products in fp8: {name} has its weight in {form}, which would be rounded twice")
+        module.products = "fp8"
 
 
 def refuse_to_save(model: nn.Module) -> None:

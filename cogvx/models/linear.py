@@ -4,16 +4,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cogvx_kernels import linear
+from cogvx_kernels import fp8_linear, linear, rows_in_fp8
 
 
 class Linear(nn.Linear):
     """nn.Linear for tokens, [B, N, D]; LoRA and quantisation take it for one and may replace it or its weight."""
 
+    products: str | None = None  # "fp8" has them taken in fp8, of the weight as it is at each call
+
     def forward(self, x: Tensor, gelu: bool = False) -> Tensor:  # [B, N, D] -> [B, N, K]
         if type(self.weight) not in (nn.Parameter, Tensor):  # quantised weights bring a product of their own
             y = super().forward(x)
             return F.gelu(y, approximate="tanh") if gelu else y
+        if self.products == "fp8":
+            return fp8_linear(x, *rows_in_fp8(self.weight), self.bias, gelu)
         return linear(x, self.weight, self.bias, gelu)
 
 
@@ -36,6 +40,7 @@ def take_over(new: nn.Linear, old: nn.Linear) -> None:
     new.in_features, new.out_features = old.in_features, old.out_features
     new.weight = old.weight
     new.register_parameter("bias", old.bias)
+    new.products = getattr(old, "products", None)
     if hasattr(old, "form"):  # weights in 8 bits
         new.form, new.dtype, new.for_tokens = old.form, old.dtype, old.for_tokens
         new.register_buffer("scale", old.scale)

@@ -208,13 +208,14 @@ class Encoder(nn.Module):
         self.conv_out = CausalConv3d(widths[-1], 2 * config.latent_channels)
 
     def forward(self, video: Tensor, halos: Halos) -> Tensor:
-        before = behind_halo(video, halos.take(self.conv_in, video.device))
-        x, moments = self.conv_in(before, halos, for_norm=True)
+        x, moments = self.conv_in(behind_halo(video, halos.take(self.conv_in, video.device)), halos, for_norm=True)
         for block in self.down_blocks:
-            x, moments = in_turn(block.resnets, x, None, halos, moments, for_norm=not block.downsamplers)
+            for resnet, for_norm in in_turn(block.resnets, for_norm=not block.downsamplers):
+                x, moments = resnet(x, None, halos, moments, for_norm)
             for downsample in block.downsamplers:
                 x, moments = downsample(x), None
-        x, moments = in_turn(self.mid_block.resnets, x, None, halos, moments, for_norm=True)
+        for resnet, for_norm in in_turn(self.mid_block.resnets, for_norm=True):
+            x, moments = resnet(x, None, halos, moments, for_norm)
         return self.conv_out(self.norm_out(x, None, halos.take(self.conv_out, x.device), moments), halos)[0]
 
 
@@ -240,21 +241,23 @@ class Decoder(nn.Module):
 
     def forward(self, z: Tensor, halos: Halos) -> Tensor:
         x, moments = self.conv_in(behind_halo(z, halos.take(self.conv_in, z.device)), halos, for_norm=True)
-        x, moments = in_turn(self.mid_block.resnets, x, z, halos, moments, for_norm=True)
+        for resnet, for_norm in in_turn(self.mid_block.resnets, for_norm=True):
+            x, moments = resnet(x, z, halos, moments, for_norm)
         for block in self.up_blocks:
-            x, moments = in_turn(block.resnets, x, z, halos, moments, for_norm=not block.upsamplers)
+            for resnet, for_norm in in_turn(block.resnets, for_norm=not block.upsamplers):
+                x, moments = resnet(x, z, halos, moments, for_norm)
             for upsample in block.upsamplers:
                 x, moments = upsample(x, halos.first_alone), None
         return self.conv_out(self.norm_out(x, z, halos.take(self.conv_out, x.device), moments), halos)[0]
 
 
-def in_turn(
-    blocks: nn.ModuleList, x: Tensor, z: Tensor | None, halos: Halos, moments: Tensor | None, for_norm: bool
-) -> tuple[Tensor, Tensor | None]:
-    """Residual blocks one after another, each with what the one before measured; `for_norm` as in CausalConv3d."""
+def in_turn(blocks: nn.ModuleList, for_norm: bool) -> Iterator[tuple["ResidualBlock", bool]]:
+    """Each of the residual blocks, and whether a norm follows it; `for_norm`: one follows the last.
+
+    They are called by who holds what they read: a call for all of them would hold it until the last one is done.
+    """
     for i, block in enumerate(blocks):
-        x, moments = block(x, z, halos, moments, for_norm or i < len(blocks) - 1)
-    return x, moments
+        yield block, for_norm or i < len(blocks) - 1
 
 
 class ResidualBlock(nn.Module):

@@ -10,6 +10,7 @@ its last state was saved, with any number of processes.
 import math
 import time
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,12 +24,13 @@ from ..models.packed import forward_packed
 from ..models.saving import save_model
 from ..models.transformer import ExpertTransformer
 from ..numerics import read_numerics
+from .ahead import ahead
 from .average import Average
 from .checkpoint import Saver, restore
 from .finetuning import Finetuning
 from .log import Log
 from .lora import add_lora, save_learnt
-from .optim import adamw, clip_gradients, cosine
+from .optim import adamw, clip_gradients, cosine, set_rate, state_name
 from .options import to_toml
 from .randomness import RandomStates
 from .ranks import ALONE, Ranks
@@ -61,8 +63,8 @@ def train(
     average = Average(parameters, run.ema_decay) if run.ema_decay is not None else None
     scaler = torch.amp.GradScaler(device.type, enabled=run.precision == "fp16")
     progress = Progress(model.config.in_channels)
-    states = States(optimiser)
-    parts = {"model": Weights(parameters), "optimiser": states, "random": RandomStates(), "progress": progress}
+    known = {state_name(rates): States(optimiser), "random": RandomStates(), "progress": progress}
+    parts = {"model": Weights(parameters), **known}
     parts |= {"scaler": scaler} if scaler.is_enabled() else {}
     parts |= {"average": average} if average is not None else {}
     with ranks.first_alone():
@@ -76,14 +78,18 @@ def train(
             saver.save(run.out, step, trees, *kept, beside=lambda folder: write_beside(run, model, folder))
 
     file = run.out / "log.jsonl" if ranks.is_first else None
-    with Saver() as saver, Log(file, step) as log, stopping(ranks, device) as is_stopped:
+    draw = partial(draws.step, examples, count=run.batch * run.accumulation)
+    with (
+        Saver() as saver,
+        Log(file, step, run.tensorboard) as log,
+        stopping(ranks, device) as is_stopped,
+        ahead(draw, range(step, run.num_steps), run.workers) as steps,
+    ):
         stopped = False
         while step < run.num_steps and not stopped:
             start, share = time.perf_counter(), cosine(step, run.num_steps, rates.num_warmup, rates.least)
-            for group in optimiser.param_groups:
-                group["lr"] = rates.lr * share
-            drawn = draws.step(examples, step, run.batch * run.accumulation)
-            loss = accumulate(run, model, drawn, scaler, ranks)
+            set_rate(optimiser, rates.lr * share)
+            loss = accumulate(run, model, next(steps), scaler, ranks)
             ranks.add_gradients(parameters.values())
             scaler.unscale_(optimiser)
             gradient = clip_gradients(parameters.values(), rates.clip_norm)

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -36,6 +37,7 @@ class Optimiser:
     clip_norm: float = 1.0
     num_warmup: int = 100
     least: float = 0.0  # share of lr at the end
+    bits: Literal[8, 32] = 32  # of each of the two moments of a number that learns; 8 with torchao
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,7 @@ class Finetuning:
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
     checkpointing: bool = False  # of activations: a third more time, far less memory
     shard: int = 1  # so many processes hold weights, gradients, average and states between them; 0: all of them
+    workers: int = 0  # processes that read and draw the next steps' samples while the model computes
     drop_text: float = 0.1
     null_text: Literal["zeros", "encoded"] = "zeros"  # what stands in the place of a dropped caption
     drop_image: float = 0.05  # of the samples of a model that takes an image: each clip's first frame
@@ -75,6 +78,7 @@ class Finetuning:
     save_every: int = 100
     keep_last: int = 2  # states
     keep_best: int = 0  # more of them: those before which the mean loss was lowest
+    tensorboard: bool = False  # what log.jsonl holds, in `out`/tensorboard too
     seed: int = 0
     device: str | None = None
     optimiser: Optimiser = field(default_factory=Optimiser)
@@ -91,6 +95,8 @@ class Finetuning:
         check("lora.rank", self.lora.rank, self.lora.rank >= 1, "at least 1")
         check("shard", self.shard, self.shard >= 0, "at least 0")
         check("shard", self.shard, self.shard == 1 or self.kind == "transformer", "1 for a LoRA, which is not sharded")
+        bits = self.optimiser.bits
+        check("optimiser.bits", bits, bits == 32 or self.shard == 1, "32 where processes share the weights out")
         read_numerics(self.numerics)
         check("start", self.start, self.kind == "transformer" or self.start == "checkpoint", "checkpoint for a LoRA")
 
@@ -99,9 +105,14 @@ def check_loop(run: Any, *counts: str) -> None:
     """What the options of every run have in common: counts from 1, the optimiser, the average."""
     for name in counts:
         check(name, getattr(run, name), getattr(run, name) >= 1, "at least 1")
+    check("workers", run.workers, run.workers >= 0, "at least 0")
     check("ema_decay", run.ema_decay, run.ema_decay is None or 0 <= run.ema_decay < 1, "from 0 to below 1")
     check("optimiser.lr", run.optimiser.lr, run.optimiser.lr > 0, "above 0")
     check("optimiser.betas", run.optimiser.betas, len(run.optimiser.betas) == 2, "two numbers")
+    for name, is_asked, package in (("optimiser.bits is 8", run.optimiser.bits == 8, "torchao"),
+                                    ("tensorboard is true", run.tensorboard, "tensorboard")):  # fmt: skip
+        if is_asked and find_spec(package) is None:
+            raise TrainingError(f"{name}, which needs {package}; pip install 'cogvx[train]' has it")
 
 
 def check(name: str, value: object, is_valid: bool, wanted: str) -> None:
@@ -197,8 +208,8 @@ def describe(run: Finetuning, clips: list[Clip], configs: Configs, learning: int
     """
     tokens, task = tokens_of(run, clips, configs), "image to video" if configs.takes_image else "text to video"
     per_step = run.batch * run.accumulation
-    # Gradient and two moments of the optimiser, in fp32; the average is a fourth.
-    states = learning * 4 * (3 + (run.ema_decay is not None))
+    # Gradient and average in fp32, and two moments of the optimiser.
+    states = learning * (4 + 2 * run.optimiser.bits // 8 + 4 * (run.ema_decay is not None))
     return "\n".join([
         f"{len(clips)} clips of {min(tokens)} to {max(tokens)} tokens, {sum(tokens) / len(tokens):.0f} in the mean",
         f"{run.num_steps} steps of {per_step} samples: {run.num_steps * per_step / len(clips):.1f} epochs",

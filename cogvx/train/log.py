@@ -7,11 +7,12 @@ from pathlib import Path
 class Log:
     """`log.write({"step": 1, "loss": 0.5})`; opened for a run that stands at `step`, it forgets what came later.
 
-    Without a file nothing is written.
+    tensorboard: the same numbers as scalars for TensorBoard, in the folder `tensorboard` beside the file. Without a
+    file nothing is written.
     """
 
-    def __init__(self, file: Path | None, step: int):
-        self._file = None
+    def __init__(self, file: Path | None, step: int, tensorboard: bool = False):
+        self._file = self._board = None
         if file is None:
             return
         kept = []
@@ -25,15 +26,24 @@ class Log:
         partial.write_text("".join(kept))
         partial.replace(file)
         self._file = file.open("a")
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter  # only now: tensorboard is no requirement
+
+            self._board = SummaryWriter(str(file.parent / "tensorboard"), purge_step=step + 1)
 
     def write(self, row: dict) -> None:
-        if self._file is not None:
-            self._file.write(json.dumps(row) + "\n")
-            self._file.flush()
+        if self._file is None:
+            return
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+        if self._board is not None:
+            for name in row.keys() - {"step"}:
+                self._board.add_scalar(name, row[name], row["step"])
 
     def __enter__(self) -> "Log":
         return self
 
     def __exit__(self, *error: object) -> None:
-        if self._file is not None:
-            self._file.close()
+        for opened in (self._file, self._board):
+            if opened is not None:
+                opened.close()

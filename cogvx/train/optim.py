@@ -8,21 +8,57 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from ..machine import multiplies_bf16
+
+
+class Muon(torch.optim.Optimizer):
+    """Each gradient matrix is turned into its nearest orthogonal one before the step, with Nesterov's momentum.
+
+    `torch.optim.Muon` does so in bf16 alone, which takes a minute a step of a small model where a CPU has no
+    instructions for it; there this one computes in fp32.
+
+    Source: K. Jordan et al., "Muon: an optimizer for hidden layers" (2024).
+    """
+
+    def __init__(self, matrices: Iterable[Tensor], lr: float, momentum: float = 0.95):
+        super().__init__(matrices, {"lr": lr, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            for weight in group["params"]:
+                if weight.grad is None:
+                    continue
+                state, share = self.state[weight], group["momentum"]
+                mean = state.setdefault("momentum_buffer", torch.zeros_like(weight)).lerp_(weight.grad, 1 - share)
+                rows, columns = weight.shape
+                step = orthogonal(weight.grad.lerp(mean, share))
+                weight.add_(step, alpha=-group["lr"] * math.sqrt(max(1, rows / columns)))
+
+
+def orthogonal(matrix: Tensor, num_iterations: int = 5) -> Tensor:
+    """The matrix [R, C] with its singular values brought near 1 (0.7 to 1.2), by a quintic Newton-Schulz iteration."""
+    narrow = matrix.is_cuda or multiplies_bf16()
+    x = matrix.to(torch.bfloat16 if narrow else torch.float32)
+    x = x.T if len(matrix) > matrix.shape[1] else x
+    x = x / x.norm().clamp(min=1e-7)
+    for _ in range(num_iterations):
+        square = x @ x.T
+        x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
+    return (x.T if len(matrix) > matrix.shape[1] else x).to(matrix.dtype)
+
 
 class MuonAdamW:
-    """Two optimisers as one: Muon turns each gradient matrix into its nearest orthogonal one before the step.
+    """Two optimisers as one: Muon for some weights, AdamW for the others.
 
     A convolution's weight counts as the matrix [C_out, C * taps]. On the small causal VAE this needs well under half
     of AdamW's steps for the same error.
-
-    Source: K. Jordan et al., "Muon: an optimizer for hidden layers" (2024), through `torch.optim.Muon`.
     """
 
     def __init__(self, matrices: list[Tensor], others: list[Tensor], muon_lr: float, adamw_lr: float):
         self.matrices = matrices
-        # torch.optim.Muon takes matrices alone, and at least one; the views share the weights' memory.
-        self.views = [nn.Parameter(weight.data.flatten(1)) for weight in matrices]
-        self.muon = torch.optim.Muon(self.views, lr=muon_lr, weight_decay=0.0) if matrices else None
+        self.views = [weight.detach().flatten(1) for weight in matrices]  # they share the weights' memory
+        self.muon = Muon(self.views, muon_lr) if matrices else None
         self.adamw = torch.optim.AdamW(others, lr=adamw_lr, betas=(0.9, 0.95), eps=1e-8, weight_decay=1e-4)
         self.both = [(self.adamw, adamw_lr), *([(self.muon, muon_lr)] if matrices else [])]
 
@@ -47,8 +83,15 @@ class MuonAdamW:
         return [(name, part) for name, part in (("muon", self.muon), ("adamw", self.adamw)) if part is not None]
 
 
-def adamw(weights: Iterable[nn.Parameter], rates: Any) -> torch.optim.AdamW:
-    """AdamW by the options of a run, in one pass over weights and states: without copies of all of them beside."""
+def adamw(weights: Iterable[nn.Parameter], rates: Any) -> torch.optim.Optimizer:
+    """AdamW by the options of a run, in one pass over weights and states: without copies of all of them beside.
+
+    rates: with `bits` 8 the moments are quantised, which torchao does.
+    """
+    if rates.bits == 8:
+        from .eight_bits import AdamW8  # only now: torchao is no requirement
+
+        return AdamW8(weights, rates.lr, rates.betas, rates.eps, rates.weight_decay)
     return torch.optim.AdamW(weights, rates.lr, rates.betas, rates.eps, rates.weight_decay, fused=True)
 
 
@@ -61,11 +104,24 @@ def clip_gradients(weights: Iterable[nn.Parameter], most: float) -> float:
     return norm.item()
 
 
+def state_name(rates: Any) -> str:
+    """What `adamw`'s state is called on disk: moments of 8 and of 32 bits do not stand in for each other."""
+    return "optimiser" if rates.bits == 32 else f"optimiser_{rates.bits}bit"
+
+
+def set_rate(optimiser: torch.optim.Optimizer, lr: float) -> None:
+    """The learning rate of the next step."""
+    for group in optimiser.param_groups:
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(lr)
+        else:
+            group["lr"] = lr
+
+
 def muon_adamw(model: nn.Module, muon_lr: float, adamw_lr: float, adamw_names: tuple[str, ...]) -> MuonAdamW:
     """Muon for every weight with at least two axes, but for those whose name holds one of `adamw_names`.
 
-    A muon_lr of 0 leaves all to AdamW: Muon computes in bf16, which takes seconds a step where a CPU has no
-    instructions for it.
+    A muon_lr of 0 leaves all to AdamW.
     """
     matrices, others = [], []
     for name, weight in model.named_parameters():

@@ -18,6 +18,7 @@ from torch import Tensor
 from ..config import PRESETS, VAEConfig
 from ..data import shapes
 from ..data.pixels import to_tensor
+from ..machine import multiplies_bf16
 from ..models.discriminator import PatchDiscriminator
 from ..models.vae import CausalVAE
 from .checkpoint import restore, save_state
@@ -56,6 +57,7 @@ class VAETraining:
     weights: LossWeights = field(default_factory=lambda: LossWeights(l1=1.0, l2=2.0, kl=1e-4))
     discriminator_lr: float = 2e-4
     save_every: int = 100
+    bf16: bool | None = None  # in autocast; None is where the CPU has instructions for it
     seed: int = 0
     config: VAEConfig = PRESETS["tiny"].vae
 
@@ -93,13 +95,14 @@ def train(run: VAETraining, perceptual: Perceptual | None = None) -> CausalVAE:
     judge_optimiser = torch.optim.AdamW(discriminator.parameters(), run.discriminator_lr, betas=(0.5, 0.9))
     parts = {"vae": vae, "discriminator": discriminator, "optimiser": optimiser, "judge_optimiser": judge_optimiser}
     step = restore(run.out, parts)
+    bf16 = multiplies_bf16() if run.bf16 is None else run.bf16
     run.out.mkdir(parents=True, exist_ok=True)
     with (run.out / "log.jsonl").open("a") as log:
         while step < run.num_steps:
             start, stage = time.perf_counter(), run.stage_at(step)
             video, generator = batch(run.seed, step, stage), torch.Generator().manual_seed(run.seed * 1_000_003 + step)
             vae.encoder.requires_grad_(not stage.decoder_only)
-            with torch.autocast("cpu", torch.bfloat16):
+            with torch.autocast("cpu", torch.bfloat16, bf16):
                 posterior = vae.encode(video)
                 output = vae.decode(posterior.sample(generator))
             output, row = output.float(), {}

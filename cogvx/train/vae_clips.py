@@ -16,6 +16,7 @@ from typing import Literal
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.data import get_worker_info
 
 from ..data.clips import Clip
 from ..data.pixels import to_tensor
@@ -24,19 +25,20 @@ from ..machine import pick_device
 from ..models.discriminator import PatchDiscriminator
 from ..models.vae import CausalVAE
 from ..settings import read_configs
+from .ahead import ahead
 from .average import Average
 from .checkpoint import Saver, restore
 from .finetuning import Optimiser, check, check_loop
 from .log import Log
 from .losses import LossWeights, Perceptual, discriminator_step, vae_loss
-from .optim import adamw, cosine
+from .optim import adamw, cosine, set_rate, state_name
 from .options import to_toml
 from .perceptual import ConvFeatures, PerceptualDistance
 from .randomness import RandomStates
 from .run import Progress, Weights, is_usable, stopping
 from .sampling import rows_of
 
-HELD = 2**30  # bytes of clips that are kept in memory once they are read
+HELD = 2**30  # bytes of clips that are kept in memory once they are read, by all workers together
 
 
 @dataclass(frozen=True)
@@ -54,12 +56,14 @@ class VAERun:
     crops: Literal["random", "fixed"] = "random"  # fixed: always the first frames, from the centre
     on_fault: Literal["stop", "skip"] = "stop"
     num_steps: int = 1000
+    workers: int = 0  # processes that read the next steps' clips while the model computes
     batch: int = 1
     precision: Literal["fp32", "bf16"] = "bf16"
     ema_decay: float | None = None
     non_finite: Literal["stop", "skip"] = "stop"
     save_every: int = 100
     keep_last: int = 2
+    tensorboard: bool = False  # what log.jsonl holds, in `out`/tensorboard too
     seed: int = 0
     device: str | None = None
     optimiser: Optimiser = field(default_factory=Optimiser)
@@ -104,7 +108,7 @@ def train(run: VAERun, vae: CausalVAE, clips: list[Clip], perceptual: Perceptual
     judge_optimiser = torch.optim.AdamW(judge.parameters(), run.discriminator_lr, betas=(0.5, 0.9))
     average = Average(parameters, run.ema_decay) if run.ema_decay is not None else None
     progress = Progress()
-    parts = {"vae": Weights(parameters), "discriminator": judge, "optimiser": optimiser, "progress": progress,
+    parts = {"vae": Weights(parameters), "discriminator": judge, state_name(rates): optimiser, "progress": progress,
              "judge_optimiser": judge_optimiser, "random": RandomStates()}  # fmt: skip
     parts |= {"average": average} if average is not None else {}
     step = restore(run.out, parts)
@@ -114,13 +118,17 @@ def train(run: VAERun, vae: CausalVAE, clips: list[Clip], perceptual: Perceptual
         trees = {name: part.state_dict() for name, part in parts.items()}
         saver.save(run.out, step, trees, run.keep_last, beside=lambda f: (f / "run.toml").write_text(to_toml(run)))
 
-    with Saver() as saver, Log(run.out / "log.jsonl", step) as log, stopping() as is_stopped:
+    with (
+        Saver() as saver,
+        Log(run.out / "log.jsonl", step, run.tensorboard) as log,
+        stopping() as is_stopped,
+        ahead(partial(crops, run, clips), range(step, run.num_steps), run.workers) as videos,
+    ):
         stopped = False
         while step < run.num_steps and not stopped:
             start, share, row = time.perf_counter(), cosine(step, run.num_steps, rates.num_warmup, rates.least), {}
-            for group in optimiser.param_groups:
-                group["lr"] = rates.lr * share
-            video = crops(run, clips, step).to(device)
+            set_rate(optimiser, rates.lr * share)
+            video = next(videos).to(device)
             loss, output = forward(run, vae, judge, video, step, perceptual, row)
             loss.backward()
             gradient = nn.utils.clip_grad_norm_(parameters.values(), rates.clip_norm).item()
@@ -188,9 +196,11 @@ class Frames:
         self.held, self._kept = held, {}
 
     def of(self, file: Path) -> np.ndarray:  # uint8 [T, H, W, 3]
+        worker = get_worker_info()
+        held = self.held if worker is None else self.held // worker.num_workers
         video = self._kept.pop(file, None)
         self._kept[file] = video = read_video(file)[0] if video is None else video
-        while len(self._kept) > 1 and sum(each.nbytes for each in self._kept.values()) > self.held:
+        while len(self._kept) > 1 and sum(each.nbytes for each in self._kept.values()) > held:
             del self._kept[next(iter(self._kept))]
         return video
 

@@ -5,9 +5,10 @@ from torch import Tensor
 
 from .. import _extension
 from .._convolution import FOR_DTYPES, FOR_SHAPES, convolve_causally, weight_gradient
+from .._convolution import scratch_causally as scratch
 from .._convolution import why_not_causally as why_not
 
-__all__ = ["FOR_DTYPES", "FOR_SHAPES", "backward", "forward", "why_not"]
+__all__ = ["FOR_DTYPES", "FOR_SHAPES", "backward", "forward", "scratch", "why_not"]
 
 
 def forward(

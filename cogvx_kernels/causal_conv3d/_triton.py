@@ -176,6 +176,11 @@ def forward(
     return _convolve(x, weight, bias, residual, 0)
 
 
+def scratch(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> list[Tensor]:
+    """The weight with its channels last."""
+    return [weight.contiguous(memory_format=torch.channels_last_3d)] if x.numel() else []
+
+
 def backward(
     grad: Tensor,  # [B, C_out, T, H, W]
     x: Tensor,

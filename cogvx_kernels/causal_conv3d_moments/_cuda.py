@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .. import _extension
-from .._convolution import FOR_DTYPES, FOR_SHAPES, convolve_causally
+from .._convolution import FOR_DTYPES, FOR_SHAPES, convolve_causally, scratch_causally
 from .._convolution import why_not_causally as why_not
 
 __all__ = ["FOR_DTYPES", "FOR_SHAPES", "forward", "why_not"]
@@ -19,8 +19,8 @@ def forward(
     residual: Tensor | None,  # [B, C_out, T, H, W]
 ) -> tuple[Tensor, Tensor]:  # [B, C_out, T, H, W] and [B, 2, C_out]
     module, b, width = _extension.cuda(), len(x), len(weight)
-    num_tiles = module.causal_conv3d_moments_tiles(x.shape[2] - weight.shape[2] + 1, *x.shape[3:])
-    tiles = torch.empty(b, num_tiles, 3, width, dtype=torch.float32, device=x.device)
+    tiles = _of_tiles(x, weight)
+    num_tiles = tiles.shape[1]
     y = convolve_causally(module.causal_conv3d_moments_forward, x, weight, bias, residual, moments=tiles)
     moments = torch.empty(b, 2, width, dtype=torch.float32, device=x.device)
     if b:
@@ -31,6 +31,16 @@ def forward(
         if num_groups > 1:
             _merge(groups, moments, num_groups)
     return y, moments
+
+
+def scratch(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> list[Tensor]:
+    return [_of_tiles(x, weight), *scratch_causally(x, weight, bias, residual)]
+
+
+def _of_tiles(x: Tensor, weight: Tensor) -> Tensor:  # [B, tiles, 3, C_out]
+    """Memory for the moments of every tile."""
+    num_tiles = _extension.cuda().causal_conv3d_moments_tiles(x.shape[2] - weight.shape[2] + 1, *x.shape[3:])
+    return x.new_empty(len(x), num_tiles, 3, len(weight), dtype=torch.float32)
 
 
 def _merge(parts: Tensor, to: Tensor, a_group: int) -> None:  # [B, parts, 3, C_out]

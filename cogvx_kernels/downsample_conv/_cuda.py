@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .. import _extension
-from .._convolution import convolve, in_tiles_gathered, in_tiles_spread, weight_gradient
+from .._convolution import convolve, filled_up, in_tiles_gathered, in_tiles_spread, weight_gradient
 
 FOR_DTYPES = (torch.bfloat16, torch.float16)
 _TAPS, _PADS = (1, 3, 3), (0, 0, 0)
@@ -28,6 +28,10 @@ def forward(
         tiles = in_tiles_gathered(weight, pad=0)
         convolve(_extension.cuda().downsample_conv_forward, x, tiles, y, _TAPS, _PADS, bias)
     return y
+
+
+def scratch(x: Tensor, weight: Tensor, bias: Tensor) -> list[Tensor]:
+    return [in_tiles_gathered(weight, pad=0), *filled_up(x)] if x.numel() and len(weight) else []
 
 
 def backward(

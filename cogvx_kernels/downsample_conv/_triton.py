@@ -75,8 +75,16 @@ def forward(
     shape = (b, len(weight), t, h // 2, w // 2)
     y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last_3d)
     if y.numel():
-        gathered.gather(x, weight.permute(0, 2, 3, 1).contiguous(), bias.contiguous(), y, pad=0)
+        gathered.gather(x, _channels_last(weight), bias.contiguous(), y, pad=0)
     return y
+
+
+def scratch(x: Tensor, weight: Tensor, bias: Tensor) -> list[Tensor]:
+    return [_channels_last(weight)] if x.numel() else []
+
+
+def _channels_last(weight: Tensor) -> Tensor:  # [C_out, C, 3, 3] -> [C_out, 3, 3, C]
+    return weight.permute(0, 2, 3, 1).contiguous()
 
 
 def backward(

@@ -41,6 +41,13 @@ def forward(
     return y
 
 
+def scratch(
+    x: Tensor, weight: Tensor, bias: Tensor, halo: Tensor | None, num_groups: int, eps: float, num_halo: int,
+    moments: Tensor | None,
+) -> list[Tensor]:  # fmt: skip
+    return Stages(x, num_groups, eps, num_halo, 0, None).scratch(moments) if x.numel() else []
+
+
 def backward(
     grad: Tensor,  # [B, C, num_halo + T, H, W]
     x: Tensor,

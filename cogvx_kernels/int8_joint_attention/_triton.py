@@ -167,13 +167,24 @@ def forward(
     return y
 
 
+def scratch(q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
+    """Queries and keys in 8 bits with their scales, and the keys' mean."""
+    return [mean_of_tokens(k), *_rounded(q, QUERIES), *_rounded(k, KEYS)] if q.numel() else []
+
+
+def _rounded(x: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Memory for x in int8, and for the scale of each group of `size` tokens."""
+    b, a, n, _ = x.shape
+    integers = torch.empty(x.shape, dtype=torch.int8, device=x.device)
+    return integers, torch.empty(b, a, -(-n // size), dtype=torch.float32, device=x.device)
+
+
 def _quantize(x: Tensor, mean: Tensor | None, size: int) -> tuple[Tensor, Tensor]:
     """x less its mean in int8, and the scale of each group of `size` tokens."""
     b, a, n, e = x.shape
     x = _with_close_rows(x)
     num_groups = -(-n // size)
-    integers = torch.empty(x.shape, dtype=torch.int8, device=x.device)
-    scales = torch.empty(b, a, num_groups, dtype=torch.float32, device=x.device)
+    integers, scales = _rounded(x, size)
     quantize_kernel[(num_groups * a * b,)](
         x, mean, integers, scales, num_groups, a, n, *x.stride()[:3],
         SIZE=size, **options("quantize", x.dtype, e, _capability(x)),

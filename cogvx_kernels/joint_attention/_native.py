@@ -33,6 +33,12 @@ def forward(
     return compiled.forward(_extension._C, place(q), _samples(q, lengths), q, k, v, return_lse)
 
 
+def scratch(q: Tensor, k: Tensor, v: Tensor, lengths: list[int] | None, return_lse: bool) -> list[Tensor]:
+    """Of narrow heads all of it in double."""
+    narrow = q.shape[3] < _NARROW and q.dtype != torch.float64
+    return [x.new_empty(x.shape, dtype=torch.float64) for x in (q, k, v, q)] if narrow else []
+
+
 def backward(
     grad: Tensor,  # [B, N, A E]
     grad_lse: Tensor,  # [B, A, N], or [B, A, 0]

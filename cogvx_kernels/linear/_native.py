@@ -33,6 +33,14 @@ def forward(
     return _product(x.flatten(0, 1), weight, bias, gelu).unflatten(0, x.shape[:2])
 
 
+def scratch(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool) -> list[Tensor]:
+    """The weight packed, or of few rows what GELU reads."""
+    m, k = x.shape[0] * x.shape[1], len(weight)
+    if m < _FEW:
+        return [x.new_empty(m, k)] if gelu else []
+    return [_packed(x.dtype, (m, k, x.shape[2]))] if m * k else []
+
+
 def backward(
     grad: Tensor,  # [B, N, K]
     x: Tensor,
@@ -63,10 +71,15 @@ def _product(
     y = torch.empty(len(a), len(b), dtype=a.dtype)
     if y.numel():
         dtype, sizes = DTYPES[a.dtype], (len(a), len(b), a.shape[1])
-        packed = torch.empty(_extension._C.linear_packed_bytes(dtype, sizes), dtype=torch.uint8)
+        packed = _packed(a.dtype, sizes)
         bias = None if bias is None else bias.contiguous()
         _extension._C.linear_multiply(
             torch.get_num_threads(), dtype, sizes, (a.data_ptr(), *a.stride()), (b.data_ptr(), *b.stride()),
             0 if bias is None else bias.data_ptr(), gelu, y.data_ptr(), packed.data_ptr(),
         )  # fmt: skip
     return y
+
+
+def _packed(dtype: torch.dtype, sizes: tuple[int, int, int]) -> Tensor:  # M, K, D
+    """Memory for b in the order in which it is multiplied."""
+    return torch.empty(_extension._C.linear_packed_bytes(DTYPES[dtype], sizes), dtype=torch.uint8)

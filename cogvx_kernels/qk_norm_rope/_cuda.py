@@ -34,6 +34,12 @@ def forward(qkv: Tensor, *args: Tensor | int | float | None) -> tuple[Tensor, Te
     return compiled.forward(_extension.cuda(), _extension.cuda_place(qkv), qkv, *args, narrow_angles=True)
 
 
+def scratch(qkv: Tensor, *args: Tensor | int | float | None) -> list[Tensor | None]:
+    """cos and sin where they are not read as they are."""
+    cos, sin = args[4:6]
+    return [*compiled.angles(qkv, cos, sin, narrow_angles=True)]
+
+
 def backward(
     grad_q: Tensor,  # [B, A, N, E]
     grad_k: Tensor,  # [B, A, N, E]

@@ -30,16 +30,21 @@ def forward(
     if qkv.numel():
         qkv, *norms = map(with_contiguous_rows, (qkv, q_weight, q_bias, k_weight, k_bias))
         rounded = cos is not None and is_narrow(cos, sin, qkv)
-        turns = (
-            (cos.contiguous(), sin.contiguous())
-            if rounded and narrow_angles
-            else (widened(cos, qkv), widened(sin, qkv))
-        )
+        turns = angles(qkv, cos, sin, narrow_angles)
         module.qk_norm_rope_forward(
             place, DTYPES[qkv.dtype], (b, n, num_text, num_heads, e), eps,
             rows(qkv), addresses(*norms), addresses(*turns), rounded, tuple(map(heads, parts)),
         )  # fmt: skip
     return parts
+
+
+def angles(
+    qkv: Tensor, cos: Tensor | None, sin: Tensor | None, narrow_angles: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """cos and sin as the kernel reads them."""
+    if cos is not None and narrow_angles and is_narrow(cos, sin, qkv):
+        return cos.contiguous(), sin.contiguous()
+    return widened(cos, qkv), widened(sin, qkv)
 
 
 def is_narrow(cos: Tensor, sin: Tensor, like: Tensor) -> bool:

@@ -58,6 +58,11 @@ def forward(
     return y
 
 
+def scratch(x: Tensor, z: Tensor, *others: Tensor | int | float | None) -> list[Tensor]:
+    """The latent, where it is not in the order of x."""
+    return [dense(z, x)] if x.numel() else []
+
+
 def backward(
     grad: Tensor,  # [B, C, num_halo + T, H, W]
     x: Tensor,

@@ -211,6 +211,11 @@ def forward(
     return y
 
 
+def scratch(x: Tensor, z: Tensor, *others: Tensor | int | float | None) -> list[Tensor]:
+    """The latent with its channels last, and the statistics."""
+    return [z.movedim(1, -1).contiguous(), *shared.scratch(x)] if x.numel() else []
+
+
 def backward(
     grad: Tensor,  # [B, C, num_halo + T, H, W]
     x: Tensor,

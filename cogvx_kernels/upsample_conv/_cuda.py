@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import _extension
-from .._convolution import convolve, in_tiles_gathered, in_tiles_spread, weight_gradient
+from .._convolution import convolve, filled_up, in_tiles_gathered, in_tiles_spread, weight_gradient
 from .taps import FOR_SHAPES, merge_taps, split_taps, sum_pairs, why_not_merged
 
 __all__ = ["FOR_SHAPES"]
@@ -33,10 +33,18 @@ def forward(
     shape = (b, c_out, 2 * t - t % 2 if double_time else t, 2 * h, 2 * w)
     y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last_3d)
     if y.numel():
-        tiles = in_tiles_spread(merge_taps(weight).flip(2, 3), pad=1)
+        tiles = _tiles(weight)
         kernel = _extension.cuda().upsample_conv_forward
         convolve(kernel, x, tiles, y, _TAPS, _PADS, bias, repeated=double_time)
     return y
+
+
+def scratch(x: Tensor, weight: Tensor, bias: Tensor, double_time: bool) -> list[Tensor]:
+    return [_tiles(weight), *filled_up(x)] if x.numel() and len(weight) else []
+
+
+def _tiles(weight: Tensor) -> Tensor:
+    return in_tiles_spread(merge_taps(weight).flip(2, 3), pad=1)
 
 
 def backward(

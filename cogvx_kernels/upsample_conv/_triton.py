@@ -77,8 +77,7 @@ def forward(
     shape = (b, c_out, 2 * t - t % 2 if double_time else t, 2 * h, 2 * w)
     y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last_3d)
     if y.numel():
-        # M[p + 2a, q + 2e] becomes [p, q, C_out, a, e, C].
-        phases = merge_taps(weight).unflatten(3, (2, 2)).unflatten(2, (2, 2)).permute(3, 5, 0, 2, 4, 1).contiguous()
+        phases = _phases(weight)
         num_pixels, options = b * t * h * w, pixel_options(c, c_out, 4, x.dtype)
         grid = (triton.cdiv(num_pixels, options["BLOCK_M"]) * 4 * triton.cdiv(c_out, options["BLOCK_N"]),)
         with torch.cuda.device_of(x):
@@ -86,6 +85,15 @@ def forward(
                 x, phases, bias.contiguous(), y, num_pixels, t, h, w, c, c_out, DOUBLE=double_time, **options
             )
     return y
+
+
+def scratch(x: Tensor, weight: Tensor, bias: Tensor, double_time: bool) -> list[Tensor]:
+    return [_phases(weight)] if x.numel() else []
+
+
+def _phases(weight: Tensor) -> Tensor:  # [C_out, C, 3, 3] -> [2, 2, C_out, 2, 2, C]
+    """Of the merged taps M[p + 2a, q + 2e] at [p, q, C_out, a, e, C]."""
+    return merge_taps(weight).unflatten(3, (2, 2)).unflatten(2, (2, 2)).permute(3, 5, 0, 2, 4, 1).contiguous()
 
 
 def backward(

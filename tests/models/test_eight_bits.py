@@ -5,10 +5,18 @@ import torch
 from safetensors.torch import save_file
 
 from cogvx.models import ExpertTransformer
-from cogvx.models.eight_bits import FORMS, EightBitLinear, in_eight_bits, to_eight_bits, widened_weight
+from cogvx.models.eight_bits import (
+    FORMS,
+    EightBitLinear,
+    in_eight_bits,
+    multiply_in_fp8,
+    to_eight_bits,
+    widened_weight,
+)
 from cogvx.models.linear import WideLinear
 from cogvx.models.lora import fuse_lora, load_lora, unload_lora
 from cogvx.models.text import TextEncoder
+from cogvx_kernels import rows_in_fp8
 
 LAYERS = {f"transformer_blocks.{i}.{part}" for i in range(2) for part in (
     "norm1.linear", "norm2.linear", "attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0", "ff.net.0.proj",
@@ -81,6 +89,56 @@ def test_a_lora_beside_them_leaves_no_trace(published, transformer, tmp_path):
     unload_lora(transformer)
     assert torch.equal(velocity(transformer), plain)
     assert type(transformer.transformer_blocks[0].attn1.to_q) is EightBitLinear
+
+
+def test_products_in_fp8_of_weights_as_they_are_and_as_they_are_stored(published, transformer, relative_error):
+    """Both round tokens and weights once; a hand-written layer does so too."""
+    exact = velocity(transformer)
+    other = ExpertTransformer.from_pretrained(published / "5b")
+    modulating = {name for name in LAYERS if name.startswith("norm", name.index(".", 19) + 1)}
+    for name in LAYERS - modulating:
+        other.get_submodule(name).register_forward_pre_hook(
+            lambda layer, args: (torch.stack([n.float() * scale for n, scale in map(rows_in_fp8, args[0])]), *args[1:])
+        )
+    for name in LAYERS - modulating:
+        layer = other.get_submodule(name)
+        numbers, scale = rows_in_fp8(layer.weight.data)
+        layer.weight.data = numbers.float() * scale
+    multiply_in_fp8(transformer)
+    found = velocity(transformer)
+    assert relative_error(found, velocity(other)) < 1e-5 and 1e-3 < relative_error(found, exact) < 0.15
+    assert {name for name, m in transformer.named_modules() if getattr(m, "products", None)} == LAYERS - modulating
+    for name in LAYERS - modulating:
+        layer = transformer.get_submodule(name)
+        stored = EightBitLinear(layer, "fp8")
+        stored.products = "fp8"
+        x = torch.randn(2, 70, layer.in_features)
+        with torch.no_grad():
+            assert torch.equal(stored(x), layer(x)), name
+
+
+@torch.no_grad()
+def test_a_lora_beside_products_in_fp8_is_exact(published, transformer, tmp_path):
+    matrices = {f"transformer.transformer_blocks.0.attn1.to_q.lora_{letter}.weight": torch.randn(shape) / 4
+                for letter, shape in (("A", (4, 96)), ("B", (96, 4)))}  # fmt: skip
+    save_file(matrices, tmp_path / "style.safetensors")
+    multiply_in_fp8(transformer)
+    x, plain = torch.randn(1, 5, 96), velocity(transformer)
+    before = transformer.transformer_blocks[0].attn1.to_q(x)
+    load_lora(transformer, tmp_path / "style.safetensors")
+    down, up = matrices.values()
+    torch.testing.assert_close(transformer.transformer_blocks[0].attn1.to_q(x) - before, x @ down.t() @ up.t(),
+                               rtol=1e-4, atol=1e-4)  # fmt: skip
+    fuse_lora(transformer)
+    assert not torch.equal(velocity(transformer), plain)
+    unload_lora(transformer)
+    assert torch.equal(velocity(transformer), plain)
+
+
+def test_products_in_fp8_round_nothing_twice(transformer):
+    to_eight_bits(transformer, "int8")
+    with pytest.raises(ValueError, match="has its weight in int8, which would be rounded twice"):
+        multiply_in_fp8(transformer)
 
 
 def test_a_model_in_fp16_widens_them_where_it_must(transformer):

@@ -104,7 +104,10 @@ def test_norms_take_what_the_convolutions_before_them_measured(run_on):
             norm.register_forward_pre_hook(lambda _, args: taken.append(args[3] is not None))
 
     def run(x):
-        return in_turn(blocks, x, None, Halos(), None, for_norm=False)
+        halos, moments = Halos(), None
+        for block, for_norm in in_turn(blocks, for_norm=False):
+            x, moments = block(x, None, halos, moments, for_norm)
+        return x, moments
 
     with torch.no_grad():
         with use_backend("cuda"):

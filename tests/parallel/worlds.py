@@ -95,12 +95,17 @@ def make(pipeline: Pipeline, settings: Settings) -> Made:
 
 
 def decoded_past_fp16(vae: CausalVAE, latents: Tensor) -> Tensor:
-    vae.decoder.conv_in.conv.weight.mul_(40)
-    z = (2e3 * torch.randn(latents[:, :, :5].shape, generator=torch.Generator().manual_seed(0))).half()
-    z[:, :, :3] *= 0.1
-    parts = list(vae.half().decode_each(z))
-    assert [part.dtype for part in parts] == [torch.float16, torch.float32]
-    return torch.cat([part.float() for part in parts], dim=2)
+    """Of two and three processes that share chunks: from one in the first of their rounds on, and in the second."""
+    vae.half().decoder.conv_in.conv.weight.mul_(40)
+    whole = 2e3 * torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))
+    decoded = []
+    for num_fitting, num_latents in ((1, 3), (3, 7)):  # of four chunks
+        z = whole.clone()
+        z[:, :, :num_latents] *= 0.1
+        parts = list(vae.decode_each(z.half()))
+        assert [part.dtype for part in parts] == num_fitting * [torch.float16] + (4 - num_fitting) * [torch.float32]
+        decoded += [part.float() for part in parts]
+    return torch.cat(decoded, dim=2)
 
 
 def apart(ours: Tensor, theirs: Tensor) -> float:

@@ -33,3 +33,16 @@ def test_the_log_forgets_what_came_after_the_saved_step(tmp_path):
     with Log(file, 2) as log:
         log.write({"step": 3, "loss": 0.5})
     assert file.read_text() == '{"step": 1}\n{"step": 2}\n{"step": 3, "loss": 0.5}\n'
+
+
+def test_tensorboard_gets_the_same_numbers_and_forgets_what_came_later(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for first in (1, 3):  # the second run goes on where the state of step 2 was saved
+        with Log(tmp_path / "log.jsonl", first - 1, tensorboard=True) as log:
+            for step in range(first, first + 4):
+                log.write({"step": step, "loss": step / first})
+    board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert board.Tags()["scalars"] == ["loss"]
+    assert [(each.step, each.value) for each in board.Scalars("loss")] == [
+        (1, 1.0), (2, 2.0), *((step, pytest.approx(step / 3)) for step in range(3, 7))]  # fmt: skip

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import multiprocessing
 import os
 import signal
 import tomllib
@@ -13,6 +14,7 @@ from cogvx.config import ScheduleConfig, TransformerConfig
 from cogvx.models.checkpoint import CheckpointError
 from cogvx.models.transformer import ExpertTransformer
 from cogvx.train import finetune
+from cogvx.train.checkpoint import load_state
 from cogvx.train.finetune import train
 from cogvx.train.finetuning import Finetuning, LoRAOptions, Optimiser
 from cogvx.train.options import TrainingError
@@ -23,7 +25,8 @@ SMALL = TransformerConfig(
     text_embed_dim=16, max_text_seq_length=8, sample_width=8, sample_height=8, sample_frames=17,
     use_rotary_positional_embeddings=True,
 )  # fmt: skip
-WIDE = dataclasses.replace(SMALL, in_channels=8)  # for an image beside the clip
+SEEING = dataclasses.replace(SMALL, in_channels=8)  # an image beside the clip
+WIDE = dataclasses.replace(SMALL, attention_head_dim=32)
 SIZES = [(1, 4, 4), (3, 4, 6), (2, 6, 4)]  # of latents; three examples, so that steps end in the midst of an epoch
 
 
@@ -33,7 +36,7 @@ def examples(config: TransformerConfig = SMALL) -> list[Example]:
         Example(torch.randn(4, *size, generator=generator), torch.full((4, *size), 0.1),
                 torch.randn(5, 16, generator=generator)) for size in SIZES
     ]  # fmt: skip
-    if config is SMALL:
+    if config is not SEEING:
         return known
     return [each._replace(images=(each.mean[None, :, 0], each.std[None, :, 0])) for each in known]
 
@@ -58,17 +61,19 @@ def options(folder, **changes) -> Finetuning:
     return dataclasses.replace(run, **changes)
 
 
-def stopped_at(step: int):
-    """A patched draw that sends SIGTERM in a step, the first being 0."""
-    original = Draws.step
+def stopped_at(step: int) -> pytest.MonkeyPatch:
+    """A patched step, the first being 0, in which SIGTERM comes to this process and its workers, as to a group."""
+    original, calls = finetune.accumulate, []
 
-    def draw(self, given, at, count):
-        if at == step:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return original(self, given, at, count)
+    def accumulate(*given):
+        calls.append(1)
+        for pid in (*(worker.pid for worker in multiprocessing.active_children()), os.getpid()):
+            if len(calls) == step + 1:
+                os.kill(pid, signal.SIGTERM)
+        return original(*given)
 
     patch = pytest.MonkeyPatch()
-    patch.setattr(Draws, "step", draw)
+    patch.setattr(finetune, "accumulate", accumulate)
     return patch
 
 
@@ -77,6 +82,7 @@ def rows(run: Finetuning) -> list[dict]:
     return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines]
 
 
+EIGHT_BITS = Optimiser(lr=1e-2, num_warmup=1, bits=8)  # for weights of 4,096 numbers and more
 SET_UPS = [
     {},
     {"kind": "lora"},
@@ -92,19 +98,25 @@ SET_UPS = [
     {"drop_text": 1.0, "save_every": 3},
     {"drop_image": 0.3},
     {"drop_image": 0.3, "kind": "lora"},
+    {"workers": 2, "ema_decay": 0.9},
+    {"workers": 2, "kind": "lora", "accumulation": 2},
+    {"optimiser": EIGHT_BITS, "ema_decay": 0.5},
+    {"optimiser": EIGHT_BITS, "kind": "lora", "lora": LoRAOptions(256, 4.0), "workers": 2, "accumulation": 2},
 ]
 
 
-@pytest.mark.parametrize("changes", SET_UPS, ids=str)
+@pytest.mark.parametrize("changes", SET_UPS, ids=lambda changes: ", ".join(changes) or "full")
 def test_a_run_stopped_by_sigterm_goes_on_bit_by_bit(tmp_path, changes):
-    whole, halves = options(tmp_path / "a", **changes), options(tmp_path / "b", **changes)
-    config = WIDE if "drop_image" in changes else SMALL
+    whole, halves = options(tmp_path / "a", **changes | {"workers": 0}), options(tmp_path / "b", **changes)
+    config = WIDE if halves.optimiser.bits == 8 and halves.kind == "transformer" else SMALL
+    config = SEEING if "drop_image" in changes else config
     known = examples(config), draws(0, config, whole.drop_image)
     wanted, first, second = model(config), model(config), model(config)
     assert train(whole, wanted, *known) == 4
     patch = stopped_at(1)
     assert train(halves, first, *known) == 2
     patch.undo()
+    assert not multiprocessing.active_children()
     assert not (halves.out / "transformer").exists() and not (halves.out / finetune.ADAPTER).exists()
     assert train(halves, second, *known) == 4
     for name, value in wanted.state_dict().items():
@@ -113,6 +125,26 @@ def test_a_run_stopped_by_sigterm_goes_on_bit_by_bit(tmp_path, changes):
     results = [sorted(p.relative_to(r.out) for p in r.out.rglob("*.safetensors")) for r in (whole, halves)]
     for path in set(results[0]) & set(results[1]):
         assert (whole.out / path).read_bytes() == (halves.out / path).read_bytes(), path
+
+
+def test_eight_bits_of_a_moment_are_saved_as_they_are_and_no_other_run_takes_them(tmp_path):
+    run = options(tmp_path, optimiser=EIGHT_BITS)
+    train(run, model(WIDE), examples(), draws())
+    _, trees = load_state(run.out)
+    moments = [each["exp_avg"] for each in trees["optimiser_8bit"]["state"].values()]
+    codes = [moment["codes"] for moment in moments if isinstance(moment, dict)]
+    assert [code.shape.numel() for code in codes] == [4096] * 4 and all(code.dtype == torch.uint8 for code in codes)
+    assert all(len(code.unique()) > 50 for code in codes)
+    with pytest.raises(CheckpointError, match="has no optimiser; it is that of another kind of run"):
+        train(options(tmp_path), model(WIDE), examples(), draws())
+
+
+def test_what_is_not_installed_is_named_before_anything_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr("cogvx.train.finetuning.find_spec", lambda name: None)
+    with pytest.raises(TrainingError, match=r"bits is 8, which needs torchao; pip install 'cogvx\[train\]' has it"):
+        options(tmp_path, optimiser=EIGHT_BITS)
+    with pytest.raises(TrainingError, match="tensorboard is true, which needs tensorboard"):
+        options(tmp_path, tensorboard=True)
 
 
 def test_something_is_learnt_and_by_what_is_to_learn_alone(tmp_path):
@@ -167,7 +199,7 @@ def test_a_state_of_another_model_or_kind_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match="does not fit this run"):
         train(dataclasses.replace(run, kind="lora"), model(), examples(), draws())
     run = dataclasses.replace(run, out=tmp_path / "lora", kind="lora")  # whose weights fit models of either task
-    train(run, model(WIDE), examples(WIDE), draws(0, WIDE))
+    train(run, model(SEEING), examples(SEEING), draws(0, SEEING))
     with pytest.raises(CheckpointError, match="it is of a model with 8 input channels, this one has 4"):
         train(run, model(), examples(), draws())
     with pytest.raises(CheckpointError, match="has no average"):

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from cogvx.config import PRESETS, TransformerConfig
 from cogvx.machine import peak_of_tensors
@@ -14,7 +15,7 @@ from cogvx.settings import Configs
 from cogvx.train import plan as planning
 from cogvx.train.average import Average
 from cogvx.train.finetune import accumulate, learning
-from cogvx.train.finetuning import Finetuning, LoRAOptions
+from cogvx.train.finetuning import Finetuning, LoRAOptions, Optimiser
 from cogvx.train.lora import ATTENTION
 from cogvx.train.optim import adamw
 from cogvx.train.plan import Size, fitting, plan_steps
@@ -32,8 +33,9 @@ CASES = {
     # Of every layer: on a CPU ours keeps its input though its weights stand still, on a GPU PyTorch's own does not.
     "lora": {"kind": "lora", "accumulation": 2, "lora": LoRAOptions(8, 8.0, (*ATTENTION, "ff.net.0.proj", "ff.net.2"))},
     "lora, checkpointing": {"kind": "lora", "checkpointing": True},
+    "full, 8 bits": {"kind": "transformer", "checkpointing": True, "optimiser": Optimiser(bits=8)},
 }
-QUICK = ("full, checkpointing", "lora, checkpointing")
+QUICK = ("full, checkpointing", "lora, checkpointing", "full, 8 bits")
 
 
 def run_of(**changes) -> Finetuning:
@@ -60,12 +62,19 @@ def allocated(run: Finetuning) -> int:
         optimiser.zero_grad()
 
     step()
-    states = [x for state in optimiser.state.values() for x in state.values()]
+    states = [x for state in optimiser.state.values() for value in state.values() for x in made_of(value)]
     states += list(average.values.values()) if average is not None else []
     given = [x for each in drawn for x in (each.clip, each.noise, *each.sample[:2])]
     held = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes()
             for x in (*model.parameters(), *states, *given)}  # fmt: skip
     return peak_of_tensors(step, torch.device("cpu")) + sum(held.values())
+
+
+def made_of(value: Tensor) -> list[Tensor]:
+    """The tensors that hold a state's numbers; a quantised one has none itself."""
+    if not is_traceable_wrapper_subclass(value):
+        return [value]
+    return [getattr(value, name) for name in value.__tensor_flatten__()[0]]
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,5 @@
 import json
+import multiprocessing
 import os
 import signal
 
@@ -49,18 +50,20 @@ def rows(run: VAERun) -> list[dict]:
 @pytest.mark.slow
 def test_a_run_stopped_by_sigterm_goes_on_bit_by_bit(tmp_path, clips, monkeypatch):
     changes = {"ema_decay": 0.5, "precision": "bf16"}
-    whole, halves = options(tmp_path / "a", **changes), options(tmp_path / "b", **changes)
+    whole, halves = options(tmp_path / "a", **changes), options(tmp_path / "b", **changes, workers=2)
     wanted, first, second = vae(), vae(), vae()
     assert train(whole, wanted, clips, load_perceptual(whole)) == 4
+    forward = vae_clips.forward
 
-    def crops_and_stop(run, given, step):
+    def forward_and_stop(run, vae, judge, video, step, *others):
         if step == 1:
             os.kill(os.getpid(), signal.SIGTERM)
-        return crops(run, given, step)
+        return forward(run, vae, judge, video, step, *others)
 
     with monkeypatch.context() as patch:
-        patch.setattr(vae_clips, "crops", crops_and_stop)
+        patch.setattr(vae_clips, "forward", forward_and_stop)
         assert train(halves, first, clips, load_perceptual(halves)) == 2
+    assert not multiprocessing.active_children()
     assert train(halves, second, clips, load_perceptual(halves)) == 4
     for name, value in wanted.state_dict().items():
         assert torch.equal(value, second.state_dict()[name]), name
