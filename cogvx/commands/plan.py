@@ -194,7 +194,7 @@ def read_job(
     from ._arguments import torch_dtype
 
     how, more = read_numerics(numerics), {}
-    if model in PRESETS and model != "tiny":
+    if model in PRESETS and model not in ("tiny", "tiny-i2v"):  # those are in the package
         preset = PRESETS[model]
         configs = Configs(preset.transformer, preset.vae, preset.schedule)
         used = torch_dtype(dtype) or (torch.float16 if model == "2b" else torch.bfloat16)

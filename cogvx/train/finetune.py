@@ -63,9 +63,8 @@ def train(
     average = Average(parameters, run.ema_decay) if run.ema_decay is not None else None
     scaler = torch.amp.GradScaler(device.type, enabled=run.precision == "fp16")
     progress = Progress(model.config.in_channels)
-    known = {state_name(rates): States(optimiser), "random": RandomStates(), "progress": progress}
-    parts = {"model": Weights(parameters), **known}
-    parts |= {"scaler": scaler} if scaler.is_enabled() else {}
+    parts = {"model": Weights(parameters), state_name(rates): States(optimiser), "random": RandomStates()}
+    parts |= {"progress": progress} | ({"scaler": scaler} if scaler.is_enabled() else {})
     parts |= {"average": average} if average is not None else {}
     with ranks.first_alone():
         step = restore(run.out, parts)
@@ -77,11 +76,10 @@ def train(
             kept = run.keep_last, run.keep_best, progress.score()
             saver.save(run.out, step, trees, *kept, beside=lambda folder: write_beside(run, model, folder))
 
-    file = run.out / "log.jsonl" if ranks.is_first else None
     draw = partial(draws.step, examples, count=run.batch * run.accumulation)
     with (
         Saver() as saver,
-        Log(file, step, run.tensorboard) as log,
+        Log(run.out / "log.jsonl" if ranks.is_first else None, step, run.tensorboard) as log,
         stopping(ranks, device) as is_stopped,
         ahead(draw, range(step, run.num_steps), run.workers) as steps,
     ):

@@ -22,7 +22,7 @@ from cogvx.train.finetuning import Finetuning, Optimiser
 from cogvx.train.ranks import ALONE, Ranks
 from cogvx.train.shards import placed
 
-STOPS, STEPS, LIMIT, TENSORS = (5, 10), 15, 1e-5, 1e-4
+STOP, STEPS, LIMIT, TENSORS = 5, 15, 1e-5, 1e-4
 # Processes, and how many of them hold a copy of the weights between them, until a stop and after it.
 RUNS = {
     "1 -> 2": [(1, 1), (2, 1)],
@@ -39,9 +39,12 @@ def options_of(folder: Path) -> Finetuning:
 
 
 def go_on(run: Finetuning, ranks: Ranks, stop: int | None, shard: int = 1) -> None:
-    """Train to the end, or until the last of the processes has had a SIGTERM in step `stop`."""
-    patch = stopped_at(stop - 1) if stop and ranks.rank == ranks.size - 1 else None
-    reached = train(run, placed(model(), torch.device("cpu"), ranks, shard), examples(), draws(), ranks)
+    """Train to the end, or to step `stop`, a few steps on, in which the last of the processes has a SIGTERM."""
+    patch = stopped_at(STOP - 1) if stop and ranks.rank == ranks.size - 1 else None
+    here, total = placed(model(), torch.device("cpu"), ranks, shard), sum(p.numel() for p in model().parameters())
+    if shard > 1:  # slices are rounded up, of few rows by much
+        assert sum(p.to_local().numel() for p in here.parameters()) < 1.1 * total / shard
+    reached = train(run, here, examples(), draws(), ranks)
     if patch is not None:
         patch.undo()
     assert reached == (stop or STEPS), reached
@@ -95,7 +98,8 @@ def main(runs: dict[str, list[tuple[int, int]]]) -> None:
         wanted, known = losses(alone), tensors(alone)
         for number, (name, ways) in enumerate(runs.items()):
             run = options_of(Path(folder) / str(number))
-            for stop, (count, shard) in zip((*STOPS[: len(ways) - 1], None), ways, strict=True):
+            stops = [STOP * (i + 1) for i in range(len(ways) - 1)]
+            for stop, (count, shard) in zip([*stops, None], ways, strict=True):
                 checkpointing = shard > 1 and stop is not None  # once sharded with it, once without
                 go_on_in(count, dataclasses.replace(run, checkpointing=checkpointing), stop, shard)
             worst = max(abs(one - other) / other for one, other in zip(losses(run), wanted, strict=True))
