@@ -109,6 +109,8 @@ def plan_run(words: tuple[str, ...], model: str, job: "Job", budget: int | None)
     run = read_options(Finetuning, file, ["data=-", "out=-", f"model={model}", *rest, f"kind={kind}"])
     if run.model != model:
         raise PlanError(f"model is {run.model!r} and not {model!r}; --model says which one is planned for, as 2b or 5b")
+    if run.shard != 1:
+        raise PlanError(f"shard is {run.shard}; what processes that share the weights out hold is not planned yet")
     size = Size(job.settings.num_frames, job.settings.height, job.settings.width)
     asked = run, job.configs, job.text, size
     plan = plan_training(*asked) if budget is None else fitting(*asked, budget)
@@ -192,7 +194,7 @@ def read_job(
     from ._arguments import torch_dtype
 
     how, more = read_numerics(numerics), {}
-    if model in PRESETS and model != "tiny":
+    if model in PRESETS and model not in ("tiny", "tiny-i2v"):  # those are in the package
         preset = PRESETS[model]
         configs = Configs(preset.transformer, preset.vae, preset.schedule)
         used = torch_dtype(dtype) or (torch.float16 if model == "2b" else torch.bfloat16)

@@ -63,9 +63,11 @@ def train_transformer(file: Path | None, words: Sequence[str], dry_run: bool, pr
     from ..train.finetune import learning, train
     from ..train.finetuning import configs_of, describe, examples_of, load_transformer, tokens_of, unit_of
     from ..train.ranks import joined
+    from ..train.shards import num_sharing, placed
 
     configs, device = configs_of(run), pick_device(run.device)
     with joined(device.type) as ranks:
+        num_sharing(run.shard, ranks)  # before anything is computed
         clips = accepted(find_clips(run.data, unit_of(configs), run.num_frames), run.on_fault, warn)
         tokens_of(run, clips, configs)
         model = load_transformer(run, configs)
@@ -77,7 +79,7 @@ def train_transformer(file: Path | None, words: Sequence[str], dry_run: bool, pr
         with ranks.first_alone():
             known = examples_of(run, clips, configs)
         # Only now: while clips are encoded the device has another model to hold.
-        step = train(run, model.to(device), *known, ranks)
+        step = train(run, placed(model, device, ranks, run.shard), *known, ranks)
         if ranks.is_first:
             report(run.out, step, run.num_steps)
 

@@ -83,9 +83,9 @@ def forward_packed(
     stream = PackedStream(xs)
     for block, norms in zip(model.transformer_blocks, modulation.blocks.unbind(1), strict=True):
         if checkpointing and torch.is_grad_enabled():
-            stream = PackedStream(checkpoint(summed_block, block, stream.xs, norms, layout, use_reentrant=False))
+            stream = PackedStream(block.run(recomputed_block, stream.xs, norms, layout))
         else:
-            stream = packed_block(block, stream, norms, layout)
+            stream = block.run(packed_block, stream, norms, layout)
     visions = [
         model.norm_out(model.norm_final(each.vision(num_text)), last[None])
         for each, num_text, last in zip(stream.apart(layout.lengths), layout.num_texts, modulation.last, strict=True)
@@ -106,6 +106,11 @@ def summed_block(block: ExpertBlock, xs: list[Tensor], norms: Tensor, layout: La
     """The residuals behind a block, whole: one tensor to keep of each sample, where the unsummed parts are two."""
     parts = packed_block(block, PackedStream(xs), norms, layout).apart(layout.lengths)
     return [part.whole(num_text) for part, num_text in zip(parts, layout.num_texts, strict=True)]
+
+
+def recomputed_block(block: ExpertBlock, xs: list[Tensor], norms: Tensor, layout: Layout) -> list[Tensor]:
+    """`summed_block`, which keeps its inputs alone and computes again for the gradient."""
+    return checkpoint(summed_block, block, xs, norms, layout, use_reentrant=False)
 
 
 def packed_attention(attention: JointAttention, x: Tensor, layout: Layout) -> Tensor:  # [1, sum N_i, D]

@@ -22,14 +22,18 @@ SHARD_BYTES = 10**10
 PARTS = (".json", ".model", ".safetensors")  # of a checkpoint folder
 
 
-def save_model(model: nn.Module, folder: str | Path, shard_bytes: int = SHARD_BYTES) -> None:
+def save_model(
+    model: nn.Module, folder: str | Path, shard_bytes: int = SHARD_BYTES, weights: dict[str, Tensor] | None = None
+) -> None:
     """Write a model with a `config` of ours as a component's folder. An earlier checkpoint there is replaced.
+
+    weights: by name, in the place of the model's own.
 
     Raises ValueError for weights in 8 bits, and CheckpointError as `new_folder` does.
     """
     refuse_to_save(model)
     with new_folder(folder) as partial:
-        write_component(partial, model.state_dict(), model.config.to_dict(), STEMS[0], shard_bytes)
+        write_component(partial, weights or model.state_dict(), model.config.to_dict(), STEMS[0], shard_bytes)
 
 
 def write_component(

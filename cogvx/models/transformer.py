@@ -22,6 +22,7 @@ from ..config import TransformerConfig
 from .eight_bits import EightBitLinear
 from .embeddings import Grid, Placement, default_placement, rope_positions, timestep_embedding
 from .fp16 import LARGEST, in_range, is_fp16, overflowed, widened
+from .hooked import Hooked
 from .linear import Linear
 from .loading import ConfigLike, load_model
 from .modulation import Modulation, ModulationTable
@@ -34,7 +35,7 @@ OFS = 2.0  # what every model that takes an ofs was trained with, and always
 QK_EPS = 1e-6  # of the per-head norms of q and k; all others take the config's norm_eps
 
 
-class ExpertTransformer(nn.Module):
+class ExpertTransformer(Hooked, nn.Module):
     """Predicts the velocity v of noisy latents, given text and the diffusion timestep."""
 
     def __init__(self, config: TransformerConfig):
@@ -274,7 +275,7 @@ class Stream(NamedTuple):
         return torch.cat([text, torch.addcmul(self.x[:, num_text:], gate[:, 1:], y[:, num_text:])], dim=1)
 
 
-class ExpertBlock(nn.Module):
+class ExpertBlock(Hooked, nn.Module):
     """Attention over text and vision together, then an MLP, each behind a norm that the timestep modulates."""
 
     def __init__(self, config: TransformerConfig):

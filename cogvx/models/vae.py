@@ -38,7 +38,7 @@ from .saving import SHARD_BYTES, save_model
 class Halos(dict[nn.Module, Tensor]):
     """What each causal convolution read last; empty before the first chunk, and nothing is kept of the `last`.
 
-    on_host: they wait in the host's memory. Of 480 x 720 pixels in 16 bits they are 2.5 GB.
+    on_host: they wait in the host's memory. Of 480 x 720 pixels in 16 bits they are 2.8 GB.
     first_alone: of an odd number of frames, where time doubles.
     """
 

@@ -5,6 +5,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from .shards import slice_like
+
 
 class Average:
     """Exponential moving average of named parameters, in fp32 at least: `a <- decay a + (1 - decay) w` a step."""
@@ -36,4 +38,4 @@ class Average:
         if state.keys() != self.values.keys():
             raise ValueError(f"the averages are of {len(state)} weights, not of these {len(self.values)}")
         for name, value in state.items():
-            self.values[name].copy_(value)
+            self.values[name].copy_(slice_like(self.values[name], value))

@@ -21,6 +21,7 @@ from ..data.packing import num_tokens, pack
 from ..diffusion.loss import velocity_loss
 from ..models.choices import placement
 from ..models.packed import forward_packed
+from ..models.saving import save_model
 from ..models.transformer import ExpertTransformer
 from ..numerics import read_numerics
 from .ahead import ahead
@@ -29,12 +30,13 @@ from .checkpoint import Saver, restore
 from .finetuning import Finetuning
 from .log import Log
 from .lora import add_lora, save_learnt
-from .optim import adamw, cosine, set_rate, state_name
+from .optim import adamw, clip_gradients, cosine, set_rate, state_name
 from .options import to_toml
 from .randomness import RandomStates
 from .ranks import ALONE, Ranks
 from .run import Progress, Weights, is_usable, stopping
 from .sampling import Drawn, Draws, Example
+from .shards import States, is_shared_out, whole
 
 ADAPTER = "pytorch_lora_weights.safetensors"  # where diffusers looks for it
 
@@ -61,24 +63,23 @@ def train(
     average = Average(parameters, run.ema_decay) if run.ema_decay is not None else None
     scaler = torch.amp.GradScaler(device.type, enabled=run.precision == "fp16")
     progress = Progress(model.config.in_channels)
-    parts = {"model": Weights(parameters), state_name(rates): optimiser, "random": RandomStates(), "progress": progress}
-    parts |= {"scaler": scaler} if scaler.is_enabled() else {}
+    parts = {"model": Weights(parameters), state_name(rates): States(optimiser), "random": RandomStates()}
+    parts |= {"progress": progress} | ({"scaler": scaler} if scaler.is_enabled() else {})
     parts |= {"average": average} if average is not None else {}
     with ranks.first_alone():
         step = restore(run.out, parts)
         run.out.mkdir(parents=True, exist_ok=True)
 
     def save(saver: Saver) -> None:
+        trees = {name: whole(part.state_dict(), ranks.is_first) for name, part in parts.items()}
         if ranks.is_first:
-            trees = {name: part.state_dict() for name, part in parts.items()}
             kept = run.keep_last, run.keep_best, progress.score()
             saver.save(run.out, step, trees, *kept, beside=lambda folder: write_beside(run, model, folder))
 
-    file = run.out / "log.jsonl" if ranks.is_first else None
     draw = partial(draws.step, examples, count=run.batch * run.accumulation)
     with (
         Saver() as saver,
-        Log(file, step, run.tensorboard) as log,
+        Log(run.out / "log.jsonl" if ranks.is_first else None, step, run.tensorboard) as log,
         stopping(ranks, device) as is_stopped,
         ahead(draw, range(step, run.num_steps), run.workers) as steps,
     ):
@@ -89,7 +90,7 @@ def train(
             loss = accumulate(run, model, next(steps), scaler, ranks)
             ranks.add_gradients(parameters.values())
             scaler.unscale_(optimiser)
-            gradient = nn.utils.clip_grad_norm_(parameters.values(), rates.clip_norm).item()
+            gradient = clip_gradients(parameters.values(), rates.clip_norm)
             if is_usable(run.non_finite, step, loss, gradient, progress, scaler.is_enabled()):
                 scaler.step(optimiser)
                 progress.add(loss)
@@ -103,8 +104,8 @@ def train(
             stopped = is_stopped()
             if step % run.save_every == 0 or step == run.num_steps or stopped:
                 save(saver)
-    if step >= run.num_steps and ranks.is_first:
-        write_result(run, model, average)
+    if step >= run.num_steps:
+        write_result(run, model, average, ranks)
     ranks.wait()
     return step
 
@@ -116,7 +117,9 @@ def accumulate(
     device, total = model.proj_out.weight.device, 0.0
     scaler.scale(torch.zeros((), device=device))  # a process without a sequence needs the scale as well
     low = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(run.precision)
-    for part in ranks.share(sequences(run, model.config, drawn)):
+    work = sequences(run, model.config, drawn)
+    shared = ranks.share_evenly(work) if is_shared_out(model) else [(part, 1.0) for part in ranks.share(work)]
+    for part, counts in shared:
         samples = [each.sample._replace(latents=each.sample.latents.to(device), text=each.sample.text.to(device))
                    for each in part]  # fmt: skip
         # The largest one meets the ends of a sliced table, if any does.
@@ -124,10 +127,10 @@ def accumulate(
         places = placement(model.config, read_numerics(run.numerics), largest)
         # Every weight is used once, so that a copy of it in the low precision is not worth keeping.
         with torch.autocast(device.type, low, cache_enabled=False) if low else nullcontext():
-            predicted = forward_packed(model, samples, None, places, run.checkpointing)
+            predicted = model.run(forward_packed, samples, None, places, run.checkpointing)
         losses = [velocity_loss(y[None], each.clip.to(device)[None], each.noise.to(device)[None], each.alpha[None])
                   for y, each in zip(predicted, part, strict=True)]  # fmt: skip
-        loss = torch.cat(losses).sum() / len(drawn)
+        loss = counts * torch.cat(losses).sum() / len(drawn)
         scaler.scale(loss).backward()
         total += loss.item()
     return ranks.added(total, device)
@@ -149,13 +152,14 @@ def write_beside(run: Finetuning, model: ExpertTransformer, folder: Path) -> Non
         save_learnt(model, folder / ADAPTER)
 
 
-def write_result(run: Finetuning, model: ExpertTransformer, average: Average | None) -> None:
+def write_result(run: Finetuning, model: ExpertTransformer, average: Average | None, ranks: Ranks) -> None:
     """What was trained, in the published layout: the average of its weights where one is kept."""
     if average is not None:
         average.swap()
-    if run.kind == "lora":
+    weights = whole(model.state_dict(), ranks.is_first)
+    if ranks.is_first and run.kind == "lora":
         save_learnt(model, run.out / ADAPTER)
-    else:
-        model.save_pretrained(run.out / "transformer")
+    elif ranks.is_first:
+        save_model(model, run.out / "transformer", weights=weights)
     if average is not None:
         average.swap()

@@ -67,6 +67,7 @@ class Finetuning:
     pack_tokens: int | None = None  # of a sequence, at most: a step's samples then share as few as hold them
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
     checkpointing: bool = False  # of activations: a third more time, far less memory
+    shard: int = 1  # so many processes hold weights, gradients, average and states between them; 0: all of them
     workers: int = 0  # processes that read and draw the next steps' samples while the model computes
     drop_text: float = 0.1
     null_text: Literal["zeros", "encoded"] = "zeros"  # what stands in the place of a dropped caption
@@ -92,6 +93,10 @@ class Finetuning:
         check("drop_image", self.drop_image, 0 <= self.drop_image <= 1, "from 0 to 1")
         check("image_draws", self.image_draws, self.image_draws >= 0, "at least 0")
         check("lora.rank", self.lora.rank, self.lora.rank >= 1, "at least 1")
+        check("shard", self.shard, self.shard >= 0, "at least 0")
+        check("shard", self.shard, self.shard == 1 or self.kind == "transformer", "1 for a LoRA, which is not sharded")
+        bits = self.optimiser.bits
+        check("optimiser.bits", bits, bits == 32 or self.shard == 1, "32 where processes share the weights out")
         read_numerics(self.numerics)
         check("start", self.start, self.kind == "transformer" or self.start == "checkpoint", "checkpoint for a LoRA")
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from ..machine import multiplies_bf16
 
@@ -92,6 +93,15 @@ def adamw(weights: Iterable[nn.Parameter], rates: Any) -> torch.optim.Optimizer:
 
         return AdamW8(weights, rates.lr, rates.betas, rates.eps, rates.weight_decay)
     return torch.optim.AdamW(weights, rates.lr, rates.betas, rates.eps, rates.weight_decay, fused=True)
+
+
+def clip_gradients(weights: Iterable[nn.Parameter], most: float) -> float:
+    """Scale gradients down where their norm, over all weights and all processes' slices, is above `most`; that norm."""
+    weights = list(weights)
+    norm = nn.utils.get_total_norm([weight.grad for weight in weights if weight.grad is not None])
+    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+    nn.utils.clip_grads_with_norm_(weights, most, norm)
+    return norm.item()
 
 
 def state_name(rates: Any) -> str:

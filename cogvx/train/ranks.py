@@ -13,6 +13,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 Item = TypeVar("Item")
 
@@ -33,9 +34,19 @@ class Ranks:
         """Of what all compute together, what this process does; it may be none."""
         return items[self.rank :: self.size]
 
+    def share_evenly(self, items: Sequence[Item]) -> list[tuple[Item, float]]:
+        """The same where each process must compute as often as all others: items, and how much each counts, 1 or 0.
+
+        Who would have fewer than the others does one again, which counts for nothing.
+        """
+        own, most = self.share(items), -(-len(items) // self.size)
+        return [(item, 1.0) for item in own] + [(items[0], 0.0)] * (most - len(own))
+
     def add_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Give every process the sum of all gradients."""
+        """Give every process the sum of all gradients; those of weights that are shared out are summed already."""
         for parameter in parameters if self.group is not None else ():
+            if isinstance(parameter, DTensor):
+                continue
             if parameter.grad is None:  # this process had no sample
                 parameter.grad = torch.zeros_like(parameter)
             dist.all_reduce(parameter.grad, group=self.group)

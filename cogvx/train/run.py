@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from .options import TrainingError
 from .ranks import ALONE, Ranks
+from .shards import slice_like
 
 
 class Weights:
@@ -27,7 +28,7 @@ class Weights:
         for name, value in state.items():
             if value.shape != self.parameters[name].shape:
                 raise ValueError(f"{name} is {list(value.shape)}, here {list(self.parameters[name].shape)}")
-            self.parameters[name].copy_(value)
+            self.parameters[name].copy_(slice_like(self.parameters[name], value))
 
 
 class Progress:

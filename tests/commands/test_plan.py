@@ -21,17 +21,19 @@ def test_what_cannot_be_planned_is_named(run_command):
     for words, message in (
         (("train", "vae"), "'train vae' is nothing to plan; valid: train transformer, train lora"),
         (("train", "lora", "batc=2"), "batc is no option; did you mean batch?"),
+        (("train", "transformer", "shard=0"), "what processes that share the weights out hold is not planned yet"),
     ):
         status, _, err = run_command("plan", *words, "--model", "tiny")
         assert status == 2 and message in err
 
 
 @pytest.mark.soak
-def test_it_prints_what_training_holds_and_turns_checkpointing_on_for_a_budget(run_command):
-    words = ("plan", "train", "lora", "precision=fp32", "batch=4", "--model", "tiny")
+@pytest.mark.parametrize("model", ["tiny", "tiny-i2v"])
+def test_it_prints_what_training_holds_and_turns_checkpointing_on_for_a_budget(run_command, model):
+    words = ("plan", "train", "lora", "precision=fp32", "batch=4", "--model", model)
     status, out, err = run_command(*words)
     assert status == 0, err
-    assert "lora of tiny: 17 frames of 64 x 64, 4 samples a step, fp32\n" in out and "numbers learn" in out
+    assert f"lora of {model}: 17 frames of 64 x 64, 4 samples a step, fp32\n" in out and "numbers learn" in out
     peak = out.partition("peak: ")[2].partition(" on the device")[0]
     assert run_command(*words, "--memory", peak)[1] == out
     status, _, err = run_command(*words, "--memory", "1MB")

@@ -60,11 +60,11 @@ def losses_of(out) -> list[float]:
 
 @pytest.fixture(scope="module")
 def clips(tmp_path_factory):
-    """Two clips of Shapes World with their captions."""
+    """Two clips of Shapes World with their captions, their colours inverted, which the embedded model never saw."""
     folder = tmp_path_factory.mktemp("shapes")
     prompts = "a large red circle moves left on a black background", "a cyan triangle grows on a gray background"
     for i, prompt in enumerate(prompts):
-        write_video(folder / f"{i}.mp4", render(parse(prompt), np.random.default_rng(i)), 8)
+        write_video(folder / f"{i}.mp4", 255 - render(parse(prompt), np.random.default_rng(i)), 8)
         (folder / f"{i}.txt").write_text(prompt)
     return folder
 
@@ -136,17 +136,17 @@ def test_a_model_for_the_other_task_is_a_clear_error(tmp_path, small_checkpoint)
 def test_the_embedded_checkpoint_is_tuned_to_two_clips_and_makes_videos(run_command, clips, tmp_path):
     words = (
         "train", "lora", "model=tiny-i2v", f"data={clips}", f"out={tmp_path / 'run'}", "device=cpu", "precision=fp32",
-        "num_steps=24", "batch=4", "lora.rank=8", "lora.alpha=8", "optimiser.lr=3e-3", "optimiser.num_warmup=1",
+        "num_steps=8", "batch=4", "lora.rank=8", "lora.alpha=8", "optimiser.lr=5e-3", "optimiser.num_warmup=1",
     )  # fmt: skip
     status, out, err = run_command(*words)
-    assert status == 0 and out == f"{tmp_path / 'run'}  step 24\n", err
+    assert status == 0 and out == f"{tmp_path / 'run'}  step 8\n", err
     losses = losses_of(tmp_path / "run")
-    assert sum(losses[-8:]) < sum(losses[:8]), losses
+    assert sum(losses[-3:]) < 0.6 * sum(losses[:3]), losses
     adapter = tmp_path / "run" / "pytorch_lora_weights.safetensors"
     image = read_video(clips / "0.mp4")[0][0]
     frames = []
     for loras in ([], [(adapter, 1.0)]):
         pipeline = Pipeline.from_pretrained("tiny-i2v", device="cpu", loras=loras)
-        clip = pipeline((clips / "0.txt").read_text(), image=image, seed=0, num_inference_steps=4, progress=False)
+        clip = pipeline((clips / "0.txt").read_text(), image=image, seed=0, num_inference_steps=2, progress=False)
         frames.append(clip.frames)
     assert frames[0].shape == (17, 64, 64, 3) and not np.array_equal(*frames)

@@ -1,0 +1,51 @@
+"""What a process that shares weights out keeps and gives; that runs then compute the same is in test_ranks.py."""
+
+import pytest
+import torch
+from torch.distributed.tensor import DTensor, Shard, init_device_mesh
+
+from cogvx.train.options import TrainingError
+from cogvx.train.ranks import ALONE, Ranks
+from cogvx.train.shards import States, num_sharing, slice_like, whole
+
+
+@pytest.fixture
+def mesh(tmp_path):
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+def test_the_number_that_shares_divides_the_processes():
+    eight = Ranks()
+    eight.size = 8
+    assert [num_sharing(shard, eight) for shard in (0, 1, 2, 8)] == [8, 1, 2, 8] and num_sharing(0, ALONE) == 1
+    for shard, ranks in ((3, eight), (16, eight), (2, ALONE)):
+        with pytest.raises(TrainingError, match=f"shard is {shard}; it must divide the number of processes"):
+            num_sharing(shard, ranks)
+
+
+def test_a_state_is_whole_where_it_is_kept(mesh):
+    full = torch.arange(6.0).view(3, 2)
+    held = slice_like(DTensor.from_local(torch.zeros(3, 2), mesh, [Shard(0)]), full)
+    tree = {"a": held, "b": [full, {"c": held, "step": 3}]}
+    kept, left = whole(tree, keep=True), whole(tree, keep=False)
+    assert type(kept["a"]) is torch.Tensor and torch.equal(kept["a"], full)
+    assert torch.equal(kept["b"][1]["c"], full) and kept["b"][1]["step"] == 3 and kept["b"][0] is full
+    assert left["a"] is None and left["b"][1]["c"] is None and left["b"][0] is full
+
+
+def test_an_optimisers_whole_states_are_cut_as_its_weights_are(mesh):
+    weight = torch.nn.Parameter(slice_like(DTensor.from_local(torch.zeros(3, 2), mesh, [Shard(0)]), torch.ones(3, 2)))
+    plain = torch.nn.Parameter(torch.ones(3, 2))
+    optimisers = [torch.optim.AdamW([each], 0.1, fused=True) for each in (plain, weight)]
+    plain.grad = torch.arange(6.0).view(3, 2)
+    optimisers[0].step()
+    States(optimisers[1]).load_state_dict(optimisers[0].state_dict())
+    average = optimisers[1].state[weight]["exp_avg"]
+    assert isinstance(average, DTensor) and average.placements == weight.placements
+    gathered = whole(States(optimisers[1]).state_dict(), keep=True)["state"][0]
+    for name, value in optimisers[0].state[plain].items():
+        assert torch.equal(gathered[name], value), name
