@@ -5,6 +5,7 @@ Each command is a module of `cogvx.commands` whose `main` is run with the argume
 
 import functools
 import importlib
+import logging
 import sys
 from collections.abc import Callable
 
@@ -30,8 +31,14 @@ ALONE = ("replay", "encode", "decode", "extend", "invert", "convert", "evaluate"
 USAGE = "usage: cogvx COMMAND [OPTIONS]\n\n" + "\n".join(f"  {word:10}{text}" for word, text in COMMANDS.items())
 
 
+# They warn of what no user of the commands can mend, and transformers loads them wherever they are installed.
+NOISY = ("torchao", "torch.utils._pytree")
+
+
 def main() -> None:
     keep_freed_memory()
+    for name in NOISY:
+        logging.getLogger(name).setLevel(logging.ERROR)
     words = sys.argv[1:]
     if not words or words[0] in ("-h", "--help"):
         print(f"{USAGE}\n\nThe options of one: cogvx COMMAND --help")
@@ -50,8 +57,6 @@ def main() -> None:
 
 
 def run(word: str, arguments: list[str]) -> None:
-    import logging
-
     call = parse(word, arguments)
     if word in ALONE:
         refuse_torchrun(word)
