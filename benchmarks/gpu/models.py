@@ -27,7 +27,7 @@ from cogvx_kernels.testing import Normal
 
 from .record import Record, from_arguments
 
-DTYPE = torch.bfloat16
+DTYPE = torch.float32 if TOY else torch.bfloat16  # not every CPU multiplies in bf16
 CLOSE = 5e-2  # of the norm of a result: many layers in bf16
 LATENTS = (1, 16, 3, 4, 6) if TOY else (1, 16, 13, 60, 90)
 VIDEO = (1, 3, 9, 32, 48) if TOY else (1, 3, 49, 480, 720)
@@ -52,6 +52,8 @@ def main() -> None:
     makers = {"2b": partial(transformer, "2b"), "VAE": vae, "5b": partial(transformer, "5b")}
     for compiled in (False, True):  # compilers take longest
         for name, make in makers.items():
+            if compiled and TOY and name != "2b":
+                continue
             if record.seconds_left() < LEAST_SECONDS or (compiled and why_no_diffusers()):
                 record.leave_out(f"{name}, compiled" if compiled else name)
                 continue

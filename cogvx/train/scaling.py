@@ -17,6 +17,7 @@ from .options import TrainingError
 _HUBER = 1e-2  # of the logarithm of the loss: a rung further off than a hundredth counts less than its square
 NUM_RUNGS = 6  # one more than the law has numbers
 SHARE = 0.95  # of the intervals
+RESAMPLED = 200  # laws behind an interval
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ def fit(rungs: Sequence[Rung]) -> Law:
     return _fitted(rungs, np.log(losses), _starts(losses))
 
 
-def resampled(rungs: Sequence[Rung], count: int = 200, seed: int = 0) -> list[tuple[Law, float]]:
+def resampled(rungs: Sequence[Rung], seed: int = 0) -> list[tuple[Law, float]]:
     """Laws of losses that could have been as well, each with one more error: the fit with its errors dealt out anew.
 
     An error is of the logarithm, made larger by what five fitted numbers take from it.
@@ -69,7 +70,7 @@ def resampled(rungs: Sequence[Rung], count: int = 200, seed: int = 0) -> list[tu
     errors = np.log([rung.loss for rung in rungs]) - fitted
     errors = (errors - errors.mean()) * np.sqrt(len(rungs) / (len(rungs) - 5))
     found = []
-    for _ in range(count):
+    for _ in range(RESAMPLED):
         drawn = fitted + random.choice(errors, len(rungs))
         found.append((_fitted(rungs, drawn, [_to_numbers(law)]), float(random.choice(errors))))
     return found

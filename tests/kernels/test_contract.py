@@ -322,7 +322,7 @@ def test_an_operator_without_gradients_refuses_them(name):
             y.sum().backward()
 
 
-@calls(50, 1000)
+@calls(30, 1000)
 @each_device
 @each_backend
 def test_legal_fuzz(name, backend, device, count, run_on, request):

@@ -136,7 +136,7 @@ def test_a_model_for_the_other_task_is_a_clear_error(tmp_path, small_checkpoint)
 def test_the_embedded_checkpoint_is_tuned_to_two_clips_and_makes_videos(run_command, clips, tmp_path):
     words = (
         "train", "lora", "model=tiny-i2v", f"data={clips}", f"out={tmp_path / 'run'}", "device=cpu", "precision=fp32",
-        "num_steps=8", "batch=4", "lora.rank=8", "lora.alpha=8", "optimiser.lr=5e-3", "optimiser.num_warmup=1",
+        "num_steps=8", "batch=2", "lora.rank=8", "lora.alpha=8", "optimiser.lr=5e-3", "optimiser.num_warmup=1",
     )  # fmt: skip
     status, out, err = run_command(*words)
     assert status == 0 and out == f"{tmp_path / 'run'}  step 8\n", err
