@@ -45,7 +45,8 @@ def scratch(
     x: Tensor, weight: Tensor, bias: Tensor, halo: Tensor | None, num_groups: int, eps: float, num_halo: int,
     moments: Tensor | None,
 ) -> list[Tensor]:  # fmt: skip
-    return Stages(x, num_groups, eps, num_halo, 0, None).scratch(moments) if x.numel() else []
+    stages = Stages(x, num_groups, eps, num_halo, 0, None)
+    return [weight.float(), bias.float(), *stages.scratch(moments)] if x.numel() else []
 
 
 def backward(

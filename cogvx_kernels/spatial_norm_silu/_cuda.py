@@ -54,13 +54,14 @@ def forward(
     return y
 
 
-def scratch(x: Tensor, z: Tensor, weight: Tensor, *others: Tensor | int | float | None) -> list[Tensor]:
-    """Scale and shift of every latent pixel, and the statistics."""
+def scratch(x: Tensor, z: Tensor, weight: Tensor, bias: Tensor, *others: Tensor | int | float | None) -> list[Tensor]:
+    """Scale and shift of every latent pixel, the weights as they are read, and the statistics."""
     num_groups, eps, num_halo, moments = others[-4:]
     if not x.numel():
         return []
     latent = z.new_empty(len(z), *z.shape[2:], 2 * len(weight))
-    return [latent, *Stages(x, num_groups, eps, num_halo, 0, latent).scratch(moments)]
+    stages = Stages(x, num_groups, eps, num_halo, 0, latent)
+    return [latent, weight.float(), bias.float(), *stages.scratch(moments)]
 
 
 def backward(
