@@ -36,7 +36,7 @@ def computable(model: nn.Module, dtype: torch.dtype | None) -> nn.Module:
 
 def multiplies_bf16() -> bool:
     """Whether this CPU has instructions for products in bf16; without them they take forty times as long as in fp32."""
-    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.backends.mkldnn.is_available() and torch.cpu._is_avx512_bf16_supported()
 
 
 def environment(device: torch.device) -> dict:

@@ -100,7 +100,7 @@ class Pipeline:
         """
         choices, device = read_numerics(numerics), pick_device(device)
         files = Files(resolve_folder(model), read_configs(model), transformer, vae, loras)
-        parts, plan, planned_for = load_planned(cls, files, dtype, device, choices, memory, weights, planned_for)
+        parts, plan, planned_for = load_planned(cls, files, dtype, device, choices, memory, weights, planned_for, speed)
         about = files.configs, os.fspath(model), files.folder, choices, plan
         return cls(*parts, *about, device, planned_for, speed)
 

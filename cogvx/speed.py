@@ -60,6 +60,11 @@ class Speed:
             if self.compiled:
                 block.compile()
 
+    @property
+    def weights(self) -> str:
+        """The 8 bits that weights are rounded to where a plan for memory needs that: those of the products."""
+        return self.products or "int8"
+
     def check_weights(self, form: str | None) -> None:
         """Raises SettingsError for weights in 8 bits that these policies would round again."""
         if self.products is not None and form not in (None, "fp8"):

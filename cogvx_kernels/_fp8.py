@@ -5,6 +5,7 @@ M tokens, D and K their width before and after. e4m3 has a sign, four bits of ex
 """
 
 import functools
+import math
 
 import torch
 import torch.nn.functional as F
@@ -35,17 +36,17 @@ def fp8_linear(
     Raises ValueError for shapes and dtypes that do not agree, RuntimeError where a gradient is asked.
     """
     _check(x, weight, scale, bias)
-    rows, x_scale = rows_in_fp8(x.flatten(0, -2))
+    rows, x_scale = rows_in_fp8(x.reshape(math.prod(x.shape[:-1]), x.shape[-1]))
     if multiplies_in_fp8(x.device) and not any(size % _MULTIPLE for size in weight.shape):
         low = None if bias is None else bias.to(torch.bfloat16)
         y = torch._scaled_mm(
-            rows, weight.t(), x_scale, scale.float().t().contiguous(), low, out_dtype=torch.bfloat16
+            rows, weight.contiguous().t(), x_scale, scale.float().t().contiguous(), low, out_dtype=torch.bfloat16
         )  # fmt: skip
     else:
         wide = torch.promote_types(x.dtype, torch.float32)
         y = linear(rows.to(wide)[None], weight.to(wide), None)[0].mul_(x_scale).mul_(scale.to(wide).t())
         y = y if bias is None else y.add_(bias)
-    y = y.to(x.dtype).unflatten(0, x.shape[:-1])
+    y = y.to(x.dtype).reshape(*x.shape[:-1], len(weight))
     return F.gelu(y, approximate="tanh") if gelu else y
 
 
@@ -56,7 +57,7 @@ def rows_in_fp8(x: Tensor) -> tuple[Tensor, Tensor]:  # [M, D] -> [M, D] e4m3, [
     """
     scale = (x.abs().amax(1, keepdim=True) if x.shape[1] else x.new_zeros(len(x), 1)).float()
     scale = scale.clamp(min=_SMALLEST_PEAK) / LARGEST
-    return (x.float() / scale).clamp(-LARGEST, LARGEST).to(FP8), scale
+    return (x.float() / scale).clamp(-LARGEST, LARGEST).to(FP8).contiguous(), scale
 
 
 @functools.cache
@@ -76,5 +77,5 @@ def _check(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Non
         raise ValueError(f"fp8_linear: scale must be {[len(weight), 1]}, got {list(scale.shape)}")
     if bias is not None and list(bias.shape) != [len(weight)]:
         raise ValueError(f"fp8_linear: bias must be {[len(weight)]}, got {list(bias.shape)}")
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, scale, bias)):
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, scale, bias)):
         raise RuntimeError("fp8_linear is for inference: it has no gradient")

@@ -98,7 +98,7 @@ def choose(make: Callable[..., Any], job: Job, budget: int) -> Choice:
     Raises PlanError where none does at all.
     """
     found = []
-    for form in (None, "int8") if job.weights is None else (job.weights,):
+    for form in (None, job.eight_bits) if job.weights is None else (job.weights,):
         plan = Plan(weights=form)
         whole = predict(make, job, plan)  # the fastest one, which often is enough
         if whole.peak <= budget:

@@ -17,6 +17,7 @@ from ..models.vae import CausalVAE
 from ..numerics import Numerics
 from ..parts import check_folder, dtype_on, load_part
 from ..settings import Configs, Settings, SettingsError
+from ..speed import Speed
 from .choose import plan_for
 from .placed import round_weights
 from .plan import Plan, check_weights
@@ -62,6 +63,7 @@ def load_planned(
     memory: str | Plan | None,
     weights: str | None,
     planned_for: Settings | None,
+    speed: Speed | None,
 ) -> tuple[Parts, Plan | None, Settings | None]:
     """Transformer, VAE and text encoder; the plan that they are loaded for, None without one; and for what video.
 
@@ -70,16 +72,18 @@ def load_planned(
     """
     check_folder(files.folder, files.configs, files.transformer, files.vae)
     check_weights(weights)
+    speed = speed or Speed()
     length, plan, place, dtypes = num_text_tokens(files.configs.transformer, numerics), None, device, (dtype, dtype)
     if memory is not None or weights is not None:
         dtypes, place = files.dtypes_on(device, dtype), "cpu"
         text = TextEncoder.from_pretrained(files.folder, length, device="meta").model
         job = Job(
             files.configs, planned_for or Settings("any").resolve(files.configs, numerics), dtypes[0], text.config,
-            device.type, numerics, dtypes[1], text.shared.weight.dtype, weights,
+            device.type, numerics, dtypes[1], text.shared.weight.dtype, weights, speed.weights,
             tuple(without_values(read_lora(file)) for file, _ in files.loras),
         )  # fmt: skip
         plan, planned_for = plan_for(make, memory, job, device)
+        speed.check_weights(plan.weights)
     parts = files.load(dtypes, length, place)
     if plan is not None:
         round_weights(plan, {"transformer": parts[0]}, device)  # before LoRAs come beside them

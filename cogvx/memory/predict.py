@@ -68,6 +68,7 @@ class Job:
     vae_dtype: torch.dtype | None = None  # None is `dtype`
     text_dtype: torch.dtype | None = None  # that the text encoder is stored in; None is `dtype`, as released
     weights: str | None = None  # "int8" or "fp8": no plan has them otherwise
+    eight_bits: str = "int8"  # what `choose` rounds weights to where nothing else keeps a budget
     loras: tuple[dict[str, Pair], ...] = ()  # that will be loaded; their shapes count
 
 

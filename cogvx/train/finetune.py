@@ -71,9 +71,10 @@ def train(
         run.out.mkdir(parents=True, exist_ok=True)
 
     def save(saver: Saver) -> None:
+        saver.wait()  # so that no two states are held at once
         trees = {name: whole(part.state_dict(), ranks.is_first) for name, part in parts.items()}
+        kept = run.keep_last, run.keep_best, progress.score()
         if ranks.is_first:
-            kept = run.keep_last, run.keep_best, progress.score()
             saver.save(run.out, step, trees, *kept, beside=lambda folder: write_beside(run, model, folder))
 
     draw = partial(draws.step, examples, count=run.batch * run.accumulation)

@@ -95,6 +95,8 @@ class Finetuning:
         check("lora.rank", self.lora.rank, self.lora.rank >= 1, "at least 1")
         check("shard", self.shard, self.shard >= 0, "at least 0")
         check("shard", self.shard, self.shard == 1 or self.kind == "transformer", "1 for a LoRA, which is not sharded")
+        # What overflows in fp16 is computed again, by the process whose sample it is in alone: it would wait for ever.
+        check("shard", self.shard, self.shard == 1 or self.precision != "fp16", "1 in fp16, which is not sharded")
         bits = self.optimiser.bits
         check("optimiser.bits", bits, bits == 32 or self.shard == 1, "32 where processes share the weights out")
         read_numerics(self.numerics)

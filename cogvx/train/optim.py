@@ -30,7 +30,9 @@ class Muon(torch.optim.Optimizer):
                 if weight.grad is None:
                     continue
                 state, share = self.state[weight], group["momentum"]
-                mean = state.setdefault("momentum_buffer", torch.zeros_like(weight)).lerp_(weight.grad, 1 - share)
+                if not state:
+                    state["momentum_buffer"] = torch.zeros_like(weight)
+                mean = state["momentum_buffer"].lerp_(weight.grad, 1 - share)
                 rows, columns = weight.shape
                 step = orthogonal(weight.grad.lerp(mean, share))
                 weight.add_(step, alpha=-group["lr"] * math.sqrt(max(1, rows / columns)))

@@ -33,7 +33,7 @@ from ..settings import Configs
 from .average import Average
 from .finetune import accumulate, learning
 from .finetuning import Finetuning, weight_dtype
-from .optim import adamw
+from .optim import adamw, clip_gradients
 from .sampling import Drawn, whole_patches
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -87,7 +87,7 @@ def plan_steps(run: Finetuning, configs: Configs, size: Size, target: str = "cud
         _end(live)
         accumulate(run, model, _drawn(run, configs, size), torch.amp.GradScaler("cpu", enabled=False))
         stages["gradient"] = _end(live)
-        nn.utils.clip_grad_norm_(parameters.values(), run.optimiser.clip_norm)
+        clip_gradients(parameters.values(), run.optimiser.clip_norm)
         optimiser.step()
         if average is not None:
             average.update()

@@ -100,3 +100,14 @@ def test_what_cannot_be():
             fp8_linear(*args)
     with pytest.raises(RuntimeError, match="fp8_linear is for inference: it has no gradient"):
         fp8_linear(x.requires_grad_(), weight, scale)
+
+
+@pytest.mark.parametrize("torchs_own", [True, False])
+def test_strided_tokens_and_weights_and_one_token_give_the_same(torchs_own, monkeypatch):
+    monkeypatch.setattr("cogvx_kernels._fp8.multiplies_in_fp8", lambda device: torchs_own)
+    x, (weight, scale) = rows(32, 64), rows_in_fp8(rows(48, 64, seed=1))
+    y = fp8_linear(x, weight, scale)
+    assert torch.equal(fp8_linear(x.t().contiguous().t(), weight.t().contiguous().t(), scale), y)
+    assert rows_in_fp8(x.t().contiguous().t())[0].is_contiguous()
+    assert fp8_linear(x[3], weight, scale).shape == (48,)
+    torch.testing.assert_close(fp8_linear(x[3], weight, scale), y[3])

@@ -120,6 +120,7 @@ def test_stored_weights_are_tried_before_those_in_eight_bits(monkeypatch):
         asked.clear()
         plan = choose.choose(Pipeline, job, budget).plan
         assert (plan.weights, plan.transformer, asked) == (form, place, runs), budget
+    assert choose.choose(Pipeline, replace(job, eight_bits="fp8"), 5).plan.weights == "fp8"
     asked.clear()
     assert choose.choose(Pipeline, replace(job, weights="fp8"), 15).plan == Plan(weights="fp8") and not asked
     with pytest.raises(PlanError, match=r"the least that does is .* streamed; .* weights in int8"):
