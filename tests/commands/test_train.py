@@ -103,7 +103,10 @@ def test_nothing_is_computed_or_written_before_all_is_checked(run_command, optio
         (["lora", options, f"data={tmp_path}"], "which holds no video"),
         (["lora", options, "task=image_to_video"], "has 4 input channels for 4 of latents, it is made for 'text_to_v"),
         (["lora", options, "shard=2"], "shard is 2; it must be 1 for a LoRA, which is not sharded"),
-        (["transformer", options, "shard=2", "precision=fp16"], "shard is 2; it must be 1 in fp16, which is not sharded"),
+        (
+            ["transformer", options, "shard=2", "precision=fp16"],
+            "shard is 2; it must be 1 in fp16, which is not sharded",
+        ),
         (["transformer", options, "shard=0", "optimiser.bits=8"], "optimiser.bits is 8; it must be 32 where"),
         (["transformer", options, "shard=2"], "shard is 2; it must divide the number of processes, which is 1"),
         (["lora", "none.toml"], "none.toml cannot be read: No such file or directory"),
