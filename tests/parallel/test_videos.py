@@ -37,7 +37,9 @@ def test_several_processes_make_the_video_of_one_and_send_what_is_predicted(tmp_
 def check_the_embedded_checkpoints(folder: Path, printed: str) -> None:
     alone, together = (folder / f"{name}.mp4" for name in ("alone", "together"))
     frames, others = (read_video(file)[0].astype(int) for file in (alone, together))
-    assert (np.abs(frames - others) <= 1).mean() >= 0.999  # behind H.264, in which a level grows to several
+    # The frames themselves are compared above; here they lie behind H.264, in which a level grows to several.
+    error = np.square(frames - others).mean()
+    assert error < 0.5, error  # 51 dB
     assert read_metadata(together)["parallel"] == {"guidance": 1, "heads": 2, "tokens": 1, "frames": 2, "rows": 1}
     assert "parallel" not in read_metadata(alone)
     assert printed.count("alone.mp4") == printed.count("together.mp4") == 1  # one process speaks
