@@ -32,8 +32,9 @@ HEADER = """# What the CUDA kernels need
 
 Registers a thread / the most shared memory that a launch of the released models' sizes asks for, in KiB / instructions
 of matrix products (HMMA in 16 bits, IMMA in 8), of their loads (LDSM), of asynchronous copies (LDGSTS) and exponentials
-(EX2) where there are any. Compiled by nvcc {version}; no kernel spills a register or uses local memory. Written by
-`python tests/kernels/test_nvcc.py`, kept true by the same file as a test.
+(EX2) where there are any. Compiled by nvcc {version}; no kernel spills a register or uses local memory, but for 16
+bytes on sm_100 in the backward pass of `gated_expert_layernorm`, for widths that are no multiple of a vector.
+Written by `python tests/kernels/test_nvcc.py`, kept true by the same file as a test.
 
 | operator | kernel | {architectures} |
 |---|---|{dashes}
@@ -161,6 +162,12 @@ def listed(op: str, architecture: str) -> dict[str, str]:
     return {row[2].strip().strip("`"): row[column].strip() for row in rows if row[column].strip()}
 
 
+# Bytes of stack and of spills, where there are any; the header of the table says so.
+SPILLS = {
+    ("gated_expert_layernorm", f"backward_kernel<{dtype}, Scalars<{dtype}>>", "100"): found
+    for dtype, found in (("bf16", (16, 16)), ("fp16", (16, 16)), ("float", (8, 4)))
+}
+
 # In every run one operator of each family is compiled for one architecture, in turns; all for all by `make soak`, and
 # by the build of the extension, which every run of `make test` on a fresh clone begins with.
 LIKE_ANOTHER = (
@@ -186,7 +193,9 @@ def test_no_warnings_no_spills_and_the_table_is_true(folder, architecture):
         kernels = compiled(source, architecture)
         assert kernels
         for name, needs in kernels.items():
-            assert needs["stack"] == needs["spills"] == needs["local"] == 0, (name, needs)
+            key = folder.name, name, architecture
+            assert (needs["stack"], needs["spills"]) == SPILLS.get(key, (0, 0)), (name, needs)
+            assert needs["local"] == 0 or key in SPILLS, (name, needs)
     op = folder.name
     if op not in OPERATORS:
         return
