@@ -59,7 +59,9 @@ def main() -> None:
 def run(word: str, arguments: list[str]) -> None:
     call = parse(word, arguments)
     if word in ALONE:
-        refuse_torchrun(word)
+        from .parallel.processes import refuse_torchrun
+
+        refuse_torchrun(f"cogvx {word}")
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("cogvx: warning: %(message)s"))
     logging.getLogger("cogvx").addHandler(handler)
@@ -67,16 +69,6 @@ def run(word: str, arguments: list[str]) -> None:
         call()
     finally:
         logging.getLogger("cogvx").removeHandler(handler)
-
-
-def refuse_torchrun(word: str) -> None:
-    """Raises ParallelError where several processes would all do the same, and write the same file."""
-    from .parallel.links import ParallelError
-    from .parallel.processes import are_started
-
-    if are_started():
-        what = "start it without torchrun; cogvx generate and cogvx train share their work"
-        raise ParallelError(f"cogvx {word} works in one process, and torchrun has started this one; {what}")
 
 
 def parse(word: str, arguments: list[str]) -> Callable[[], None]:

@@ -30,23 +30,15 @@ def main(
         dry_run: check options, model and data, say what would be done, and stop.
         print_config: print every option and its value as TOML, and stop.
     """
-    if kind in ("vae", "ladder"):
-        refuse_torchrun(kind)
     file = Path(options[0]) if options and "=" not in options[0] else None
     words = options[1:] if file else options
     if kind in ("vae", "ladder"):
+        from ..parallel.processes import refuse_torchrun
+
+        refuse_torchrun(f"cogvx train {kind}")
         (train_vae if kind == "vae" else train_ladder)(file, words, dry_run, print_config)
     else:
         train_transformer(file, [*words, f"kind={kind}"], dry_run, print_config)
-
-
-def refuse_torchrun(kind: str) -> None:
-    import torch.distributed as dist
-
-    from ..train.options import TrainingError
-
-    if dist.is_torchelastic_launched():
-        raise TrainingError(f"{kind} is trained by one process; start it without torchrun")
 
 
 def train_transformer(file: Path | None, words: Sequence[str], dry_run: bool, print_config: bool) -> None:

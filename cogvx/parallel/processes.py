@@ -212,3 +212,10 @@ def own_device(device: str | torch.device | None) -> torch.device:
 def are_started() -> bool:
     """Whether torchrun has started this process."""
     return dist.is_available() and dist.is_torchelastic_launched()
+
+
+def refuse_torchrun(what: str) -> None:
+    """Raises ParallelError where several processes would all do `what`, and write the same file."""
+    if are_started():
+        instead = "start it without torchrun; cogvx generate and cogvx train transformer or lora share their work"
+        raise ParallelError(f"{what} works in one process, and torchrun has started this one; {instead}")
