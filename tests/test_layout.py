@@ -13,7 +13,7 @@ import torch
 from cogvx_kernels._op import OPS
 
 ROOT = Path(__file__).parents[1]
-SOURCES = ("cogvx", "cogvx_kernels", "csrc", "tests", "benchmarks")
+SOURCES = ("cogvx", "cogvx_kernels", "csrc", "tests", "benchmarks", "examples")
 
 # A module imports from earlier lines or from its own package; cogvx/__init__.py is the face and may reach for any.
 LAYERS = (

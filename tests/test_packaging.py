@@ -127,4 +127,4 @@ def test_the_wheel_holds_the_checkpoint_and_the_extension(tmp_path):
     assert sum(name.startswith("cogvx_kernels/_C.") for name in names) == 1
     shipped = {str(path.relative_to(ROOT)) for path in (ROOT / "cogvx" / "assets").rglob("*") if path.is_file()}
     assert shipped and shipped <= set(names)
-    assert not [name for name in names if name.startswith(("tests/", "benchmarks/", "csrc/"))]
+    assert not [name for name in names if name.startswith(("tests/", "benchmarks/", "examples/", "csrc/"))]

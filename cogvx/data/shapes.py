@@ -5,8 +5,8 @@
     a [small |large ]COLOUR SHAPE MOTION on a BACKGROUND background
 
 with the words of `COLOURS`, `SHAPES`, `MOTIONS` and `BACKGROUNDS`. One in nine of the colour x shape x motion x
-background combinations is held out of all training (`is_held_out`). A star can be rendered too, of which the embedded
-checkpoints know nothing: it is there to be learnt.
+background combinations is held out of all training (`is_held_out`). Another colour can be rendered too, of which the
+embedded checkpoints know nothing: it is there to be learnt.
 """
 
 import itertools
@@ -28,8 +28,8 @@ COLOURS = {
     "cyan": (0, 255, 255),
     "white": (255, 255, 255),
 }
+NEW_COLOURS = {"plum": (221, 160, 221)}  # not of the grammar
 SHAPES = ("circle", "square", "triangle")
-STAR = "star"  # no shape of the grammar
 MOTIONS = ("moves left", "moves right", "moves up", "moves down", "grows", "shrinks")
 BACKGROUNDS = {"black": (0, 0, 0), "gray": (128, 128, 128), "navy": (0, 0, 128)}
 SIZES = ("small", "", "large")
@@ -39,9 +39,6 @@ HALF_WIDTHS = {"small": (7.0, 9.0), "": (10.0, 13.0), "large": (14.0, 17.0)}
 HALF_WIDTHS_SMALL_END = {"small": (5.0, 7.0), "": (7.0, 9.0), "large": (9.0, 11.0)}
 GROWTH = (1.8, 2.4)
 TRAVEL = (14.0, 34.0)  # pixels over the clip
-# The star has five points, one up: radius of the tips and of the corners between them, over half of its width.
-TIPS, INNER = 1.0 / np.cos(np.pi / 10), 0.5 / np.cos(np.pi / 10)
-STAR_DROP = TIPS * (1.0 - np.cos(np.pi / 5)) / 2.0  # from the middle of its bounding box down to its centre
 DIRECTIONS = {"moves left": (-1, 0), "moves right": (1, 0), "moves up": (0, -1), "moves down": (0, 1)}
 
 PROMPT = re.compile(
@@ -84,7 +81,6 @@ def is_held_out(scene: Scene) -> bool:
     return shape == (colour + motion) % 3 and background == (colour // 3 + motion // 2 + motion % 3) % 3
 
 
-STAR_SCENES = tuple(Scene(colour, STAR, *words) for colour, *words in itertools.product(COLOURS, MOTIONS, BACKGROUNDS))
 TRAINING_SCENES = tuple(scene for scene in ALL_SCENES if not is_held_out(scene))
 HELD_OUT_SCENES = tuple(scene for scene in ALL_SCENES if is_held_out(scene))
 
@@ -99,7 +95,7 @@ def render(scene: Scene, rng: np.random.Generator) -> np.ndarray:
     """A clip of the scene, uint8 [17, 64, 64, 3]; where, how large and how fast come from `rng`."""
     half_width, x, y = _path(scene, rng)
     background = np.array(BACKGROUNDS[scene.background], np.float32)
-    colour = np.array(COLOURS[scene.colour], np.float32)
+    colour = np.array((COLOURS | NEW_COLOURS)[scene.colour], np.float32)
     cover = np.stack([_coverage(scene.shape, *at) for at in zip(half_width, x, y, strict=True)])[..., None]
     return np.rint(background + cover * (colour - background)).astype(np.uint8)
 
@@ -133,25 +129,8 @@ def _coverage(shape: str, half_width: float, x: float, y: float) -> np.ndarray:
         outside = np.sqrt(dx * dx + dy * dy) - half_width
     elif shape == "square":
         outside = np.maximum(np.abs(dx), np.abs(dy)) - half_width
-    elif shape == STAR:
-        outside = outside_star(dx, dy, half_width)
     else:  # an equilateral triangle, point up, in the middle of its bounding box
         half_height = half_width * np.sqrt(3.0) / 2.0
         flank = (np.abs(dx) * np.sqrt(3.0) - (dy + half_height)) / 2.0
         outside = np.maximum(flank, dy - half_height)
     return np.clip(0.5 - outside, 0.0, 1.0)
-
-
-def outside_star(dx: np.ndarray, dy: np.ndarray, half_width: float | np.ndarray) -> np.ndarray:
-    """Distance from the edge of a star, negative inside, of points right of and below the middle of its bounding box.
-
-    The distance is that from the line through the nearest edge.
-    """
-    dy = dy - STAR_DROP * half_width
-    # Turned and mirrored, every point lies between a tip at angle 0 and the corner at 36 degrees.
-    angle = np.arctan2(dx, -dy) % (2.0 * np.pi / 5.0)
-    angle = np.minimum(angle, 2.0 * np.pi / 5.0 - angle)
-    corner = INNER * np.cos(np.pi / 5), INNER * np.sin(np.pi / 5)
-    edge = np.hypot(TIPS - corner[0], corner[1])
-    across, along = corner[1] / edge, (TIPS - corner[0]) / edge  # the edge's outward normal
-    return np.hypot(dx, dy) * (np.cos(angle) * across + np.sin(angle) * along) - half_width * TIPS * across

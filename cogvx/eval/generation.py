@@ -17,11 +17,11 @@ from tempfile import TemporaryDirectory
 import numpy as np
 from tqdm import tqdm
 
-from ..data.shapes import FPS, HELD_OUT_SCENES, SIZES, TRAINING_SCENES, Scene, is_held_out, parse, render
+from ..data.shapes import COLOURS, FPS, HELD_OUT_SCENES, SIZES, TRAINING_SCENES, Scene, is_held_out, parse, render
 from ..data.video import read_video, write_video
 from ..pipeline import Pipeline
 from ..settings import SettingsError
-from .shapes import compare, read_clip
+from .shapes import Palette, compare, read_clip
 
 WORDS = ("colour", "background", "motion", "shape", "size", "all right")
 IMAGE_WORDS = ("colour", "shape", "place", "kept", "motion")  # kept: the three before it
@@ -76,15 +76,37 @@ def evaluate_prompts(
         ValueError: for counts below 1, an odd number of prompts, or a log of other settings.
     """
     scenes = evaluation_scenes(num_prompts, seed)
+    how = seed, steps, guidance_scale, batch_size, compress, log, about, progress
+    return adherence(judge_scenes(pipeline, scenes, *how), IMAGE_WORDS if pipeline.configs.takes_image else WORDS)
+
+
+def judge_scenes(
+    pipeline: Pipeline,
+    scenes: list[Scene],
+    seed: int = 0,
+    steps: int = 50,
+    guidance_scale: float = 6.0,
+    batch_size: int = 16,
+    compress: bool = True,
+    log: Path | None = None,
+    about: dict | None = None,
+    progress: bool = True,
+    palette: Palette = COLOURS,
+) -> list[dict]:
+    """A record of every scene: what the clip of its prompt shows, and which words are right.
+
+    The rest as of `evaluate_prompts`. palette: the colours that the judge knows. Raises ValueError for a batch_size
+    below 1 or a log of other settings.
+    """
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}, which is less than 1")
     settings = {
-        **(about or {}), "num_prompts": num_prompts, "seed": seed, "steps": steps, "guidance_scale": guidance_scale,
+        **(about or {}), "num_prompts": len(scenes), "seed": seed, "steps": steps, "guidance_scale": guidance_scale,
         "compress": compress,
     }  # fmt: skip
     records = [] if log is None else resume_log(log, settings)
-    with tqdm(total=num_prompts, initial=len(records), unit="clip", disable=not progress) as bar:
-        while len(records) < num_prompts:
+    with tqdm(total=len(scenes), initial=len(records), unit="clip", disable=not progress) as bar:
+        while len(records) < len(scenes):
             start = len(records)
             how = {"num_inference_steps": steps, "guidance_scale": guidance_scale, "progress": False}
             if pipeline.configs.takes_image:  # one by one, as each has an image of its own
@@ -95,13 +117,13 @@ def evaluate_prompts(
                 some = scenes[start : start + batch_size]
                 clips = pipeline.batch([s.prompt for s in some], seed=seed + start, batch_size=batch_size, **how)
                 pairs = enumerate(zip(clips, some, strict=True))
-                new = [judged_clip(clip.frames, scene, start + i, compress) for i, (clip, scene) in pairs]
+                new = [judged_clip(clip.frames, scene, start + i, compress, palette) for i, (clip, scene) in pairs]
             records += new
             bar.update(len(new))
             if log is not None:
                 with log.open("a") as file:
                     file.writelines(json.dumps(record) + "\n" for record in new)
-    return adherence(records, IMAGE_WORDS if pipeline.configs.takes_image else WORDS)
+    return records
 
 
 def evaluation_scenes(num_prompts: int, seed: int = 0) -> list[Scene]:
@@ -113,9 +135,9 @@ def evaluation_scenes(num_prompts: int, seed: int = 0) -> list[Scene]:
     return [scene for pair in zip(*halves, strict=True) for scene in pair]
 
 
-def judged_clip(frames: np.ndarray, scene: Scene, index: int, compress: bool) -> dict:
+def judged_clip(frames: np.ndarray, scene: Scene, index: int, compress: bool, palette: Palette = COLOURS) -> dict:
     """One line of the log: the prompt, what was read off the clip, and which words are right."""
-    reading = read_clip(compressed(frames) if compress else frames)
+    reading = read_clip(compressed(frames) if compress else frames, palette)
     verdict = compare(reading, scene)
     right = {**asdict(verdict), "all right": verdict.all_right}
     return {"clip": index, "prompt": scene.prompt, "right": right, "reading": asdict(reading)}
@@ -154,7 +176,7 @@ def adherence(records: list[dict], words: tuple[str, ...] = WORDS) -> Adherence:
         "held out": [record for record, unseen in zip(records, held_out, strict=True) if unseen],
         "all": records,
     }
-    return {group: {word: _share(of_group[group], word) for word in words} for group in GROUPS}
+    return {group: {word: share(of_group[group], word) for word in words} for group in GROUPS}
 
 
 def resume_log(log: Path, settings: dict) -> list[dict]:
@@ -180,7 +202,8 @@ def _json_lines(text: str, log: Path) -> Iterator[dict]:
             raise SettingsError(f"log is {str(log)!r}, whose line {number} is not JSON") from error
 
 
-def _share(records: list[dict], word: str) -> Share:
+def share(records: list[dict], word: str) -> Share:
+    """Of the clips in which a word is judged, those in which it is right."""
     judged = [record["right"][word] for record in records if record["right"][word] is not None]
     return Share(sum(judged), len(judged))
 

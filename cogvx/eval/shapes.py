@@ -13,19 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..data.shapes import (
-    BACKGROUNDS,
-    COLOURS,
-    INNER,
-    NUM_FRAMES,
-    SHAPES,
-    SIDE,
-    STAR,
-    STAR_DROP,
-    TIPS,
-    Scene,
-    outside_star,
-)
+from ..data.shapes import BACKGROUNDS, COLOURS, NUM_FRAMES, SHAPES, SIDE, Scene
 
 NEAR = 64.0  # distance in RGB within which a colour goes by its name; the nearest two, yellow and orange, are 90 apart
 DEPARTS = 48.0  # distance in RGB from the background at which the figure starts; blue on navy is 127 away
@@ -35,8 +23,8 @@ LEAST_TRAVEL, MOST_DRIFT = 7.0, 0.5  # pixels over the clip (the world's least i
 LEAST_GROWTH = 1.35  # ratio of the last to the first width (the world's least is 1.8)
 MOST_UNEVEN = 0.12  # departure from an even motion, rms, as a share of its extent; a single jump has 0.17
 MOST_MISFIT = 0.13  # squared difference from the template as a share of the area; a square on its corner has 0.14
-# Of a shape, over the square of half its width.
-AREAS = {"circle": np.pi, "square": 4.0, "triangle": np.sqrt(3.0), STAR: 5.0 * TIPS * INNER * np.sin(np.pi / 5.0)}
+Palette = dict[str, tuple[int, int, int]]  # names and their R, G, B in 0 ... 255
+Palette = dict[str, tuple[int, int, int]]  # names and their R, G, B in 0 ... 255
 HALF_WIDTH_LIMITS = (5.5, 9.5, 13.5, 19.0)  # pixels; small, unnamed and large lie between these
 
 
@@ -87,8 +75,8 @@ def compare(reading: Reading, scene: Scene) -> Verdict:
     )
 
 
-def read_clip(frames: np.ndarray, shapes: tuple[str, ...] = SHAPES) -> Reading:
-    """What a clip, uint8 [17, 64, 64, 3], shows; its shape is one of `shapes`, to which "star" may belong.
+def read_clip(frames: np.ndarray, palette: Palette = COLOURS) -> Reading:
+    """What a clip, uint8 [17, 64, 64, 3], shows; the figure's colour is one of `palette`.
 
     Raises:
         ValueError: for another shape or dtype.
@@ -101,7 +89,7 @@ def read_clip(frames: np.ndarray, shapes: tuple[str, ...] = SHAPES) -> Reading:
     background, ground = _read_background(clip)
     if background is None:
         return Reading()
-    colour, paint = _read_colour(clip, ground)
+    colour, paint = _read_colour(clip, ground, palette)
     if paint is None:
         return Reading()
     cover = _cover(clip, ground, paint)
@@ -111,7 +99,7 @@ def read_clip(frames: np.ndarray, shapes: tuple[str, ...] = SHAPES) -> Reading:
     start = _centre(cover[0]) if seen[0] else None
     cover, time = cover[seen], np.linspace(0.0, 1.0, NUM_FRAMES)[seen]
     motion, travel, growth = _read_motion(cover, time)
-    shape, half_width, misfit = _read_shape(cover, shapes)
+    shape, half_width, misfit = _read_shape(cover)
     size = None
     if motion is not None and shape is not None and motion.startswith("moves"):
         size = _size_word(half_width)
@@ -128,7 +116,7 @@ def _read_background(clip: np.ndarray) -> tuple[str | None, np.ndarray]:
     return (_nearest(ground, BACKGROUNDS) if even > 0.8 else None), ground
 
 
-def _read_colour(clip: np.ndarray, ground: np.ndarray) -> tuple[str | None, np.ndarray | None]:
+def _read_colour(clip: np.ndarray, ground: np.ndarray, palette: Palette) -> tuple[str | None, np.ndarray | None]:
     """Name and measured colour of the figure's inside; no name where it has several, nothing where none is seen."""
     departure = np.linalg.norm(_window_mean(clip, 1) - ground, axis=-1)
     figure = departure > DEPARTS
@@ -140,7 +128,7 @@ def _read_colour(clip: np.ndarray, ground: np.ndarray) -> tuple[str | None, np.n
         if len(inside) >= 3 * NUM_FRAMES:
             paint = np.median(inside, 0)
             even = (np.linalg.norm(inside - paint, axis=1) < NEAR).mean()
-            return (_nearest(paint, COLOURS) if even > 0.7 else None), paint
+            return (_nearest(paint, palette) if even > 0.7 else None), paint
     return None, None
 
 
@@ -179,12 +167,12 @@ def _read_motion(cover: np.ndarray, time: np.ndarray) -> tuple[str | None, tuple
     return motion, (float(dx), float(dy)), float(growth)
 
 
-def _read_shape(cover: np.ndarray, shapes: tuple[str, ...]) -> tuple[str | None, float, float]:
+def _read_shape(cover: np.ndarray) -> tuple[str | None, float, float]:
     """The shape that more than half of the frames fit best, its mean half width and its median misfit."""
-    fits = {shape: _fit(cover, shape) for shape in shapes}
+    fits = {shape: _fit(cover, shape) for shape in SHAPES}
     best = np.argmin([misfit for _, misfit in fits.values()], 0)
-    votes = np.bincount(best, minlength=len(shapes))
-    shape = shapes[int(votes.argmax())]
+    votes = np.bincount(best, minlength=len(SHAPES))
+    shape = SHAPES[int(votes.argmax())]
     half_width, misfit = (
         float(reduce(values)) for reduce, values in zip((np.mean, np.median), fits[shape], strict=True)
     )
@@ -199,11 +187,9 @@ def _fit(cover: np.ndarray, shape: str) -> tuple[np.ndarray, np.ndarray]:
     area = cover.sum((1, 2))
     at = np.arange(SIDE) + 0.5
     x, y = cover.sum(1) @ at / area, cover.sum(2) @ at / area
-    half_width = np.sqrt(area / AREAS[shape])
+    half_width = np.sqrt(area / {"circle": np.pi, "square": 4.0, "triangle": np.sqrt(3.0)}[shape])
     if shape == "triangle":
         y = y - half_width / (2 * np.sqrt(3.0))  # its centroid lies below the middle of its bounding box
-    elif shape == STAR:
-        y = y - STAR_DROP * half_width
     place = np.stack([half_width, x, y], 1)  # [T, 3]
     for _ in range(3):
         model = _template(shape, place)
@@ -221,8 +207,6 @@ def _template(shape: str, place: np.ndarray) -> np.ndarray:
     half_width, x, y = (place[:, i, None, None].astype(np.float32) for i in range(3))
     at = np.arange(SIDE, dtype=np.float32) + 0.5
     dx, dy = np.abs(at - x), at[:, None] - y
-    if shape == STAR:
-        return np.clip(0.5 - outside_star(dx, dy, half_width) / 1.5, 0.0, 1.0).astype(np.float32)
     if shape == "circle":
         outside = np.hypot(dx, dy) - half_width
     elif shape == "square":
@@ -240,7 +224,7 @@ def _window_mean(x: np.ndarray, depth: int) -> np.ndarray:
     return sum(x[:, :, i : i + SIDE] for i in range(2 * depth + 1)) / (2 * depth + 1) ** 2
 
 
-def _nearest(colour: np.ndarray, palette: dict[str, tuple[int, int, int]]) -> str | None:
+def _nearest(colour: np.ndarray, palette: Palette) -> str | None:
     """The name of the nearest colour of a palette, if one is near."""
     distances = {name: float(np.linalg.norm(colour - np.array(rgb))) for name, rgb in palette.items()}
     name = min(distances, key=distances.__getitem__)

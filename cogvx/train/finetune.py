@@ -27,7 +27,7 @@ from ..numerics import read_numerics
 from .ahead import ahead
 from .average import Average
 from .checkpoint import Saver, restore
-from .finetuning import Finetuning
+from .finetuning import Finetuning, base_hash
 from .log import Log
 from .lora import add_lora, save_learnt
 from .optim import adamw, clip_gradients, cosine, set_rate, state_name
@@ -62,7 +62,7 @@ def train(
     optimiser = adamw(parameters.values(), rates)
     average = Average(parameters, run.ema_decay) if run.ema_decay is not None else None
     scaler = torch.amp.GradScaler(device.type, enabled=run.precision == "fp16")
-    progress = Progress(model.config.in_channels)
+    progress = Progress(model.config.in_channels, base_hash(run))
     parts = {"model": Weights(parameters), state_name(rates): States(optimiser), "random": RandomStates()}
     parts |= {"progress": progress} | ({"scaler": scaler} if scaler.is_enabled() else {})
     parts |= {"average": average} if average is not None else {}

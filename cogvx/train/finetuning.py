@@ -155,6 +155,11 @@ def load_transformer(run: Finetuning, configs: Configs) -> ExpertTransformer:
     return model
 
 
+def base_hash(run: Finetuning) -> str | None:
+    """SHA-256 of the checkpoint that a LoRA is trained for; None where nothing stands still."""
+    return content_hash(component_folder(resolve_folder(run.model), "transformer")) if run.kind == "lora" else None
+
+
 def weight_dtype(run: Finetuning) -> torch.dtype:
     """In which the transformer's own weights are held."""
     return torch.bfloat16 if run.kind == "lora" and run.precision == "bf16" else torch.float32

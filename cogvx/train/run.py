@@ -34,8 +34,9 @@ class Weights:
 class Progress:
     """Where a run stands besides its step."""
 
-    def __init__(self, channels: int | None = None):
+    def __init__(self, channels: int | None = None, base: str | None = None):
         self.channels = channels  # that the model takes: a LoRA's weights alone do not tell models of two tasks apart
+        self.base = base  # SHA-256 of what a LoRA stands beside
         self.skipped = 0  # steps whose loss or gradient was not finite
         self._losses: list[float] = []  # since the last state
 
@@ -48,11 +49,13 @@ class Progress:
         return sum(losses) / len(losses) if losses else None
 
     def state_dict(self) -> dict:
-        return {"skipped": self.skipped, "channels": self.channels}
+        return {"skipped": self.skipped, "channels": self.channels, "base": self.base}
 
     def load_state_dict(self, state: dict) -> None:
         if state.get("channels", self.channels) != self.channels:
             raise ValueError(f"it is of a model with {state['channels']} input channels, this one has {self.channels}")
+        if state.get("base", self.base) != self.base:
+            raise ValueError("it is of a LoRA for another checkpoint than this run's model")
         self.skipped = state["skipped"]
 
 

@@ -13,12 +13,11 @@ from cogvx.data.shapes import (
     BACKGROUNDS,
     COLOURS,
     MOTIONS,
+    NEW_COLOURS,
     NUM_FRAMES,
     SHAPES,
     SIDE,
     SIZES,
-    STAR,
-    STAR_SCENES,
     Scene,
     parse,
     render,
@@ -220,13 +219,10 @@ def test_the_place_in_the_first_frame_is_the_centre_of_mass():
     assert read_clip(late).start is None and read_clip(late).colour == "red"
 
 
-def test_a_star_is_read_where_it_is_asked_for_and_is_no_other_shape():
-    stars = [replace(scene, size=SIZES[i % 3]) for i, scene in enumerate(STAR_SCENES[::13])]
-    clips = [compressed(render(scene, np.random.default_rng(seed))) for seed, scene in enumerate(stars)]
-    assert all(
-        compare(read_clip(clip, (*SHAPES, STAR)), scene).all_right for clip, scene in zip(clips, stars, strict=True)
-    )
-    assert not any(read_clip(clip).shape for clip in clips[:4])
-    for seed, scene in enumerate(EVERY_SCENE[::160]):
+def test_a_new_colour_is_read_where_it_is_asked_for_and_is_no_other():
+    for seed, name in enumerate(NEW_COLOURS):
+        clip = compressed(render(Scene(name, "circle", "moves up", "gray"), np.random.default_rng(seed)))
+        assert read_clip(clip, COLOURS | NEW_COLOURS).colour == name and read_clip(clip).colour is None
+    for seed, scene in enumerate(EVERY_SCENE[::80]):
         clip = compressed(render(scene, np.random.default_rng(seed)))
-        assert compare(read_clip(clip, (*SHAPES, STAR)), scene).all_right, scene
+        assert compare(read_clip(clip, COLOURS | NEW_COLOURS), scene).all_right, scene

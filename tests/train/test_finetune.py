@@ -4,6 +4,7 @@ import dataclasses
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import tomllib
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from cogvx.config import ScheduleConfig, TransformerConfig
-from cogvx.models.checkpoint import CheckpointError
+from cogvx.models.checkpoint import TINY, CheckpointError
 from cogvx.models.transformer import ExpertTransformer
 from cogvx.train import finetune
 from cogvx.train.checkpoint import load_state
@@ -202,6 +203,11 @@ def test_a_state_of_another_model_or_kind_is_refused(tmp_path):
     train(run, model(SEEING), examples(SEEING), draws(0, SEEING))
     with pytest.raises(CheckpointError, match="it is of a model with 8 input channels, this one has 4"):
         train(run, model(), examples(), draws())
+    run = dataclasses.replace(run, model=str(shutil.copytree(TINY, tmp_path / "other")))
+    assert train(run, model(SEEING), examples(SEEING), draws(0, SEEING)) == 4  # the same checkpoint elsewhere
+    (tmp_path / "other" / "transformer" / "config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="it is of a LoRA for another checkpoint than this run's model"):
+        train(run, model(SEEING), examples(SEEING), draws(0, SEEING))
     with pytest.raises(CheckpointError, match="has no average"):
         train(dataclasses.replace(run, ema_decay=0.9), model(), examples(), draws())
 
