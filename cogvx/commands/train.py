@@ -59,14 +59,16 @@ def train_transformer(file: Path | None, words: Sequence[str], dry_run: bool, pr
 
     configs, device = configs_of(run), pick_device(run.device)
     with joined(device.type) as ranks:
-        num_sharing(run.shard, ranks)  # before anything is computed
+        # Before anything is computed; a dry run says what each of so many processes would hold.
+        sharing = run.shard or ranks.size if dry_run else num_sharing(run.shard, ranks)
         clips = accepted(find_clips(run.data, unit_of(configs), run.num_frames), run.on_fault, warn)
         tokens_of(run, clips, configs)
         model = load_transformer(run, configs)
         if dry_run:
             weights = sum(p.nbytes for p in model.parameters())
             learnt = sum(p.numel() for p in learning(run, model).values())
-            print(describe(run, clips, configs, learnt, weights))
+            if ranks.is_first:
+                print(describe(run, clips, configs, learnt, weights, sharing))
             return
         with ranks.first_alone():
             known = examples_of(run, clips, configs)

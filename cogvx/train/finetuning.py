@@ -208,10 +208,13 @@ def tokens_of(run: Finetuning, clips: list[Clip], configs: Configs) -> list[int]
     return tokens
 
 
-def describe(run: Finetuning, clips: list[Clip], configs: Configs, learning: int, weights: int) -> str:
+def describe(
+    run: Finetuning, clips: list[Clip], configs: Configs, learning: int, weights: int, sharing: int = 1
+) -> str:
     """What a run is going to do, and the memory that weights, gradients and optimiser take.
 
-    learning, weights: how many numbers learn, and how many bytes the model has.
+    learning, weights: how many numbers learn, and how many bytes the model has. sharing: processes that hold them
+    between them.
     """
     tokens, task = tokens_of(run, clips, configs), "image to video" if configs.takes_image else "text to video"
     per_step = run.batch * run.accumulation
@@ -221,6 +224,7 @@ def describe(run: Finetuning, clips: list[Clip], configs: Configs, learning: int
         f"{len(clips)} clips of {min(tokens)} to {max(tokens)} tokens, {sum(tokens) / len(tokens):.0f} in the mean",
         f"{run.num_steps} steps of {per_step} samples: {run.num_steps * per_step / len(clips):.1f} epochs",
         f"{learning:,} of the model's numbers learn ({run.kind}, {task})",
-        f"{weights / 2**30:.2f} GiB of weights, {states / 2**30:.2f} GiB of gradients and states, activations besides",
+        f"{weights / sharing / 2**30:.2f} GiB of weights, {states / sharing / 2**30:.2f} GiB of gradients and states, "
+        "activations besides" + f", in each of {sharing} processes" * (sharing > 1),
         f"{math.ceil(run.num_steps / run.save_every)} states are saved to {run.out}, the last {run.keep_last} kept",
     ])  # fmt: skip

@@ -94,6 +94,8 @@ def test_an_image_model_is_trained_whole_as_diffusers_reads_it(
 def test_nothing_is_computed_or_written_before_all_is_checked(run_command, options, clips, tmp_path):
     status, out, _ = run_command("train", "lora", options, "batch=2", "--dry-run")
     assert status == 0 and "2 clips of 18 to 34 tokens" in out and "2 steps of 2 samples: 2.0 epochs" in out
+    status, out, _ = run_command("train", "transformer", options, "shard=8", "--dry-run")
+    assert status == 0 and "in each of 8 processes" in out
     status, out, _ = run_command("train", "lora", options, "seed=7", "--print-config")
     assert status == 0 and "seed = 7\n" in out and "\n[lora]\nrank = 4\n" in out
     for words, message in (
