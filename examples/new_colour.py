@@ -2,13 +2,12 @@
 
     python examples/new_colour.py --out runs/plum
 
-Renders 32 clips of plum figures and 32 of the colours that the checkpoint knows, trains a LoRA on them as
+Renders 36 clips of plum figures and 28 of the colours that the checkpoint knows, trains a LoRA on them as
 `cogvx train lora` does, and lets the judge of Shapes World say how many prompts are obeyed before and after: of plum
 figures in combinations of shape, motion and background that are in no clip, and of the known colours. "plum" is no
-word of the checkpoint's tokenizer, which spells it. A run that was stopped goes on with the same command.
+word of the checkpoint's tokenizer, which spells it. Training that was stopped goes on with the same command.
 """
 
-from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -20,12 +19,13 @@ from cogvx.data.shapes import BACKGROUNDS, COLOURS, FPS, MOTIONS, NEW_COLOURS, S
 from cogvx.data.video import write_video
 from cogvx.eval.generation import Share, evaluation_scenes, judge_scenes, share
 from cogvx.models.lora import load_lora
+from cogvx.settings import SettingsError
 
 WORDS = ("colour", "background", "motion", "shape", "size", "all right")
-NUM_NEW, NUM_KNOWN = 32, 32
+NUM_NEW, NUM_KNOWN = 36, 28
 TRAINING = (
-    "device=cpu", "precision=fp32", "num_steps=600", "batch=8", "save_every=100",
-    "optimiser.lr=1e-3", "optimiser.num_warmup=30", "lora.rank=32", "lora.alpha=32",
+    "device=cpu", "precision=fp32", "num_steps=1500", "batch=8", "save_every=100",
+    "optimiser.lr=2e-3", "optimiser.num_warmup=30", "lora.rank=32", "lora.alpha=32",
     'lora.targets=["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2"]',
 )  # fmt: skip
 
@@ -33,17 +33,23 @@ TRAINING = (
 def plum_scenes(seed: int = 0) -> tuple[list[Scene], list[Scene]]:
     """The plum scenes to learn from and those to be judged, no combination in both, in an order drawn by `seed`.
 
-    Every shape in every motion is to be learnt before one of three backgrounds, and judged before the other two.
+    Every shape in every motion is to be learnt before one of three backgrounds, and judged before the other two. The
+    first 18 to be learnt are one of each, the next 18 the same in other sizes.
     """
-    rng, groups = np.random.default_rng(seed), ([], [])
-    for (s, shape), (m, motion), (b, background) in product(*map(enumerate, (SHAPES, MOTIONS, BACKGROUNDS))):
-        for size in SIZES:
-            groups[b != (s + m) % len(BACKGROUNDS)].append(Scene("plum", shape, motion, background, size))
-    return tuple([group[i] for i in rng.permutation(len(group))] for group in groups)
+    rng, names = np.random.default_rng(seed), list(BACKGROUNDS)
+    kinds = [(shape, motion) for shape in SHAPES for motion in MOTIONS]
+    learnt, judged = [], []
+    for turn in range(len(SIZES)):
+        for i in rng.permutation(len(kinds)):
+            first = (i // len(MOTIONS) + i) % len(names)  # the motions of a shape go round the backgrounds
+            scenes = [Scene("plum", *kinds[i], name, SIZES[(i + turn) % len(SIZES)]) for name in names]
+            learnt.append(scenes.pop(first))
+            judged += scenes
+    return learnt, [judged[i] for i in rng.permutation(len(judged))]
 
 
 def scenes_to_learn() -> list[Scene]:
-    """32 plum scenes, and 32 of the known colours, so that these are not forgotten."""
+    """Plum scenes, and others of the known colours, so that these are not forgotten."""
     known = evaluation_scenes(2 * NUM_KNOWN, seed=1)[1::2]  # the others are of combinations held out of training
     return plum_scenes()[0][:NUM_NEW] + known
 
@@ -56,12 +62,10 @@ def write_clips(folder: Path, scenes: list[Scene], seed: int = 0) -> None:
         (folder / f"{i:02d}.txt").write_text(scene.prompt)
 
 
-def shares(
-    pipeline: Pipeline, scenes: list[Scene], log: Path, about: dict, steps: int, guidance_scale: float
-) -> dict[str, Share]:
+def shares(pipeline: Pipeline, scenes: list[Scene], steps: int, guidance_scale: float) -> dict[str, Share]:
     """Of the scenes' prompts, those whose clips are right in a word, and in all of them."""
     how = {"steps": steps, "guidance_scale": guidance_scale}
-    records = judge_scenes(pipeline, scenes, **how, log=log, about=about, palette=COLOURS | NEW_COLOURS)
+    records = judge_scenes(pipeline, scenes, **how, palette=COLOURS | NEW_COLOURS)
     return {word: share(records, word) for word in WORDS}
 
 
@@ -76,27 +80,30 @@ def main(
     """Train, and print the shares before and after.
 
     Args:
-        out: the folder of clips, states, adapter and judgements.
+        out: the folder of clips, states and adapter.
         options: changes to the training's options, such as num_steps=100.
-        model: the checkpoint to teach.
+        model: the checkpoint to teach, one that takes text alone.
         num_prompts: how many are judged of plum figures (108 at most), and how many of the known colours.
         num_inference_steps: of the sampler.
         guidance_scale: how closely the prompts are followed, before and after.
     """
-    groups = {"plum": plum_scenes()[1][:num_prompts], "known": evaluation_scenes(num_prompts)}
-    write_clips(out / "clips", scenes_to_learn())
-    train("lora", (f"data={out / 'clips'}", f"out={out / 'run'}", f"model={model}", *TRAINING, *options))
+    groups = {"plum": plum_scenes()[1], "known": evaluation_scenes(num_prompts)}
+    if num_prompts > len(groups["plum"]):
+        raise SettingsError(f"num_prompts is {num_prompts}; there are {len(groups['plum'])} of plum figures")
+    groups["plum"] = groups["plum"][:num_prompts]
     adapter, found = out / "run" / "pytorch_lora_weights.safetensors", {}
+    write_clips(out / "clips", scenes_to_learn())
+    adapter.unlink(missing_ok=True)  # that of a shorter run
+    words = f"data={out / 'clips'}", f"out={out / 'run'}", f"model={model}", "task=text_to_video"
+    train("lora", (*words, *TRAINING, *options))
     if not adapter.exists():  # stopped by SIGTERM, which `train` has said
         return found
     for when in ("before", "after"):
         pipeline = Pipeline.from_pretrained(model, dtype=torch.float32, device="cpu")
         if when == "after":
             load_lora(pipeline.transformer, adapter)
-        about = {"model": pipeline.model_hash, "loras": [lora.sha256 for lora in pipeline.transformer.loras.values()]}
         for name, scenes in groups.items():
-            log = out / f"{name}-{when}.jsonl"
-            found[f"{name}, {when}"] = shares(pipeline, scenes, log, about, num_inference_steps, guidance_scale)
+            found[f"{name}, {when}"] = shares(pipeline, scenes, num_inference_steps, guidance_scale)
     print(table(found))
     return found
 

@@ -102,9 +102,11 @@ def judge_scenes(
         raise ValueError(f"batch_size is {batch_size}, which is less than 1")
     settings = {
         **(about or {}), "num_prompts": len(scenes), "seed": seed, "steps": steps, "guidance_scale": guidance_scale,
-        "compress": compress,
+        "compress": compress, **({} if palette == COLOURS else {"palette": {n: list(c) for n, c in palette.items()}}),
     }  # fmt: skip
     records = [] if log is None else resume_log(log, settings)
+    if [record["prompt"] for record in records] != [scene.prompt for scene in scenes[: len(records)]]:
+        raise SettingsError(f"log is {str(log)!r}, which is of other prompts; name another file")
     with tqdm(total=len(scenes), initial=len(records), unit="clip", disable=not progress) as bar:
         while len(records) < len(scenes):
             start = len(records)
@@ -112,7 +114,7 @@ def judge_scenes(
             if pipeline.configs.takes_image:  # one by one, as each has an image of its own
                 given = given_clip(scenes[start], seed, start)
                 clip = pipeline(scenes[start].prompt, image=given[0], seed=seed + start, **how)
-                new = [judged_image_clip(clip.frames, given, scenes[start], start, compress)]
+                new = [judged_image_clip(clip.frames, given, scenes[start], start, compress, palette)]
             else:
                 some = scenes[start : start + batch_size]
                 clips = pipeline.batch([s.prompt for s in some], seed=seed + start, batch_size=batch_size, **how)
@@ -143,9 +145,11 @@ def judged_clip(frames: np.ndarray, scene: Scene, index: int, compress: bool, pa
     return {"clip": index, "prompt": scene.prompt, "right": right, "reading": asdict(reading)}
 
 
-def judged_image_clip(frames: np.ndarray, given: np.ndarray, scene: Scene, index: int, compress: bool) -> dict:
+def judged_image_clip(
+    frames: np.ndarray, given: np.ndarray, scene: Scene, index: int, compress: bool, palette: Palette = COLOURS
+) -> dict:
     """One line of the log for a clip of a model that was shown the first frame of `given`, a rendered clip."""
-    wanted, reading = read_clip(given).start, read_clip(compressed(frames) if compress else frames)
+    wanted, reading = read_clip(given).start, read_clip(compressed(frames) if compress else frames, palette)
     right = {
         "colour": reading.colour == scene.colour,
         "shape": reading.shape == scene.shape,
@@ -190,7 +194,9 @@ def resume_log(log: Path, settings: dict) -> list[dict]:
         raise SettingsError(
             f"log is {str(log)!r}, which is of other settings than {json.dumps(settings)}; name another file"
         )
-    log.write_text(whole + "\n")
+    partial = log.with_name(f"{log.name}.partial")
+    partial.write_text(whole + "\n")
+    partial.replace(log)
     return lines[1:]
 
 

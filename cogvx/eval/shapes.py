@@ -24,7 +24,6 @@ LEAST_GROWTH = 1.35  # ratio of the last to the first width (the world's least i
 MOST_UNEVEN = 0.12  # departure from an even motion, rms, as a share of its extent; a single jump has 0.17
 MOST_MISFIT = 0.13  # squared difference from the template as a share of the area; a square on its corner has 0.14
 Palette = dict[str, tuple[int, int, int]]  # names and their R, G, B in 0 ... 255
-Palette = dict[str, tuple[int, int, int]]  # names and their R, G, B in 0 ... 255
 HALF_WIDTH_LIMITS = (5.5, 9.5, 13.5, 19.0)  # pixels; small, unnamed and large lie between these
 
 
