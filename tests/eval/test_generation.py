@@ -7,7 +7,18 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from cogvx.data.shapes import BACKGROUNDS, COLOURS, MOTIONS, SHAPES, SIZES, Scene, is_held_out, parse, render
+from cogvx.data.shapes import (
+    BACKGROUNDS,
+    COLOURS,
+    MOTIONS,
+    NEW_COLOURS,
+    SHAPES,
+    SIZES,
+    Scene,
+    is_held_out,
+    parse,
+    render,
+)
 from cogvx.eval.generation import (
     GROUPS,
     IMAGE_WORDS,
@@ -17,6 +28,7 @@ from cogvx.eval.generation import (
     evaluate_prompts,
     evaluation_scenes,
     given_clip,
+    judge_scenes,
     judged_image_clip,
 )
 
@@ -138,6 +150,16 @@ def test_logs_of_other_runs_and_damaged_ones_are_refused(tmp_path):
     log.write_text(log.read_text().replace('{"clip"', "{clip"))
     with pytest.raises(ValueError, match="whose line 2 is not JSON"):
         evaluated(Painter(), 2, compress=False, log=log, about={"model": "a"})
+
+
+def test_a_log_of_other_prompts_or_colours_is_refused(tmp_path):
+    scenes, how = evaluation_scenes(2), {"compress": False, "log": tmp_path / "log.jsonl", "progress": False}
+    records = judge_scenes(Painter(), scenes, **how)
+    assert judge_scenes(Painter(fails_at=0), scenes, **how) == records
+    with pytest.raises(ValueError, match="which is of other prompts; name another file"):
+        judge_scenes(Painter(), scenes[::-1], **how)
+    with pytest.raises(ValueError, match=r"of other settings than .*plum"):
+        judge_scenes(Painter(), scenes, **how, palette=COLOURS | NEW_COLOURS)
 
 
 @pytest.mark.parametrize(("right", "judged"), [(95, 100), (0, 10), (10, 10), (456, 480), (1, 3)])
