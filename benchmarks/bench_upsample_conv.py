@@ -57,5 +57,7 @@ def test_forward_and_backward(measure, backend, case):
     found = measure(group, backend, lambda: gradients(args, grad), cost.with_gradients("upsample_conv", args))
     with use_backend("reference"):
         eager = gradients(args, grad)
-    for one, other in zip(found, eager, strict=True):
-        assert (one.float() - other.float()).abs().max() <= 8 * torch.finfo(one.dtype).eps * other.abs().max()
+    for one, other in zip(found[:2], eager[:2], strict=True):
+        assert (one.double() - other.double()).norm() <= 8 * torch.finfo(one.dtype).eps * other.double().norm()
+    # Of the bias: sums of so many values of both signs that plain PyTorch's own error is larger than that.
+    assert_as_accurate(found[2], eager[2], grad.double().sum((0, 2, 3, 4)), factor=3.0)
