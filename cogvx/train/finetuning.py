@@ -70,7 +70,7 @@ class Finetuning:
     shard: int = 1  # so many processes hold weights, gradients, average and states between them; 0: all of them
     workers: int = 0  # processes that read and draw the next steps' samples while the model computes
     drop_text: float = 0.1
-    null_text: Literal["zeros", "encoded"] = "zeros"  # what stands in the place of a dropped caption
+    null_text: Literal["zeros", "encoded"] | None = None  # what a dropped caption becomes; None: as numerics say
     drop_image: float = 0.05  # of the samples of a model that takes an image: each clip's first frame
     image_draws: int = 4  # how often it is encoded, each time with other noise on its pixels; 0: once, without noise
     ema_decay: float | None = None
@@ -184,7 +184,7 @@ def examples_of(run: Finetuning, clips: list[Clip], configs: Configs) -> tuple[l
     known = text, hashes["text_encoder"] + hashes["tokenizer"], length
     embeddings = {caption: embedding_of(cache, caption, *known) for caption in {c.caption for c in clips}}
     null: Tensor = embedding_of(cache, "", *known)
-    null = torch.zeros_like(null) if run.null_text == "zeros" else null
+    null = torch.zeros_like(null) if (run.null_text or numerics.null_text) == "zeros" else null
     examples = [Example(*pair, embeddings[clip.caption], image)
                 for pair, clip, image in zip(latents, clips, images, strict=True)]  # fmt: skip
     how = configs.transformer, configs.schedule, configs.vae.scaling_factor, null, run.drop_text, run.seed
