@@ -62,7 +62,7 @@ def train(
     optimiser = adamw(parameters.values(), rates)
     average = Average(parameters, run.ema_decay) if run.ema_decay is not None else None
     scaler = torch.amp.GradScaler(device.type, enabled=run.precision == "fp16")
-    progress = Progress(model.config.in_channels, base_hash(run))
+    progress = Progress(model.config.in_channels, base_hash(run), run.lora.alpha if run.kind == "lora" else None)
     parts = {"model": Weights(parameters), state_name(rates): States(optimiser), "random": RandomStates()}
     parts |= {"progress": progress} | ({"scaler": scaler} if scaler.is_enabled() else {})
     parts |= {"average": average} if average is not None else {}

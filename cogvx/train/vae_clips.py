@@ -37,6 +37,7 @@ from .perceptual import ConvFeatures, PerceptualDistance
 from .randomness import RandomStates
 from .run import Progress, Weights, is_usable, stopping
 from .sampling import rows_of
+from .shards import States
 
 HELD = 2**30  # bytes of clips that are kept in memory once they are read, by all workers together
 
@@ -108,8 +109,8 @@ def train(run: VAERun, vae: CausalVAE, clips: list[Clip], perceptual: Perceptual
     judge_optimiser = torch.optim.AdamW(judge.parameters(), run.discriminator_lr, betas=(0.5, 0.9))
     average = Average(parameters, run.ema_decay) if run.ema_decay is not None else None
     progress = Progress()
-    parts = {"vae": Weights(parameters), "discriminator": judge, state_name(rates): optimiser, "progress": progress,
-             "judge_optimiser": judge_optimiser, "random": RandomStates()}  # fmt: skip
+    parts = {"vae": Weights(parameters), "discriminator": judge, state_name(rates): States(optimiser),
+             "progress": progress, "judge_optimiser": States(judge_optimiser), "random": RandomStates()}  # fmt: skip
     parts |= {"average": average} if average is not None else {}
     step = restore(run.out, parts)
     run.out.mkdir(parents=True, exist_ok=True)

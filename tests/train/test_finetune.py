@@ -208,6 +208,9 @@ def test_a_state_of_another_model_or_kind_is_refused(tmp_path):
     (tmp_path / "other" / "transformer" / "config.json").write_text("{}")
     with pytest.raises(CheckpointError, match="it is of a LoRA for another checkpoint than this run's model"):
         train(run, model(SEEING), examples(SEEING), draws(0, SEEING))
+    run = dataclasses.replace(run, model="tiny")
+    with pytest.raises(CheckpointError, match="it is of a LoRA with alpha 4.0, this run's lora.alpha is 2.0"):
+        train(dataclasses.replace(run, lora=LoRAOptions(rank=2, alpha=2.0)), model(SEEING), examples(SEEING), draws())
     with pytest.raises(CheckpointError, match="has no average"):
         train(dataclasses.replace(run, ema_decay=0.9), model(), examples(), draws())
 

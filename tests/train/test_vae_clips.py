@@ -122,6 +122,20 @@ def test_a_discriminator_that_is_not_finite_does_not_step(tmp_path, clips, monke
         assert train(run, vae(), clips) == 1 and rows(run)[-1]["skipped"] == 1
 
 
+def test_a_run_goes_on_with_the_rates_that_it_is_given(tmp_path, clips, monkeypatch):
+    rates, step = [], vae_clips.discriminator_step
+
+    def noted(judge, optimiser, *others, **named):
+        rates.append(optimiser.param_groups[0]["lr"])
+        return step(judge, optimiser, *others, **named)
+
+    monkeypatch.setattr(vae_clips, "discriminator_step", noted)
+    changes = {"backbone": None, "weights": LossWeights(adversarial_start=0)}
+    for num_steps, rate in ((1, 1e-4), (2, 3e-5)):
+        train(options(tmp_path, num_steps=num_steps, discriminator_lr=rate, **changes), vae(), clips)
+    assert rates == [1e-4, 3e-5]
+
+
 @pytest.mark.slow
 def test_training_lowers_the_error(tmp_path):
     frames = np.zeros((9, 16, 16, 3), np.uint8)
