@@ -120,9 +120,9 @@ def train(run: VAERun, vae: CausalVAE, clips: list[Clip], perceptual: Perceptual
         saver.save(run.out, step, trees, run.keep_last, beside=lambda f: (f / "run.toml").write_text(to_toml(run)))
 
     with (
+        stopping() as is_stopped,  # until all is on the disk
         Saver() as saver,
         Log(run.out / "log.jsonl", step, run.tensorboard) as log,
-        stopping() as is_stopped,
         ahead(partial(crops, run, clips), range(step, run.num_steps), run.workers) as videos,
     ):
         stopped = False
@@ -147,8 +147,9 @@ def train(run: VAERun, vae: CausalVAE, clips: list[Clip], perceptual: Perceptual
             stopped = is_stopped()
             if step % run.save_every == 0 or step == run.num_steps or stopped:
                 save()
-    if step >= run.num_steps:
-        write_result(run, vae, average)
+        saver.wait()
+        if step >= run.num_steps:
+            write_result(run, vae, average)
     return step
 
 
