@@ -13,6 +13,7 @@ from ..data.cache import Cache, Loaded, embedding_of, images_of, latents_of
 from ..data.clips import Clip
 from ..data.packing import num_tokens
 from ..machine import pick_device
+from ..memory.choose import amount
 from ..models.checkpoint import component_folder, resolve_folder
 from ..models.choices import image_scaling, last_norm_eps, num_text_tokens, placement
 from ..models.saving import content_hash
@@ -224,7 +225,7 @@ def describe(
         f"{len(clips)} clips of {min(tokens)} to {max(tokens)} tokens, {sum(tokens) / len(tokens):.0f} in the mean",
         f"{run.num_steps} steps of {per_step} samples: {run.num_steps * per_step / len(clips):.1f} epochs",
         f"{learning:,} of the model's numbers learn ({run.kind}, {task})",
-        f"{weights / sharing / 2**30:.2f} GiB of weights, {states / sharing / 2**30:.2f} GiB of gradients and states, "
+        f"{amount(weights / sharing)} of weights, {amount(states / sharing)} of gradients and states, "
         "activations besides" + f", in each of {sharing} processes" * (sharing > 1),
         f"{math.ceil(run.num_steps / run.save_every)} states are saved to {run.out}, the last {run.keep_last} kept",
     ])  # fmt: skip
