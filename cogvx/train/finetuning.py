@@ -89,11 +89,13 @@ class Finetuning:
         check_loop(self, "num_steps", "batch", "accumulation", "save_every", "keep_last")
         check("keep_best", self.keep_best, self.keep_best >= 0, "at least 0")
         check("pack_tokens", self.pack_tokens, self.pack_tokens is None or self.pack_tokens >= 1, "at least 1")
-        check("num_frames", self.num_frames, self.num_frames is None or self.num_frames % 8 == 1, "8N+1")
+        frames = self.num_frames
+        check("num_frames", frames, frames is None or (frames >= 1 and frames % 8 == 1), "8N+1, from 1 on")
         check("drop_text", self.drop_text, 0 <= self.drop_text <= 1, "from 0 to 1")
         check("drop_image", self.drop_image, 0 <= self.drop_image <= 1, "from 0 to 1")
         check("image_draws", self.image_draws, self.image_draws >= 0, "at least 0")
         check("lora.rank", self.lora.rank, self.lora.rank >= 1, "at least 1")
+        check("lora.alpha", self.lora.alpha, self.lora.alpha > 0, "above 0")
         check("shard", self.shard, self.shard >= 0, "at least 0")
         check("shard", self.shard, self.shard == 1 or self.kind == "transformer", "1 for a LoRA, which is not sharded")
         # What overflows in fp16 is computed again, by the process whose sample it is in alone: it would wait for ever.
@@ -110,9 +112,13 @@ def check_loop(run: Any, *counts: str) -> None:
         check(name, getattr(run, name), getattr(run, name) >= 1, "at least 1")
     check("workers", run.workers, run.workers >= 0, "at least 0")
     check("ema_decay", run.ema_decay, run.ema_decay is None or 0 <= run.ema_decay < 1, "from 0 to below 1")
-    check("optimiser.lr", run.optimiser.lr, run.optimiser.lr > 0, "above 0")
-    check("optimiser.betas", run.optimiser.betas, len(run.optimiser.betas) == 2, "two numbers")
-    for name, is_asked, package in (("optimiser.bits is 8", run.optimiser.bits == 8, "torchao"),
+    rates = run.optimiser
+    for name in ("lr", "eps", "clip_norm"):
+        check(f"optimiser.{name}", getattr(rates, name), getattr(rates, name) > 0, "above 0")
+    fit = len(rates.betas) == 2 and all(0 <= beta < 1 for beta in rates.betas)
+    check("optimiser.betas", rates.betas, fit, "two numbers, each from 0 to below 1")
+    check("optimiser.weight_decay", rates.weight_decay, rates.weight_decay >= 0, "at least 0")
+    for name, is_asked, package in (("optimiser.bits is 8", rates.bits == 8, "torchao"),
                                     ("tensorboard is true", run.tensorboard, "tensorboard")):  # fmt: skip
         if is_asked and find_spec(package) is None:
             raise TrainingError(f"{name}, which needs {package}; pip install 'cogvx[train]' has it")

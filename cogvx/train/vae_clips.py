@@ -73,7 +73,8 @@ class VAERun:
 
     def __post_init__(self) -> None:
         check_loop(self, "num_steps", "batch", "save_every", "keep_last")
-        check("num_frames", self.num_frames, self.num_frames % 8 == 1, "8N+1")
+        check("num_frames", self.num_frames, self.num_frames >= 1 and self.num_frames % 8 == 1, "8N+1, from 1 on")
+        check("discriminator_lr", self.discriminator_lr, self.discriminator_lr > 0, "above 0")
         check("size", self.size, self.size >= 8 and self.size % 8 == 0, "a multiple of 8")
         check("strides", self.strides, len(self.strides) > 0 and min(self.strides) >= 1, "whole numbers from 1")
 

@@ -86,6 +86,7 @@ def test_a_missing_option_and_a_bad_file_are_named(tmp_path):
     [
         ("num_steps=0", "num_steps is 0; it must be at least 1"),
         ("num_frames=16", r"num_frames is 16; it must be 8N\+1"),
+        ("lora.alpha=0", r"lora\.alpha is 0\.0; it must be above 0"),
         ("drop_text=1.5", "drop_text is 1.5; it must be from 0 to 1"),
         ("start=scratch", "start is scratch; it must be checkpoint for a LoRA"),
     ],
@@ -95,7 +96,25 @@ def test_values_without_meaning_are_named(word, message):
         read_options(Finetuning, None, ["data=a", "out=b", word])
 
 
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("optimiser.betas=[0.9]", r"optimiser\.betas is \(0\.9,\); it must be two numbers, each from 0 to below 1"),
+        ("optimiser.betas=[0.9, 1]", r"optimiser\.betas is \(0\.9, 1\.0\); it must be two numbers, each from 0"),
+        ("optimiser.betas=[-0.1, 0.9]", r"optimiser\.betas is \(-0\.1, 0\.9\)"),
+        ("optimiser.lr=0", r"optimiser\.lr is 0\.0; it must be above 0"),
+        ("optimiser.eps=0", r"optimiser\.eps is 0\.0; it must be above 0"),
+        ("optimiser.clip_norm=-1", r"optimiser\.clip_norm is -1\.0; it must be above 0"),
+        ("optimiser.weight_decay=-0.1", r"optimiser\.weight_decay is -0\.1; it must be at least 0"),
+        ("num_frames=-7", r"num_frames is -7; it must be 8N\+1, from 1 on"),
+    ],
+)
 @pytest.mark.parametrize("kind", [Finetuning, VAERun])
-def test_every_run_needs_two_betas(kind):
-    with pytest.raises(TrainingError, match=r"optimiser\.betas is \(0\.9,\); it must be two numbers"):
-        read_options(kind, None, ["data=a", "out=b", "optimiser.betas=[0.9]"])
+def test_every_run_names_what_it_cannot_work_with(kind, word, message):
+    with pytest.raises(TrainingError, match=message):
+        read_options(kind, None, ["data=a", "out=b", word])
+
+
+def test_a_discriminator_needs_a_rate():
+    with pytest.raises(TrainingError, match=r"discriminator_lr is 0\.0; it must be above 0"):
+        read_options(VAERun, None, ["data=a", "out=b", "discriminator_lr=0"])
