@@ -90,7 +90,7 @@ def train_vae(file: Path | None, words: Sequence[str], dry_run: bool, print_conf
     from ..data.clips import accepted, find_clips
     from ..train.vae_clips import load_perceptual, load_vae, train
 
-    found = find_clips(run.data, (1, 1), run.num_frames, captions=False, least=(run.size, run.size))
+    found = find_clips(run.data, (1, 1), run.least_frames, captions=False, least=(run.size, run.size))
     clips = accepted(found, run.on_fault, warn)
     vae, perceptual = load_vae(run), load_perceptual(run)
     if dry_run:

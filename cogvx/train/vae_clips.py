@@ -53,7 +53,7 @@ class VAERun:
     backbone: str | None = None  # of the perceptual distance: a folder, or "random" for features of random weights
     num_frames: int = 17  # 8N+1
     size: int = 256  # height and width of the crops, in pixels
-    strides: tuple[int, ...] = (1, 2)  # one of them is drawn for each sample: every frame, every second
+    strides: tuple[int, ...] = (1, 2)  # for each sample one of those is drawn that its clip is long enough for
     crops: Literal["random", "fixed"] = "random"  # fixed: always the first frames, from the centre
     on_fault: Literal["stop", "skip"] = "stop"
     num_steps: int = 1000
@@ -77,6 +77,11 @@ class VAERun:
         check("discriminator_lr", self.discriminator_lr, self.discriminator_lr > 0, "above 0")
         check("size", self.size, self.size >= 8 and self.size % 8 == 0, "a multiple of 8")
         check("strides", self.strides, len(self.strides) > 0 and min(self.strides) >= 1, "whole numbers from 1")
+
+    @property
+    def least_frames(self) -> int:
+        """How many frames a clip must have: those that the smallest stride reaches over, 8N+1."""
+        return (self.num_frames - 1) * min(self.strides) + 1
 
 
 def load_vae(run: VAERun) -> CausalVAE:
@@ -179,7 +184,7 @@ def crops(run: VAERun, clips: list[Clip], step: int) -> Tensor:  # [B, 3, T, H, 
     rng, found = np.random.default_rng((run.seed, step)), []
     for row in rows_of(run.seed, step * run.batch, run.batch, len(clips)):
         video = FRAMES.of(clips[row].file)
-        strides = [s for s in run.strides if (run.num_frames - 1) * s < len(video)] or [1]
+        strides = [s for s in run.strides if (run.num_frames - 1) * s < len(video)]
         if run.crops == "fixed":
             stride, places = strides[0], [0, *((size - run.size) // 2 for size in video.shape[1:3])]
         else:

@@ -151,6 +151,8 @@ def test_a_vae_is_trained_on_clips_without_captions(run_command, clips, small_ch
     status, out, err = run_command("train", *words, "--dry-run")
     assert status == 0 and "1 clips; 1 steps of 1 crops of 9 frames and 32 x 32 pixels" in out
     assert "1 have fewer than 9 frames: b.mp4" in err
+    status, _, err = run_command("train", *words, "strides=[3,2]", "--dry-run")
+    assert status == 2 and "0 clips can be trained on; 2 have fewer than 17 frames: a.mp4, b.mp4" in err
     status, out, _ = run_command("train", *words)
     assert status == 0 and out == f"{tmp_path / 'run'}  step 1\n"
     from diffusers import AutoencoderKLCogVideoX
