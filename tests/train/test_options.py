@@ -24,6 +24,7 @@ class Outer:
     is_on: bool = False
     kind: Literal["x", "y"] = "x"
     decay: float | None = None
+    title: str | None = None
     inner: Inner = field(default_factory=Inner)
 
 
@@ -31,13 +32,21 @@ def test_words_go_before_the_file_and_the_file_before_the_defaults(tmp_path):
     file = tmp_path / "run.toml"
     file.write_text('out = "runs/a"\nsteps = 20\nname = "file"\n[inner]\nlr = 1\n')
     run = read_options(Outer, file, ["steps=30", "inner.betas=[0.5, 1]", "is_on=true", "decay=0.5", "name=two words"])
-    assert run == Outer(Path("runs/a"), 30, "two words", True, "x", 0.5, Inner(1.0, (0.5, 1.0)))
+    assert run == Outer(Path("runs/a"), 30, "two words", True, "x", 0.5, inner=Inner(1.0, (0.5, 1.0)))
     assert isinstance(run.inner.lr, float)
     assert read_options(Outer, file, ["decay=none"]).decay is None
 
 
+@pytest.mark.parametrize("text", ["2024", "2024-05-01", "7", "1e5", "true", "[1]", "07:30:00", "0x10"])
+def test_a_word_that_toml_would_read_as_something_else_is_text_where_text_is_wanted(text):
+    run = read_options(Outer, None, [f"out={text}", f"name={text}", f"title={text}"])
+    assert (run.out, run.name, run.title) == (Path(text), text, text)
+    assert read_options(Outer, None, [f"out='{text}'"]).out == Path(text)
+    assert read_options(Outer, None, ["out=a", "steps=7", "decay=1", "title=none"]) == Outer(Path("a"), 7, decay=1.0)
+
+
 def test_the_options_come_back_from_their_toml(tmp_path):
-    run = Outer(Path('a "b" é'), 3, "c\\d", True, "y", None, Inner(1e-5))
+    run = Outer(Path('a "b" é'), 3, "c\\d", True, "y", inner=Inner(1e-5))
     (tmp_path / "run.toml").write_text(to_toml(run))
     assert read_options(Outer, tmp_path / "run.toml") == run
     for run in (
