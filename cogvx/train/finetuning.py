@@ -205,11 +205,12 @@ def tokens_of(run: Finetuning, clips: list[Clip], configs: Configs) -> list[int]
     positions for.
     """
     config, numerics, tokens = configs.transformer, read_numerics(run.numerics), []
+    num_text = num_text_tokens(config, numerics)
     for clip in clips:
         frames = -(-((clip.num_frames - 1) // 4 + 1) // config.patch[0]) * config.patch[0]
         size = frames, clip.height // 8, clip.width // 8
         placement(config, numerics, size)
-        tokens.append(num_tokens(config, size, config.max_text_seq_length))
+        tokens.append(num_tokens(config, size, num_text))
     check("pack_tokens", run.pack_tokens, run.pack_tokens is None or max(tokens) <= run.pack_tokens,
           f"at least {max(tokens)}, as many as the longest clip has")  # fmt: skip
     return tokens

@@ -12,13 +12,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from cogvx.config import ScheduleConfig, TransformerConfig
+from cogvx.config import PRESETS, ScheduleConfig, TransformerConfig
+from cogvx.data.clips import Clip
 from cogvx.models.checkpoint import TINY, CheckpointError
 from cogvx.models.transformer import ExpertTransformer
+from cogvx.settings import Configs
 from cogvx.train import finetune
 from cogvx.train.checkpoint import Saver, load_state
 from cogvx.train.finetune import train
-from cogvx.train.finetuning import Finetuning, LoRAOptions, Optimiser
+from cogvx.train.finetuning import Finetuning, LoRAOptions, Optimiser, tokens_of
 from cogvx.train.options import TrainingError
 from cogvx.train.sampling import Draws, Example, rows_of
 
@@ -257,6 +259,15 @@ def test_a_step_draws_the_same_again_drops_captions_and_spreads_its_timesteps():
     timesteps = sorted(d.sample.timestep for d in drawn)
     assert all(abs(t - 1000 * (i + 0.5) / 300) < 4 for i, t in enumerate(timesteps))
     assert [d.sample.timestep for d in drawn] != timesteps
+
+
+def test_a_clip_has_as_many_tokens_as_the_text_that_its_numerics_encode(tmp_path):
+    preset, clip = PRESETS["1.5-5b"], Clip(tmp_path, "a", "", 9, 64, 96)
+    configs = Configs(preset.transformer, preset.vae, preset.schedule)
+    for numerics, text in (("sat", 224), ("diffusers", 226), ("sat,text_tokens_1_5=226", 226)):
+        # Three latent frames fill two patches in time.
+        found = tokens_of(options(tmp_path, numerics=numerics, pack_tokens=text + 2 * 4 * 6), [clip], configs)
+        assert found == [text + 2 * 4 * 6]
 
 
 def test_packed_samples_cost_what_they_cost_one_by_one(tmp_path):
