@@ -60,6 +60,8 @@ class Finetuning:
     numerics: str = "sat"  # what the clips are to be made with: sat, diffusers, or either with changes
     start: Literal["checkpoint", "scratch"] = "checkpoint"  # of the transformer; VAE and text encoder are the model's
     cache: Path | None = None  # of latents and embeddings; None is `out`/cache
+    # Of clips, whatever the numerics say, whose "whole" takes three times the memory and is asked for here.
+    vae_encode_chunks: Literal["whole", "8_frames"] = "8_frames"
     num_frames: int | None = None  # 8N+1 from the start of each clip; None is as many as each has
     on_fault: Literal["stop", "skip"] = "stop"  # clips that cannot be trained on
     num_steps: int = 1000
@@ -181,7 +183,7 @@ def examples_of(run: Finetuning, clips: list[Clip], configs: Configs) -> tuple[l
     cache = Cache(run.cache or run.out / "cache")
     hashes = {name: content_hash(component_folder(root, name)) for name in ("vae", "text_encoder", "tokenizer")}
     vae = Loaded(lambda: CausalVAE.from_pretrained(run.model, dtype=torch.float32, device=device), torch.float32)
-    latents = [latents_of(cache, clip, vae, hashes["vae"]) for clip in clips]
+    latents = [latents_of(cache, clip, vae, hashes["vae"], run.vae_encode_chunks == "whole") for clip in clips]
     images = [images_of(cache, clip, vae, hashes["vae"], run.image_draws) if configs.takes_image else None
               for clip in clips]  # fmt: skip
     vae.free()
