@@ -54,13 +54,13 @@ def train_transformer(file: Path | None, words: Sequence[str], dry_run: bool, pr
     from ..machine import pick_device
     from ..train.finetune import learning, train
     from ..train.finetuning import configs_of, describe, examples_of, load_transformer, tokens_of, unit_of
-    from ..train.ranks import joined
+    from ..train.ranks import ALONE, joined
     from ..train.shards import num_sharing, placed
 
     configs, device = configs_of(run), pick_device(run.device)
     with joined(device.type) as ranks:
-        # Before anything is computed; a dry run says what each of so many processes would hold.
-        sharing = run.shard or ranks.size if dry_run else num_sharing(run.shard, ranks)
+        # Before anything is computed; a dry run of one process says what each of so many would hold.
+        sharing = (run.shard or 1) if dry_run and ranks is ALONE else num_sharing(run.shard, ranks)
         clips = accepted(find_clips(run.data, unit_of(configs), run.num_frames), run.on_fault, warn)
         tokens_of(run, clips, configs)
         model = load_transformer(run, configs)
@@ -90,7 +90,7 @@ def train_vae(file: Path | None, words: Sequence[str], dry_run: bool, print_conf
     from ..data.clips import accepted, find_clips
     from ..train.vae_clips import load_perceptual, load_vae, train
 
-    found = find_clips(run.data, (1, 1), run.num_frames, captions=False, least=(run.size, run.size))
+    found = find_clips(run.data, (1, 1), run.least_frames, captions=False, least=(run.size, run.size))
     clips = accepted(found, run.on_fault, warn)
     vae, perceptual = load_vae(run), load_perceptual(run)
     if dry_run:

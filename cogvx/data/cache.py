@@ -58,15 +58,22 @@ class Loaded(Generic[Model]):
 
 
 @torch.no_grad()
-def latents_of(cache: Cache, clip: Clip, vae: Loaded[CausalVAE], vae_hash: str) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of a clip's unscaled latents, [C, T, H, W] each, in fp32."""
+def latents_of(
+    cache: Cache, clip: Clip, vae: Loaded[CausalVAE], vae_hash: str, whole: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of a clip's unscaled latents, [C, T, H, W] each, in fp32.
+
+    whole: it is encoded at once, else in chunks of eight frames, as `vae_encode_chunks` of `Numerics` says.
+    """
 
     def compute() -> dict[str, Tensor]:
-        posterior = vae.model.encode(to_tensor(clip.read()[None]).to(next(vae.model.parameters())))
+        pixels = to_tensor(clip.read()[None]).to(next(vae.model.parameters()))
+        posterior = vae.model.encode(pixels, [pixels.shape[2]] if whole else None)
         mean, std = posterior.mean[0].float(), (0.5 * posterior.logvar[0]).exp().float()
         return {"mean": mean.cpu().contiguous(), "std": std.cpu().contiguous()}
 
     key = {"clip": clip.sha256, "num_frames": clip.num_frames, "vae": vae_hash, "dtype": str(vae.dtype)}
+    key |= {"chunks": "whole"} if whole else {}  # which were not named before there was a choice
     found = cache.get("latents", key, compute)
     return found["mean"], found["std"]
 

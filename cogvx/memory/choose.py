@@ -50,7 +50,7 @@ def read_budget(text: str) -> int:
     return budget
 
 
-def amount(nbytes: int) -> str:
+def amount(nbytes: float) -> str:
     """Bytes as `read_budget` takes them, rounded up, so that a plan keeps what is said of it."""
     unit, name = (GB, "GB") if nbytes >= GB else (10**6, "MB")
     return f"{math.ceil(nbytes * 100 / unit) / 100:.2f} {name}"

@@ -57,12 +57,11 @@ def train(
     Raises TrainingError for a loss or gradient that is not finite, before any weight changes (unless those steps are to
     be skipped), and CheckpointError for a state in `run.out` that is damaged or of another run.
     """
-    device, parameters = model.proj_out.weight.device, learning(run, model.train())
-    rates = run.optimiser
+    device, parameters, rates = model.proj_out.weight.device, learning(run, model.train()), run.optimiser
     optimiser = adamw(parameters.values(), rates)
     average = Average(parameters, run.ema_decay) if run.ema_decay is not None else None
     scaler = torch.amp.GradScaler(device.type, enabled=run.precision == "fp16")
-    progress = Progress(model.config.in_channels, base_hash(run))
+    progress = Progress(model.config.in_channels, base_hash(run), run.lora.alpha if run.kind == "lora" else None)
     parts = {"model": Weights(parameters), state_name(rates): States(optimiser), "random": RandomStates()}
     parts |= {"progress": progress} | ({"scaler": scaler} if scaler.is_enabled() else {})
     parts |= {"average": average} if average is not None else {}
@@ -79,9 +78,9 @@ def train(
 
     draw = partial(draws.step, examples, count=run.batch * run.accumulation)
     with (
+        stopping(ranks, device) as is_stopped,  # until all is on the disk
         Saver() as saver,
         Log(run.out / "log.jsonl" if ranks.is_first else None, step, run.tensorboard) as log,
-        stopping(ranks, device) as is_stopped,
         ahead(draw, range(step, run.num_steps), run.workers) as steps,
     ):
         stopped = False
@@ -105,9 +104,10 @@ def train(
             stopped = is_stopped()
             if step % run.save_every == 0 or step == run.num_steps or stopped:
                 save(saver)
-    if step >= run.num_steps:
-        write_result(run, model, average, ranks)
-    ranks.wait()
+        saver.wait()
+        if step >= run.num_steps:
+            write_result(run, model, average, ranks)
+        ranks.wait()
     return step
 
 

@@ -13,6 +13,7 @@ from ..data.cache import Cache, Loaded, embedding_of, images_of, latents_of
 from ..data.clips import Clip
 from ..data.packing import num_tokens
 from ..machine import pick_device
+from ..memory.choose import amount
 from ..models.checkpoint import component_folder, resolve_folder
 from ..models.choices import image_scaling, last_norm_eps, num_text_tokens, placement
 from ..models.saving import content_hash
@@ -59,6 +60,8 @@ class Finetuning:
     numerics: str = "sat"  # what the clips are to be made with: sat, diffusers, or either with changes
     start: Literal["checkpoint", "scratch"] = "checkpoint"  # of the transformer; VAE and text encoder are the model's
     cache: Path | None = None  # of latents and embeddings; None is `out`/cache
+    # Of clips, whatever the numerics say, whose "whole" takes three times the memory and is asked for here.
+    vae_encode_chunks: Literal["whole", "8_frames"] = "8_frames"
     num_frames: int | None = None  # 8N+1 from the start of each clip; None is as many as each has
     on_fault: Literal["stop", "skip"] = "stop"  # clips that cannot be trained on
     num_steps: int = 1000
@@ -70,7 +73,7 @@ class Finetuning:
     shard: int = 1  # so many processes hold weights, gradients, average and states between them; 0: all of them
     workers: int = 0  # processes that read and draw the next steps' samples while the model computes
     drop_text: float = 0.1
-    null_text: Literal["zeros", "encoded"] = "zeros"  # what stands in the place of a dropped caption
+    null_text: Literal["zeros", "encoded"] | None = None  # what a dropped caption becomes; None: as numerics say
     drop_image: float = 0.05  # of the samples of a model that takes an image: each clip's first frame
     image_draws: int = 4  # how often it is encoded, each time with other noise on its pixels; 0: once, without noise
     ema_decay: float | None = None
@@ -88,11 +91,13 @@ class Finetuning:
         check_loop(self, "num_steps", "batch", "accumulation", "save_every", "keep_last")
         check("keep_best", self.keep_best, self.keep_best >= 0, "at least 0")
         check("pack_tokens", self.pack_tokens, self.pack_tokens is None or self.pack_tokens >= 1, "at least 1")
-        check("num_frames", self.num_frames, self.num_frames is None or self.num_frames % 8 == 1, "8N+1")
+        frames = self.num_frames
+        check("num_frames", frames, frames is None or (frames >= 1 and frames % 8 == 1), "8N+1, from 1 on")
         check("drop_text", self.drop_text, 0 <= self.drop_text <= 1, "from 0 to 1")
         check("drop_image", self.drop_image, 0 <= self.drop_image <= 1, "from 0 to 1")
         check("image_draws", self.image_draws, self.image_draws >= 0, "at least 0")
         check("lora.rank", self.lora.rank, self.lora.rank >= 1, "at least 1")
+        check("lora.alpha", self.lora.alpha, self.lora.alpha > 0, "above 0")
         check("shard", self.shard, self.shard >= 0, "at least 0")
         check("shard", self.shard, self.shard == 1 or self.kind == "transformer", "1 for a LoRA, which is not sharded")
         # What overflows in fp16 is computed again, by the process whose sample it is in alone: it would wait for ever.
@@ -109,9 +114,13 @@ def check_loop(run: Any, *counts: str) -> None:
         check(name, getattr(run, name), getattr(run, name) >= 1, "at least 1")
     check("workers", run.workers, run.workers >= 0, "at least 0")
     check("ema_decay", run.ema_decay, run.ema_decay is None or 0 <= run.ema_decay < 1, "from 0 to below 1")
-    check("optimiser.lr", run.optimiser.lr, run.optimiser.lr > 0, "above 0")
-    check("optimiser.betas", run.optimiser.betas, len(run.optimiser.betas) == 2, "two numbers")
-    for name, is_asked, package in (("optimiser.bits is 8", run.optimiser.bits == 8, "torchao"),
+    rates = run.optimiser
+    for name in ("lr", "eps", "clip_norm"):
+        check(f"optimiser.{name}", getattr(rates, name), getattr(rates, name) > 0, "above 0")
+    fit = len(rates.betas) == 2 and all(0 <= beta < 1 for beta in rates.betas)
+    check("optimiser.betas", rates.betas, fit, "two numbers, each from 0 to below 1")
+    check("optimiser.weight_decay", rates.weight_decay, rates.weight_decay >= 0, "at least 0")
+    for name, is_asked, package in (("optimiser.bits is 8", rates.bits == 8, "torchao"),
                                     ("tensorboard is true", run.tensorboard, "tensorboard")):  # fmt: skip
         if is_asked and find_spec(package) is None:
             raise TrainingError(f"{name}, which needs {package}; pip install 'cogvx[train]' has it")
@@ -174,7 +183,7 @@ def examples_of(run: Finetuning, clips: list[Clip], configs: Configs) -> tuple[l
     cache = Cache(run.cache or run.out / "cache")
     hashes = {name: content_hash(component_folder(root, name)) for name in ("vae", "text_encoder", "tokenizer")}
     vae = Loaded(lambda: CausalVAE.from_pretrained(run.model, dtype=torch.float32, device=device), torch.float32)
-    latents = [latents_of(cache, clip, vae, hashes["vae"]) for clip in clips]
+    latents = [latents_of(cache, clip, vae, hashes["vae"], run.vae_encode_chunks == "whole") for clip in clips]
     images = [images_of(cache, clip, vae, hashes["vae"], run.image_draws) if configs.takes_image else None
               for clip in clips]  # fmt: skip
     vae.free()
@@ -184,7 +193,7 @@ def examples_of(run: Finetuning, clips: list[Clip], configs: Configs) -> tuple[l
     known = text, hashes["text_encoder"] + hashes["tokenizer"], length
     embeddings = {caption: embedding_of(cache, caption, *known) for caption in {c.caption for c in clips}}
     null: Tensor = embedding_of(cache, "", *known)
-    null = torch.zeros_like(null) if run.null_text == "zeros" else null
+    null = torch.zeros_like(null) if (run.null_text or numerics.null_text) == "zeros" else null
     examples = [Example(*pair, embeddings[clip.caption], image)
                 for pair, clip, image in zip(latents, clips, images, strict=True)]  # fmt: skip
     how = configs.transformer, configs.schedule, configs.vae.scaling_factor, null, run.drop_text, run.seed
@@ -198,11 +207,12 @@ def tokens_of(run: Finetuning, clips: list[Clip], configs: Configs) -> list[int]
     positions for.
     """
     config, numerics, tokens = configs.transformer, read_numerics(run.numerics), []
+    num_text = num_text_tokens(config, numerics)
     for clip in clips:
         frames = -(-((clip.num_frames - 1) // 4 + 1) // config.patch[0]) * config.patch[0]
         size = frames, clip.height // 8, clip.width // 8
         placement(config, numerics, size)
-        tokens.append(num_tokens(config, size, config.max_text_seq_length))
+        tokens.append(num_tokens(config, size, num_text))
     check("pack_tokens", run.pack_tokens, run.pack_tokens is None or max(tokens) <= run.pack_tokens,
           f"at least {max(tokens)}, as many as the longest clip has")  # fmt: skip
     return tokens
@@ -224,7 +234,7 @@ def describe(
         f"{len(clips)} clips of {min(tokens)} to {max(tokens)} tokens, {sum(tokens) / len(tokens):.0f} in the mean",
         f"{run.num_steps} steps of {per_step} samples: {run.num_steps * per_step / len(clips):.1f} epochs",
         f"{learning:,} of the model's numbers learn ({run.kind}, {task})",
-        f"{weights / sharing / 2**30:.2f} GiB of weights, {states / sharing / 2**30:.2f} GiB of gradients and states, "
+        f"{amount(weights / sharing)} of weights, {amount(states / sharing)} of gradients and states, "
         "activations besides" + f", in each of {sharing} processes" * (sharing > 1),
         f"{math.ceil(run.num_steps / run.save_every)} states are saved to {run.out}, the last {run.keep_last} kept",
     ])  # fmt: skip

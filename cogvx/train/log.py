@@ -1,11 +1,14 @@
 """A run's log: a JSON object a line and step, which a run that goes on continues where its state was saved."""
 
 import json
+import math
 from pathlib import Path
 
 
 class Log:
     """`log.write({"step": 1, "loss": 0.5})`; opened for a run that stands at `step`, it forgets what came later.
+
+    A number that is not finite is null, since JSON has none such.
 
     tensorboard: the same numbers as scalars for TensorBoard, in the folder `tensorboard` beside the file. Without a
     file nothing is written.
@@ -34,7 +37,8 @@ class Log:
     def write(self, row: dict) -> None:
         if self._file is None:
             return
-        self._file.write(json.dumps(row) + "\n")
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}  # as JSON is
+        self._file.write(json.dumps(finite, allow_nan=False) + "\n")
         self._file.flush()
         if self._board is not None:
             for name in row.keys() - {"step"}:

@@ -13,9 +13,16 @@ import types
 import typing
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 Config = TypeVar("Config")
+
+
+class _Said(NamedTuple):
+    """The value of a word as it stands there, and as TOML reads it: `out=7` names a folder, `seed=7` is a number."""
+
+    text: str
+    value: Any
 
 
 class TrainingError(ValueError):
@@ -57,11 +64,12 @@ def _put(content: dict, path: list[str], value: Any, word: str) -> None:
 
 
 def _parsed(text: str) -> Any:
-    """A value as TOML has it; words without quotes are text."""
+    """A value as TOML has it; words without quotes are text, or may be where text is wanted."""
     try:
-        return tomllib.loads(f"value = {text}")["value"]
+        value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         return text
+    return value if isinstance(value, str | dict) else _Said(text, value)
 
 
 def _made(config_class: type[Config], content: dict[str, Any], path: str) -> Config:
@@ -89,6 +97,8 @@ def _value(name: str, value: Any, kind: Any) -> Any:
         if value is None or value == "none":
             return None
         return _value(name, value, next(choice for choice in choices if choice is not types.NoneType))
+    if isinstance(value, _Said):
+        value = value.text if kind in (str, Path) else value.value
     if dataclasses.is_dataclass(kind):
         if not isinstance(value, dict):
             raise TrainingError(f"{name} is {value!r}; it is a group of options, such as {name}.{_first(kind)}")

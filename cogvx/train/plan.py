@@ -64,7 +64,7 @@ class TrainingPlan:
 def plan_training(run: Finetuning, configs: Configs, text: T5Config, size: Size, target: str = "cuda") -> TrainingPlan:
     """What the stages of a run hold, for clips of one size; target: the type of the device."""
     before = {
-        "encode clips": _clips(configs, size, target),
+        "encode clips": _clips(run, configs, size, target),
         "encode captions": _captions(text, num_text_tokens(configs.transformer, read_numerics(run.numerics)), target),
     }
     steps = plan_steps(run, configs, size, target)
@@ -141,10 +141,11 @@ def _end(live: LiveBytes) -> int:
 
 
 @torch.no_grad()
-def _clips(configs: Configs, size: Size, target: str) -> int:
+def _clips(run: Finetuning, configs: Configs, size: Size, target: str) -> int:
+    chunks = [size.num_frames] if run.vae_encode_chunks == "whole" else None
     with _counted(target) as live:
         vae = filled(hollow(CausalVAE, configs.vae), torch.float32)
-        posterior = vae.encode(torch.empty(1, 3, *size))
+        posterior = vae.encode(torch.empty(1, 3, *size), chunks)
         del posterior
         return _end(live)
 

@@ -34,9 +34,10 @@ class Weights:
 class Progress:
     """Where a run stands besides its step."""
 
-    def __init__(self, channels: int | None = None, base: str | None = None):
+    def __init__(self, channels: int | None = None, base: str | None = None, alpha: float | None = None):
         self.channels = channels  # that the model takes: a LoRA's weights alone do not tell models of two tasks apart
         self.base = base  # SHA-256 of what a LoRA stands beside
+        self.alpha = alpha  # by which a LoRA's matrices count: with another what was learnt would be another
         self.skipped = 0  # steps whose loss or gradient was not finite
         self._losses: list[float] = []  # since the last state
 
@@ -49,13 +50,15 @@ class Progress:
         return sum(losses) / len(losses) if losses else None
 
     def state_dict(self) -> dict:
-        return {"skipped": self.skipped, "channels": self.channels, "base": self.base}
+        return {"skipped": self.skipped, "channels": self.channels, "base": self.base, "alpha": self.alpha}
 
     def load_state_dict(self, state: dict) -> None:
         if state.get("channels", self.channels) != self.channels:
             raise ValueError(f"it is of a model with {state['channels']} input channels, this one has {self.channels}")
         if state.get("base", self.base) != self.base:
             raise ValueError("it is of a LoRA for another checkpoint than this run's model")
+        if state.get("alpha", self.alpha) != self.alpha:
+            raise ValueError(f"it is of a LoRA with alpha {state['alpha']}, this run's lora.alpha is {self.alpha}")
         self.skipped = state["skipped"]
 
 

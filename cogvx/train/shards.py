@@ -90,7 +90,10 @@ def slice_like(held: Tensor, value: Tensor) -> Tensor:
 
 
 class States:
-    """An optimiser as a part of a run's state, which is whole whatever this process holds of it."""
+    """An optimiser as a part of a run's state, which is whole whatever this process holds of it.
+
+    Its options, such as betas and weight decay, stay those that it was made with: a run may go on with others.
+    """
 
     def __init__(self, optimiser: torch.optim.Optimizer):
         self.optimiser = optimiser
@@ -104,4 +107,7 @@ class States:
             index: {name: slice_like(weights[index], value) for name, value in own.items()}
             for index, own in state["state"].items()
         }
+        groups = [{**group} for group in self.optimiser.param_groups]
         self.optimiser.load_state_dict({**state, "state": states})
+        for group, own in zip(self.optimiser.param_groups, groups, strict=True):
+            group.update(own)

@@ -59,7 +59,7 @@ class TransformerTraining:
     text_encoder: Path | None = None  # a published folder, whose text encoder and scaling of latents are kept
     start_from: Path | None = None  # one whose transformer is gone on from besides
     held_out: int = 0  # clips, the last ones, on which nothing is trained
-    layers: tuple[int, ...] = ()  # of its transformer, those that this one begins with
+    layers: tuple[int, ...] = ()  # of its transformer, those that this one begins with; none: all, in order
     ends: Path | None = None  # what `encode_ends` wrote, for a model that takes images; its clips alone are used
     drop_image: float = 0.05  # of the batches
     show_last: float = 0.25  # of the samples: the last frame beside the first
@@ -190,9 +190,13 @@ def widen(model: ExpertTransformer, source: ExpertTransformer, layers: tuple[int
     """Give a model another one's weights: those of some of its layers, and for an image a share of the latents'.
 
     An image's latents look as a clip's do, so a model that takes them for a part of the clip learns faster than one
-    that begins with zeros for them.
+    that begins with zeros for them. Without `layers` it takes all. Raises ValueError for others than the model has
+    room for.
     """
-    weights = source.state_dict()
+    weights, there = source.state_dict(), len(source.transformer_blocks)
+    layers, wanted = layers or tuple(range(there)), len(model.transformer_blocks)
+    if len(layers) != wanted or not all(0 <= layer < there for layer in layers):
+        raise ValueError(f"layers is {layers}; it must name {wanted} of 0 to {there - 1}, those of start_from's model")
     for name, weight in model.state_dict().items():
         if name.startswith("transformer_blocks."):
             _, layer, rest = name.split(".", 2)

@@ -37,6 +37,7 @@ from .perceptual import ConvFeatures, PerceptualDistance
 from .randomness import RandomStates
 from .run import Progress, Weights, is_usable, stopping
 from .sampling import rows_of
+from .shards import States
 
 HELD = 2**30  # bytes of clips that are kept in memory once they are read, by all workers together
 
@@ -52,7 +53,7 @@ class VAERun:
     backbone: str | None = None  # of the perceptual distance: a folder, or "random" for features of random weights
     num_frames: int = 17  # 8N+1
     size: int = 256  # height and width of the crops, in pixels
-    strides: tuple[int, ...] = (1, 2)  # one of them is drawn for each sample: every frame, every second
+    strides: tuple[int, ...] = (1, 2)  # for each sample one of those is drawn that its clip is long enough for
     crops: Literal["random", "fixed"] = "random"  # fixed: always the first frames, from the centre
     on_fault: Literal["stop", "skip"] = "stop"
     num_steps: int = 1000
@@ -72,9 +73,15 @@ class VAERun:
 
     def __post_init__(self) -> None:
         check_loop(self, "num_steps", "batch", "save_every", "keep_last")
-        check("num_frames", self.num_frames, self.num_frames % 8 == 1, "8N+1")
+        check("num_frames", self.num_frames, self.num_frames >= 1 and self.num_frames % 8 == 1, "8N+1, from 1 on")
+        check("discriminator_lr", self.discriminator_lr, self.discriminator_lr > 0, "above 0")
         check("size", self.size, self.size >= 8 and self.size % 8 == 0, "a multiple of 8")
         check("strides", self.strides, len(self.strides) > 0 and min(self.strides) >= 1, "whole numbers from 1")
+
+    @property
+    def least_frames(self) -> int:
+        """How many frames a clip must have: those that the smallest stride reaches over, 8N+1."""
+        return (self.num_frames - 1) * min(self.strides) + 1
 
 
 def load_vae(run: VAERun) -> CausalVAE:
@@ -108,8 +115,8 @@ def train(run: VAERun, vae: CausalVAE, clips: list[Clip], perceptual: Perceptual
     judge_optimiser = torch.optim.AdamW(judge.parameters(), run.discriminator_lr, betas=(0.5, 0.9))
     average = Average(parameters, run.ema_decay) if run.ema_decay is not None else None
     progress = Progress()
-    parts = {"vae": Weights(parameters), "discriminator": judge, state_name(rates): optimiser, "progress": progress,
-             "judge_optimiser": judge_optimiser, "random": RandomStates()}  # fmt: skip
+    parts = {"vae": Weights(parameters), "discriminator": judge, state_name(rates): States(optimiser),
+             "progress": progress, "judge_optimiser": States(judge_optimiser), "random": RandomStates()}  # fmt: skip
     parts |= {"average": average} if average is not None else {}
     step = restore(run.out, parts)
     run.out.mkdir(parents=True, exist_ok=True)
@@ -119,9 +126,9 @@ def train(run: VAERun, vae: CausalVAE, clips: list[Clip], perceptual: Perceptual
         saver.save(run.out, step, trees, run.keep_last, beside=lambda f: (f / "run.toml").write_text(to_toml(run)))
 
     with (
+        stopping() as is_stopped,  # until all is on the disk
         Saver() as saver,
         Log(run.out / "log.jsonl", step, run.tensorboard) as log,
-        stopping() as is_stopped,
         ahead(partial(crops, run, clips), range(step, run.num_steps), run.workers) as videos,
     ):
         stopped = False
@@ -146,8 +153,9 @@ def train(run: VAERun, vae: CausalVAE, clips: list[Clip], perceptual: Perceptual
             stopped = is_stopped()
             if step % run.save_every == 0 or step == run.num_steps or stopped:
                 save()
-    if step >= run.num_steps:
-        write_result(run, vae, average)
+        saver.wait()
+        if step >= run.num_steps:
+            write_result(run, vae, average)
     return step
 
 
@@ -176,7 +184,7 @@ def crops(run: VAERun, clips: list[Clip], step: int) -> Tensor:  # [B, 3, T, H, 
     rng, found = np.random.default_rng((run.seed, step)), []
     for row in rows_of(run.seed, step * run.batch, run.batch, len(clips)):
         video = FRAMES.of(clips[row].file)
-        strides = [s for s in run.strides if (run.num_frames - 1) * s < len(video)] or [1]
+        strides = [s for s in run.strides if (run.num_frames - 1) * s < len(video)]
         if run.crops == "fixed":
             stride, places = strides[0], [0, *((size - run.size) // 2 for size in video.shape[1:3])]
         else:

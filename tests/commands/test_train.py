@@ -1,6 +1,8 @@
 """`cogvx train` from a folder of clips to weights that diffusers loads."""
 
 import json
+import re
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from cogvx.models.lora import load_lora
 from cogvx.models.text import TextEncoder
 from cogvx.models.transformer import ExpertTransformer
 from cogvx.models.vae import CausalVAE
+from cogvx.train.ranks import Ranks
 
 
 @pytest.fixture(scope="module")
@@ -94,8 +97,6 @@ def test_an_image_model_is_trained_whole_as_diffusers_reads_it(
 def test_nothing_is_computed_or_written_before_all_is_checked(run_command, options, clips, tmp_path):
     status, out, _ = run_command("train", "lora", options, "batch=2", "--dry-run")
     assert status == 0 and "2 clips of 18 to 34 tokens" in out and "2 steps of 2 samples: 2.0 epochs" in out
-    status, out, _ = run_command("train", "transformer", options, "shard=8", "--dry-run")
-    assert status == 0 and "in each of 8 processes" in out
     status, out, _ = run_command("train", "lora", options, "seed=7", "--print-config")
     assert status == 0 and "seed = 7\n" in out and "\n[lora]\nrank = 4\n" in out
     for words, message in (
@@ -119,6 +120,24 @@ def test_nothing_is_computed_or_written_before_all_is_checked(run_command, optio
     assert [path.name for path in tmp_path.iterdir()] == ["run.toml"]
 
 
+def test_a_dry_run_says_what_each_process_holds_and_refuses_what_they_cannot_share(run_command, options, monkeypatch):
+    def held(*words: str) -> list[float]:
+        status, out, err = run_command("train", "transformer", options, *words, "--dry-run")
+        assert status == 0, err
+        assert ("in each of 8 processes" in out) == (words == ("shard=8",))
+        return [float(x) for x in re.search(r"([0-9.]+) MB of weights, ([0-9.]+) MB of gradients", out).groups()]
+
+    assert held("shard=8") == [pytest.approx(whole / 8, abs=0.01) for whole in held("shard=1")]  # rounded up
+    assert min(held()) > 0.5 and held("shard=0") == held()
+    four = Ranks()
+    four.size = 4  # as under torchrun
+    monkeypatch.setattr("cogvx.train.ranks.joined", lambda device: nullcontext(four))
+    status, out, _ = run_command("train", "transformer", options, "shard=0", "--dry-run")
+    assert status == 0 and "in each of 4 processes" in out
+    status, _, err = run_command("train", "transformer", options, "shard=3", "--dry-run")
+    assert status == 2 and "shard is 3; it must divide the number of processes, which is 4" in err
+
+
 def test_a_vae_is_trained_on_clips_without_captions(run_command, clips, small_checkpoint, tmp_path):
     words = [
         "vae",
@@ -132,6 +151,8 @@ def test_a_vae_is_trained_on_clips_without_captions(run_command, clips, small_ch
     status, out, err = run_command("train", *words, "--dry-run")
     assert status == 0 and "1 clips; 1 steps of 1 crops of 9 frames and 32 x 32 pixels" in out
     assert "1 have fewer than 9 frames: b.mp4" in err
+    status, _, err = run_command("train", *words, "strides=[3,2]", "--dry-run")
+    assert status == 2 and "0 clips can be trained on; 2 have fewer than 17 frames: a.mp4, b.mp4" in err
     status, out, _ = run_command("train", *words)
     assert status == 0 and out == f"{tmp_path / 'run'}  step 1\n"
     from diffusers import AutoencoderKLCogVideoX

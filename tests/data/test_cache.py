@@ -1,11 +1,14 @@
+import hashlib
+import json
 import math
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from cogvx.config import VAEConfig
-from cogvx.data.cache import Cache, Loaded, images_of
+from cogvx.data.cache import Cache, Loaded, images_of, latents_of
 from cogvx.data.clips import find_clips
 from cogvx.data.pixels import to_tensor
 from cogvx.data.video import write_video
@@ -28,6 +31,23 @@ def test_what_was_computed_is_read_again_unless_its_key_or_the_file_has_changed(
     file.write_bytes(file.read_bytes()[:-3])
     assert cache.get("latents", {"caption": "a"}, compute)["x"][0] == 4
     assert cache.computed == 4
+
+
+def test_a_clip_is_encoded_in_eights_or_whole_which_are_kept_apart(tmp_path):
+    torch.manual_seed(0)
+    vae = CausalVAE(VAEConfig(block_out_channels=(4,) * 4, layers_per_block=1, norm_num_groups=2)).eval()
+    frames = np.random.default_rng(0).integers(0, 256, (17, 16, 16, 3), dtype=np.uint8)
+    write_video(tmp_path / "a.mp4", frames, 8)
+    (clip,) = find_clips(tmp_path, (16, 16), captions=False).clips
+    pixels, loaded, made = to_tensor(clip.read()[None]), Loaded(lambda: vae, torch.float32), []
+    for whole, chunks in ((False, None), (True, [17])):
+        made.append(latents_of(Cache(tmp_path / "cache"), clip, loaded, "hash", whole)[0])
+        assert torch.equal(made[-1], vae.encode(pixels, chunks).mean[0])
+    assert not torch.equal(*made)
+    # What was encoded in eights keeps the name that it had before there was a choice.
+    key = {"clip": clip.sha256, "dtype": "torch.float32", "num_frames": 17, "vae": "hash"}
+    name = f"latents-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]}.safetensors"
+    assert torch.equal(load_file(tmp_path / "cache" / name)["mean"], made[0])
 
 
 def test_an_image_is_encoded_with_the_published_noise_once_for_all_runs(tmp_path):

@@ -32,7 +32,9 @@ def test_the_log_forgets_what_came_after_the_saved_step(tmp_path):
     file.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
     with Log(file, 2) as log:
         log.write({"step": 3, "loss": 0.5})
-    assert file.read_text() == '{"step": 1}\n{"step": 2}\n{"step": 3, "loss": 0.5}\n'
+        log.write({"step": 4, "loss": float("nan"), "gradient": float("-inf")})
+    text = '{"step": 1}\n{"step": 2}\n{"step": 3, "loss": 0.5}\n{"step": 4, "loss": null, "gradient": null}\n'
+    assert file.read_text() == text
 
 
 def test_tensorboard_gets_the_same_numbers_and_forgets_what_came_later(tmp_path):

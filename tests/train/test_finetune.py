@@ -7,17 +7,20 @@ import os
 import shutil
 import signal
 import tomllib
+from pathlib import Path
 
 import pytest
 import torch
 
-from cogvx.config import ScheduleConfig, TransformerConfig
+from cogvx.config import PRESETS, ScheduleConfig, TransformerConfig
+from cogvx.data.clips import Clip
 from cogvx.models.checkpoint import TINY, CheckpointError
 from cogvx.models.transformer import ExpertTransformer
+from cogvx.settings import Configs
 from cogvx.train import finetune
-from cogvx.train.checkpoint import load_state
+from cogvx.train.checkpoint import Saver, load_state
 from cogvx.train.finetune import train
-from cogvx.train.finetuning import Finetuning, LoRAOptions, Optimiser
+from cogvx.train.finetuning import Finetuning, LoRAOptions, Optimiser, tokens_of
 from cogvx.train.options import TrainingError
 from cogvx.train.sampling import Draws, Example, rows_of
 
@@ -78,6 +81,16 @@ def stopped_at(step: int) -> pytest.MonkeyPatch:
     return patch
 
 
+def after_sigterm(function):
+    """The function, to be called when SIGTERM has just come."""
+
+    def called(*given, **named):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return function(*given, **named)
+
+    return called
+
+
 def rows(run: Finetuning) -> list[dict]:
     lines = (run.out / "log.jsonl").read_text().splitlines()
     return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines]
@@ -124,8 +137,24 @@ def test_a_run_stopped_by_sigterm_goes_on_bit_by_bit(tmp_path, changes):
         assert torch.equal(value, second.state_dict()[name]), name
     assert rows(whole) == rows(halves) and [row["step"] for row in rows(whole)] == [1, 2, 3, 4]
     results = [sorted(p.relative_to(r.out) for p in r.out.rglob("*.safetensors")) for r in (whole, halves)]
-    for path in set(results[0]) & set(results[1]):
+    made = finetune.ADAPTER if halves.kind == "lora" else "transformer/diffusion_pytorch_model.safetensors"
+    assert results[0] == results[1] and Path(made) in results[0]
+    for path in results[0]:
         assert (whole.out / path).read_bytes() == (halves.out / path).read_bytes(), path
+
+
+def test_sigterm_while_the_last_state_and_the_result_are_written_ends_nothing(tmp_path, monkeypatch):
+    ended = []
+    monkeypatch.setattr(Saver, "wait", after_sigterm(Saver.wait))
+    monkeypatch.setattr(finetune, "write_result", after_sigterm(finetune.write_result))
+    before = signal.signal(signal.SIGTERM, lambda number, frame: ended.append(number))  # else it would end the tests
+    try:
+        run = options(tmp_path, num_steps=1, kind="lora")
+        assert train(run, model(), examples(), draws()) == 1
+        assert (run.out / finetune.ADAPTER).exists() and load_state(run.out)[0] == 1
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert not ended
 
 
 def test_eight_bits_of_a_moment_are_saved_as_they_are_and_no_other_run_takes_them(tmp_path):
@@ -208,6 +237,9 @@ def test_a_state_of_another_model_or_kind_is_refused(tmp_path):
     (tmp_path / "other" / "transformer" / "config.json").write_text("{}")
     with pytest.raises(CheckpointError, match="it is of a LoRA for another checkpoint than this run's model"):
         train(run, model(SEEING), examples(SEEING), draws(0, SEEING))
+    run = dataclasses.replace(run, model="tiny")
+    with pytest.raises(CheckpointError, match=r"LoRA with alpha 4\.0, this run's lora\.alpha is 2\.0"):
+        train(dataclasses.replace(run, lora=LoRAOptions(rank=2, alpha=2.0)), model(SEEING), examples(SEEING), draws())
     with pytest.raises(CheckpointError, match="has no average"):
         train(dataclasses.replace(run, ema_decay=0.9), model(), examples(), draws())
 
@@ -227,6 +259,15 @@ def test_a_step_draws_the_same_again_drops_captions_and_spreads_its_timesteps():
     timesteps = sorted(d.sample.timestep for d in drawn)
     assert all(abs(t - 1000 * (i + 0.5) / 300) < 4 for i, t in enumerate(timesteps))
     assert [d.sample.timestep for d in drawn] != timesteps
+
+
+def test_a_clip_has_as_many_tokens_as_the_text_that_its_numerics_encode(tmp_path):
+    preset, clip = PRESETS["1.5-5b"], Clip(tmp_path, "a", "", 9, 64, 96)
+    configs = Configs(preset.transformer, preset.vae, preset.schedule)
+    for numerics, text in (("sat", 224), ("diffusers", 226), ("sat,text_tokens_1_5=226", 226)):
+        # Three latent frames fill two patches in time.
+        found = tokens_of(options(tmp_path, numerics=numerics, pack_tokens=text + 2 * 4 * 6), [clip], configs)
+        assert found == [text + 2 * 4 * 6]
 
 
 def test_packed_samples_cost_what_they_cost_one_by_one(tmp_path):

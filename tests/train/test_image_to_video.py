@@ -94,6 +94,20 @@ def test_what_is_shown_is_bit_for_bit_what_a_pipeline_shows_of_the_same_image(
         assert how.step([example], 0, 1)[0].sample.latents.shape == (8, *wanted.shape[2:])
 
 
+def test_a_dropped_caption_becomes_what_the_numerics_guide_with_unless_the_run_says_what(
+    clips, small_checkpoint, tmp_path
+):
+    folder = str(small_checkpoint("2b"))
+    pipeline = Pipeline.from_pretrained(folder, device="cpu", dtype=torch.float32)
+    wanted = {"zeros": torch.zeros(16, 24), "encoded": pipeline.text_encoder.encode([""])[0]}
+    for numerics, chosen, name in (
+        ("sat", None, "zeros"), ("sat,null_text=encoded", None, "encoded"), ("diffusers", None, "encoded"),
+        ("diffusers", "zeros", "zeros"), ("sat", "encoded", "encoded"),
+    ):  # fmt: skip
+        run = options(tmp_path, model=folder, data=clips, numerics=numerics, null_text=chosen)
+        assert torch.equal(examples_of(run, [], configs_of(run))[1].null_text, wanted[name]), (numerics, chosen)
+
+
 def test_every_draw_of_an_image_is_seen_equally_often_and_the_published_share_is_dropped():
     how, shown = draws(drop_image=Finetuning.drop_image), []
     for step in range(4):

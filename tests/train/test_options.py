@@ -24,6 +24,7 @@ class Outer:
     is_on: bool = False
     kind: Literal["x", "y"] = "x"
     decay: float | None = None
+    title: str | None = None
     inner: Inner = field(default_factory=Inner)
 
 
@@ -31,13 +32,21 @@ def test_words_go_before_the_file_and_the_file_before_the_defaults(tmp_path):
     file = tmp_path / "run.toml"
     file.write_text('out = "runs/a"\nsteps = 20\nname = "file"\n[inner]\nlr = 1\n')
     run = read_options(Outer, file, ["steps=30", "inner.betas=[0.5, 1]", "is_on=true", "decay=0.5", "name=two words"])
-    assert run == Outer(Path("runs/a"), 30, "two words", True, "x", 0.5, Inner(1.0, (0.5, 1.0)))
+    assert run == Outer(Path("runs/a"), 30, "two words", True, "x", 0.5, inner=Inner(1.0, (0.5, 1.0)))
     assert isinstance(run.inner.lr, float)
     assert read_options(Outer, file, ["decay=none"]).decay is None
 
 
+@pytest.mark.parametrize("text", ["2024", "2024-05-01", "7", "1e5", "true", "[1]", "07:30:00", "0x10"])
+def test_a_word_that_toml_would_read_as_something_else_is_text_where_text_is_wanted(text):
+    run = read_options(Outer, None, [f"out={text}", f"name={text}", f"title={text}"])
+    assert (run.out, run.name, run.title) == (Path(text), text, text)
+    assert read_options(Outer, None, [f"out='{text}'"]).out == Path(text)
+    assert read_options(Outer, None, ["out=a", "steps=7", "decay=1", "title=none"]) == Outer(Path("a"), 7, decay=1.0)
+
+
 def test_the_options_come_back_from_their_toml(tmp_path):
-    run = Outer(Path('a "b" é'), 3, "c\\d", True, "y", None, Inner(1e-5))
+    run = Outer(Path('a "b" é'), 3, "c\\d", True, "y", inner=Inner(1e-5))
     (tmp_path / "run.toml").write_text(to_toml(run))
     assert read_options(Outer, tmp_path / "run.toml") == run
     for run in (
@@ -86,6 +95,7 @@ def test_a_missing_option_and_a_bad_file_are_named(tmp_path):
     [
         ("num_steps=0", "num_steps is 0; it must be at least 1"),
         ("num_frames=16", r"num_frames is 16; it must be 8N\+1"),
+        ("lora.alpha=0", r"lora\.alpha is 0\.0; it must be above 0"),
         ("drop_text=1.5", "drop_text is 1.5; it must be from 0 to 1"),
         ("start=scratch", "start is scratch; it must be checkpoint for a LoRA"),
     ],
@@ -95,7 +105,25 @@ def test_values_without_meaning_are_named(word, message):
         read_options(Finetuning, None, ["data=a", "out=b", word])
 
 
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("optimiser.betas=[0.9]", r"optimiser\.betas is \(0\.9,\); it must be two numbers, each from 0 to below 1"),
+        ("optimiser.betas=[0.9, 1]", r"optimiser\.betas is \(0\.9, 1\.0\); it must be two numbers, each from 0"),
+        ("optimiser.betas=[-0.1, 0.9]", r"optimiser\.betas is \(-0\.1, 0\.9\)"),
+        ("optimiser.lr=0", r"optimiser\.lr is 0\.0; it must be above 0"),
+        ("optimiser.eps=0", r"optimiser\.eps is 0\.0; it must be above 0"),
+        ("optimiser.clip_norm=-1", r"optimiser\.clip_norm is -1\.0; it must be above 0"),
+        ("optimiser.weight_decay=-0.1", r"optimiser\.weight_decay is -0\.1; it must be at least 0"),
+        ("num_frames=-7", r"num_frames is -7; it must be 8N\+1, from 1 on"),
+    ],
+)
 @pytest.mark.parametrize("kind", [Finetuning, VAERun])
-def test_every_run_needs_two_betas(kind):
-    with pytest.raises(TrainingError, match=r"optimiser\.betas is \(0\.9,\); it must be two numbers"):
-        read_options(kind, None, ["data=a", "out=b", "optimiser.betas=[0.9]"])
+def test_every_run_names_what_it_cannot_work_with(kind, word, message):
+    with pytest.raises(TrainingError, match=message):
+        read_options(kind, None, ["data=a", "out=b", word])
+
+
+def test_a_discriminator_needs_a_rate():
+    with pytest.raises(TrainingError, match=r"discriminator_lr is 0\.0; it must be above 0"):
+        read_options(VAERun, None, ["data=a", "out=b", "discriminator_lr=0"])

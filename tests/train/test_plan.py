@@ -86,6 +86,12 @@ def test_within_a_tenth_of_what_is_allocated(name):
     assert abs(predicted - found) <= 0.1 * found, f"predicted {predicted:,}, allocated {found:,}"
 
 
+def test_clips_that_are_encoded_whole_hold_more():
+    eights, whole = (planning._clips(run_of(vae_encode_chunks=chunks), CONFIGS, SIZE, "cuda")
+                     for chunks in ("8_frames", "whole"))  # fmt: skip
+    assert 1.3 * eights < whole < 3 * eights  # of 17 frames, the first chunk being nine
+
+
 def test_a_step_of_moments_in_eight_bits_holds_what_is_counted():
     def begun() -> tuple[nn.Parameter, torch.optim.Optimizer]:
         weight = nn.Parameter(torch.ones(256, 512))

@@ -4,6 +4,8 @@ import pytest
 import torch
 from torch.distributed.tensor import DTensor, Shard, init_device_mesh
 
+from cogvx.train.finetuning import Optimiser
+from cogvx.train.optim import adamw
 from cogvx.train.options import TrainingError
 from cogvx.train.ranks import ALONE, Ranks
 from cogvx.train.shards import States, num_sharing, slice_like, whole
@@ -35,6 +37,23 @@ def test_a_state_is_whole_where_it_is_kept(mesh):
     assert type(kept["a"]) is torch.Tensor and torch.equal(kept["a"], full)
     assert torch.equal(kept["b"][1]["c"], full) and kept["b"][1]["step"] == 3 and kept["b"][0] is full
     assert left["a"] is None and left["b"][1]["c"] is None and left["b"][0] is full
+
+
+@pytest.mark.parametrize("bits", [32, 8])
+def test_an_optimiser_goes_on_with_its_own_options(bits):
+    others, own = Optimiser(0.1, (0.5, 0.9), 1e-3, 0.3, bits=bits), Optimiser(0.2, (0.9, 0.99), 1e-6, 0.01, bits=bits)
+    weights = [torch.nn.Parameter(torch.ones(64, 64)) for _ in range(2)]
+    saved, resumed = (adamw([weight], rates) for weight, rates in zip(weights, (others, own), strict=True))
+    before = {name: value for name, value in resumed.param_groups[0].items() if name != "params"}
+    weights[0].grad = torch.linspace(-1, 1, 4096).view(64, 64)
+    saved.step()
+    States(resumed).load_state_dict(States(saved).state_dict())
+    (group,) = resumed.param_groups
+    assert group["params"][0] is weights[1] and {name: group[name] for name in before} == before
+    assert (group["betas"], group["eps"], group["weight_decay"]) == ((0.9, 0.99), 1e-6, 0.01)
+    moments = [each.state_dict()["state"][0]["exp_avg"] for each in (saved, resumed)]
+    numbers = [moment["codes"] if bits == 8 else moment for moment in moments]
+    assert len(numbers[0].unique()) > 50 and torch.equal(*numbers)
 
 
 def test_an_optimisers_whole_states_are_cut_as_its_weights_are(mesh):

@@ -83,6 +83,15 @@ def test_a_wider_model_begins_as_the_layers_it_takes(run):
         torch.testing.assert_close(model(latents, text, timestep), source(both, text, timestep))
 
 
+def test_without_layers_a_model_begins_with_all_of_the_others_if_it_has_as_many():
+    source, model = (ExpertTransformer(dataclasses.replace(SMALL, num_layers=2)) for _ in range(2))
+    widen(model, source, ())
+    assert all(torch.equal(weight, source.state_dict()[name]) for name, weight in model.state_dict().items())
+    for layers, named in (((), r"\(0, 1\)"), ((0, 1), r"\(0, 1\)"), ((2,), r"\(2,\)"), ((-1,), r"\(-1,\)")):
+        with pytest.raises(ValueError, match=f"layers is {named}; it must name 1 of 0 to 1, those of start_from's"):
+            widen(ExpertTransformer(SMALL), source, layers)
+
+
 def test_what_is_shown_is_the_first_frame_in_some_samples_the_last_and_in_some_batches_nothing(from_images):
     _, text, clips, _ = prepare(from_images)
     assert not any(weight.requires_grad for weight in text.model.parameters())

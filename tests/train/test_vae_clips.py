@@ -12,6 +12,7 @@ from cogvx.data.clips import find_clips
 from cogvx.data.video import read_video, write_video
 from cogvx.models.vae import CausalVAE
 from cogvx.train import vae_clips
+from cogvx.train.checkpoint import Saver, load_state
 from cogvx.train.finetuning import Optimiser
 from cogvx.train.losses import LossWeights
 from cogvx.train.options import TrainingError
@@ -47,6 +48,16 @@ def rows(run: VAERun) -> list[dict]:
     return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines]
 
 
+def after_sigterm(function):
+    """The function, to be called when SIGTERM has just come."""
+
+    def called(*given, **named):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return function(*given, **named)
+
+    return called
+
+
 @pytest.mark.slow
 def test_a_run_stopped_by_sigterm_goes_on_bit_by_bit(tmp_path, clips, monkeypatch):
     changes = {"ema_decay": 0.5, "precision": "bf16"}
@@ -71,6 +82,20 @@ def test_a_run_stopped_by_sigterm_goes_on_bit_by_bit(tmp_path, clips, monkeypatc
     assert "judge" not in rows(whole)[0] and all("judge" in row for row in rows(whole)[1:])  # from its start step on
     assert all({"psnr", "kl", "perceptual"} <= row.keys() for row in rows(whole))
     assert CausalVAE.from_pretrained(whole.out / "vae").config == SMALL
+
+
+def test_sigterm_while_the_last_state_and_the_result_are_written_ends_nothing(tmp_path, clips, monkeypatch):
+    ended = []
+    monkeypatch.setattr(Saver, "wait", after_sigterm(Saver.wait))
+    monkeypatch.setattr(vae_clips, "write_result", after_sigterm(vae_clips.write_result))
+    before = signal.signal(signal.SIGTERM, lambda number, frame: ended.append(number))  # else it would end the tests
+    try:
+        run = options(tmp_path, num_steps=1, backbone=None, weights=LossWeights(adversarial_start=None))
+        assert train(run, vae(), clips) == 1
+        assert (run.out / "vae" / "config.json").exists() and load_state(run.out)[0] == 1
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert not ended
 
 
 def as_read(video: torch.Tensor) -> torch.Tensor:  # [3, T, H, W] in [-1, 1] -> uint8 [T, H, W, 3]
@@ -120,6 +145,20 @@ def test_a_discriminator_that_is_not_finite_does_not_step(tmp_path, clips, monke
             train(run, vae(), clips)
     else:
         assert train(run, vae(), clips) == 1 and rows(run)[-1]["skipped"] == 1
+
+
+def test_a_run_goes_on_with_the_rates_that_it_is_given(tmp_path, clips, monkeypatch):
+    rates, step = [], vae_clips.discriminator_step
+
+    def noted(judge, optimiser, *others, **named):
+        rates.append(optimiser.param_groups[0]["lr"])
+        return step(judge, optimiser, *others, **named)
+
+    monkeypatch.setattr(vae_clips, "discriminator_step", noted)
+    changes = {"backbone": None, "weights": LossWeights(adversarial_start=0)}
+    for num_steps, rate in ((1, 1e-4), (2, 3e-5)):
+        train(options(tmp_path, num_steps=num_steps, discriminator_lr=rate, **changes), vae(), clips)
+    assert rates == [1e-4, 3e-5]
 
 
 @pytest.mark.slow
