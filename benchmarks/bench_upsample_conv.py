@@ -14,6 +14,7 @@ from cogvx_kernels.upsample_conv.cases import REAL
 pytestmark = pytest.mark.products
 
 BACKENDS = ["reference", *OPS["upsample_conv"].backends]
+CLOSE = {torch.bfloat16: 5e-2, torch.float32: 1e-4}  # of the norm of a gradient; both sides round long sums
 
 
 def arguments(case: str, dtype: torch.dtype) -> tuple:
@@ -58,6 +59,6 @@ def test_forward_and_backward(measure, backend, case):
     with use_backend("reference"):
         eager = gradients(args, grad)
     for one, other in zip(found[:2], eager[:2], strict=True):
-        assert (one.double() - other.double()).norm() <= 8 * torch.finfo(one.dtype).eps * other.double().norm()
+        assert (one.double() - other.double()).norm() <= CLOSE[one.dtype] * other.double().norm()
     # Of the bias: sums of so many values of both signs that plain PyTorch's own error is larger than that.
     assert_as_accurate(found[2], eager[2], grad.double().sum((0, 2, 3, 4)), factor=3.0)
