@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from math import dist, sqrt
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -55,29 +56,14 @@ class Share:
 Adherence = dict[str, dict[str, Share]]  # of each of GROUPS, of each of WORDS, or of IMAGE_WORDS
 
 
-def evaluate_prompts(
-    pipeline: Pipeline,
-    num_prompts: int = 480,
-    seed: int = 0,
-    steps: int = 50,
-    guidance_scale: float = 6.0,
-    batch_size: int = 16,
-    compress: bool = True,
-    log: Path | None = None,
-    about: dict | None = None,
-    progress: bool = True,
-) -> Adherence:
-    """The shares of prompts that the pipeline's clips obey, word by word.
-
-    Clip i is what seed + i gives. With `log`, each judged clip becomes a line of JSON there; a run that was stopped
-    goes on from a log of the same settings, to which `about` adds what the caller knows of the model.
+def evaluate_prompts(pipeline: Pipeline, num_prompts: int = 480, seed: int = 0, **how: Any) -> Adherence:
+    """The shares of prompts that the pipeline's clips obey, word by word; `how` as of `judge_scenes`.
 
     Raises:
         ValueError: for counts below 1, an odd number of prompts, or a log of other settings.
     """
-    scenes = evaluation_scenes(num_prompts, seed)
-    how = seed, steps, guidance_scale, batch_size, compress, log, about, progress
-    return adherence(judge_scenes(pipeline, scenes, *how), IMAGE_WORDS if pipeline.configs.takes_image else WORDS)
+    records = judge_scenes(pipeline, evaluation_scenes(num_prompts, seed), seed, **how)
+    return adherence(records, IMAGE_WORDS if pipeline.configs.takes_image else WORDS)
 
 
 def judge_scenes(
@@ -95,8 +81,12 @@ def judge_scenes(
 ) -> list[dict]:
     """A record of every scene: what the clip of its prompt shows, and which words are right.
 
-    The rest as of `evaluate_prompts`. palette: the colours that the judge knows. Raises ValueError for a batch_size
-    below 1 or a log of other settings.
+    Clip i is what seed + i gives, and the judge knows the colours of `palette`. With `log`, each judged clip becomes a
+    line of JSON there; a run that was stopped goes on from a log of the same prompts and settings, to which `about`
+    adds what the caller knows of the model.
+
+    Raises:
+        ValueError: for a batch_size below 1, or a log of other prompts or settings.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}, which is less than 1")

@@ -111,8 +111,9 @@ def evaluate(
     if num_prompts:
         log = None if output is None else output / "clips.jsonl"
         adherence = evaluate_prompts(
-            pipeline, num_prompts, seed, steps, guidance_scale, batch_size, compress, log, about, progress
-        )
+            pipeline, num_prompts, seed, steps=steps, guidance_scale=guidance_scale, batch_size=batch_size,
+            compress=compress, log=log, about=about, progress=progress,
+        )  # fmt: skip
     settings = {
         **about, "num_prompts": num_prompts, "num_clips": num_clips, "seed": seed, "steps": steps,
         "guidance_scale": guidance_scale, "compress": compress,
