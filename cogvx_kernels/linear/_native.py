@@ -50,11 +50,8 @@ def backward(
     needs: Sequence[bool] = (True, True, True),
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # of x, weight, bias; None where it is not needed
     rows, grads = x.flatten(0, 1), grad.flatten(0, 1)
-    if gelu:
-        # In more digits: where the slope changes fast, that of a rounded sum is another one.
-        wide = torch.float64 if x.dtype == torch.float32 else torch.float32
-        before = reference.forward(rows.to(wide), weight.to(wide), None if bias is None else bias.to(wide), False)
-        grads = torch.ops.aten.gelu_backward(grads.to(wide), before, approximate="tanh").to(x.dtype)
+    if gelu:  # its slope, at the sums as they were before they were rounded, while they are in registers once more
+        grads = _product(rows, weight, bias, gelu, grads.contiguous())
     return (
         _product(grads, weight.t()).unflatten(0, x.shape[:2]) if needs[0] else None,
         _product(grads.t(), rows.t()) if needs[1] else None,
@@ -67,6 +64,7 @@ def _product(
     b: Tensor,  # [K, D]
     bias: Tensor | None = None,  # [K]
     gelu: bool = False,
+    grad: Tensor | None = None,  # [M, K], dense: the result is its product with the slope of GELU
 ) -> Tensor:  # [M, K]
     y = torch.empty(len(a), len(b), dtype=a.dtype)
     if y.numel():
@@ -75,7 +73,8 @@ def _product(
         bias = None if bias is None else bias.contiguous()
         _extension._C.linear_multiply(
             torch.get_num_threads(), dtype, sizes, (a.data_ptr(), *a.stride()), (b.data_ptr(), *b.stride()),
-            0 if bias is None else bias.data_ptr(), gelu, y.data_ptr(), packed.data_ptr(),
+            0 if bias is None else bias.data_ptr(), gelu, 0 if grad is None else grad.data_ptr(), y.data_ptr(),
+            packed.data_ptr(),
         )  # fmt: skip
     return y
 

@@ -23,7 +23,7 @@ int64_t packed_bytes_on_this_cpu(const std::string& dtype, const Sizes& sizes) {
 }
 
 void multiply(int threads, const std::string& dtype, const Sizes& sizes, const PyRows& a, const PyRows& b,
-              uintptr_t bias, bool gelu, uintptr_t c, uintptr_t packed) {
+              uintptr_t bias, bool gelu, uintptr_t grad, uintptr_t c, uintptr_t packed) {
   const auto matrix = [](const PyRows& from) {
     return Matrix{pointer(std::get<0>(from)), std::get<1>(from), std::get<2>(from)};
   };
@@ -36,6 +36,7 @@ void multiply(int threads, const std::string& dtype, const Sizes& sizes, const P
   args.b = matrix(b);
   args.bias = pointer(bias);
   args.gelu = gelu;
+  args.grad = pointer(grad);
   args.c = pointer(c);
   args.packed = pointer(packed);
   const py::gil_scoped_release release;

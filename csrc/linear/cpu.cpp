@@ -157,12 +157,26 @@ inline float exponential(float x) {
   return sum * from_bits((as_bits(power) + 127u - 0x4b400000u) << 23);
 }
 
-// 0.5 y (1 + tanh(u)) = y / (1 + e^(-2u)), u = sqrt(2 / pi) (y + 0.044715 y^3)
-inline float gelu_of(float y) {
+// GELU in its tanh form is y times this share: 0.5 (1 + tanh(u)) = 1 / (1 + e^(-2u)), u = sqrt(2 / pi) (y + 0.044715 y^3).
+struct Share {
+  float value;
+  float slope;  // its own
+};
+
+inline Share share_of(float y) {
   const float power = -1.59576912f * (y + 0.044715f * y * y * y);
   const float above = power < -87.0f ? -87.0f : power;  // NaN compares with nothing, and so it passes
-  const float share = 1.0f / (1.0f + exponential(above > 87.0f ? 87.0f : above));
-  return y * (above > 87.0f ? 0.0f : share);
+  const float rest = exponential(above > 87.0f ? 87.0f : above), share = 1.0f / (1.0f + rest);
+  const bool is_flat = power < -87.0f || power > 87.0f;  // where y^2 may be infinite
+  const float slope = rest * share * share * (1.59576912f + 0.2140644f * y * y);
+  return {above > 87.0f ? 0.0f : share, is_flat ? 0.0f : slope};
+}
+
+inline float gelu_of(float y) { return y * share_of(y).value; }
+
+inline float gelu_slope_of(float y) {
+  const Share share = share_of(y);
+  return share.slope == 0.0f ? share.value : share.value + y * share.slope;
 }
 
 template <class T> void finish_tile(const Args& args, int64_t row, int64_t column, float (&sums)[kRows][kColumns]) {
@@ -175,11 +189,16 @@ template <class T> void finish_tile(const Args& args, int64_t row, int64_t colum
 #pragma omp simd
       for (int j = 0; j < columns; ++j) sum[j] += widen(bias[j]);
     }
-    if (args.gelu) {
+    const int64_t place = (row + r) * args.n + column;
+    if (args.grad) {
+      const T* grad = reinterpret_cast<const T*>(args.grad) + place;
+#pragma omp simd
+      for (int j = 0; j < columns; ++j) sum[j] = widen(grad[j]) * gelu_slope_of(sum[j]);
+    } else if (args.gelu) {
 #pragma omp simd
       for (int j = 0; j < kColumns; ++j) sum[j] = gelu_of(sum[j]);
     }
-    T* to = reinterpret_cast<T*>(args.c) + (row + r) * args.n + column;
+    T* to = reinterpret_cast<T*>(args.c) + place;
 #pragma omp simd
     for (int j = 0; j < columns; ++j) store(to + j, sum[j]);
   }

@@ -1,4 +1,5 @@
-// c[m, n] = f(sum over k of a[m, k] * b[n, k], plus bias[n]), where f is GELU in its tanh form or nothing.
+// c[m, n] = f(y[m, n]), y[m, n] = the sum over k of a[m, k] * b[n, k], plus bias[n], where f is GELU in its tanh form or
+// nothing; or, on the way back through GELU, grad[m, n] times its slope at y[m, n].
 #pragma once
 
 #include <cstdint>
@@ -21,6 +22,7 @@ struct Args {
   Matrix a, b;
   char* bias;  // [N], or nullptr
   bool gelu;
+  char* grad;    // [M, N], dense, or nullptr
   char* c;       // [M, N], dense
   char* packed;  // room for b as the kernel reads it, packed_bytes
 };

@@ -70,3 +70,15 @@ def test_gelu_of_any_number(backend, run_on):
         y = linear(x, one, None, gelu=True)
     expected = torch.nn.functional.gelu(x.double(), approximate="tanh").float()
     torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-6, equal_nan=True)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradient_through_gelu_at_any_number(backend, run_on):
+    x = torch.cat([torch.linspace(-12, 12, 4001), torch.tensor([1e-30, -88.0, 3e18, -3e18, torch.nan])])
+    x = x[None, :, None].requires_grad_()
+    one, grad = torch.ones(1, 1), torch.linspace(-2, 2, x.numel())[None, :, None]
+    run_on("linear", backend, x, one, None, True)
+    with use_backend(backend):
+        (found,) = torch.autograd.grad(linear(x, one, None, gelu=True), x, grad)
+    exact = torch.ops.aten.gelu_backward(grad.double(), x.detach().double(), approximate="tanh")
+    torch.testing.assert_close(found, exact.float(), rtol=2e-6, atol=2e-6, equal_nan=True)
