@@ -21,14 +21,15 @@ README = Path(__file__).parents[1] / "README.md"
 BEGIN, END = "<!-- plans: begin (benchmarks/plans.py) -->", "<!-- plans: end -->"
 ABOUT = (
     "What `cogvx plan` predicts for the models at their own sizes, 50 steps with guidance, of the device's memory; a",
-    "move is counted at 20 GB/s and as if none were hidden. Nothing here was measured on a GPU.",
+    "move is counted at 20 GB/s and as if none were hidden. Nothing here was measured on a GPU. Tiles and weights in int8",
+    "change the frames, and are chosen where nothing else keeps the budget ([docs/memory.md](docs/memory.md)).",
     "",
 )
 HEADER = ("| model | budget | text encoder, transformer, VAE | and | peak | moves |", "|---|---|---|---|---|---|")
 
 
 def job_of(model: str) -> Job:
-    return read_job(model, None, None, None, 50, 6.0, "diffusers", None)
+    return read_job(model, None, None, None, 50, 6.0, "sat", None)
 
 
 def rows(model: str) -> Iterator[str]:

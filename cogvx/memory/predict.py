@@ -10,9 +10,10 @@ allocator leaves unused between tensors.
 
 import copy
 import gc
-from collections.abc import Callable
-from contextlib import nullcontext, suppress
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,7 @@ from transformers import T5Config, T5EncoderModel
 from ..diffusion.schedule import Step, sampling_steps
 from ..host import host_memory
 from ..inputs import Inputs
-from ..models.choices import decode_chunks, num_text_tokens
+from ..models.choices import num_text_tokens
 from ..models.eight_bits import to_eight_bits
 from ..models.embeddings import forget_positions
 from ..models.linear import WideLinear
@@ -34,8 +35,7 @@ from ..models.lora_names import Pair
 from ..models.text import with_wide_layers
 from ..models.transformer import ExpertTransformer
 from ..models.vae import CausalVAE
-from ..models.vae import decode_chunks as pairs
-from ..numerics import DIFFUSERS, Numerics
+from ..numerics import SAT, Numerics
 from ..settings import Configs, Settings
 from ..start import prepare
 from .live import LiveBytes
@@ -45,7 +45,7 @@ from .plan import Plan
 STEPS = 2
 PART = {"encode text": "text_encoder", "start": "vae", "modulate": "transformer", "sample": "transformer",
         "decode": "vae"}  # fmt: skip
-CHUNKS = 3  # of those that a clip is decoded in, a first, a middle and a last one; middle ones are alike
+CHUNKS = 3  # the first ones that a clip is decoded in, none shorter than those behind, which hold no more
 
 
 def t5_xxl() -> T5Config:
@@ -64,7 +64,7 @@ class Job:
     dtype: torch.dtype
     text: T5Config = field(default_factory=t5_xxl)
     target: str = "cuda"  # the type of the device
-    numerics: Numerics = DIFFUSERS
+    numerics: Numerics = SAT
     vae_dtype: torch.dtype | None = None  # None is `dtype`
     text_dtype: torch.dtype | None = None  # that the text encoder is stored in; None is `dtype`, as released
     weights: str | None = None  # "int8" or "fp8": no plan has them otherwise
@@ -200,9 +200,10 @@ def _counted(
         latents = _sampled(pipeline, settings, _pixels(job), steps, end)
         moved = pipeline.placed.moved(settings.num_moves / STEPS)
         if decodes:
-            chunks = decode_chunks(latents.shape[2], how) or pairs(latents.shape[2])
-            for _ in pipeline.decode_levels(latents[:, :, : sum(chunks[:CHUNKS])]):
-                pass
+            # Of the whole clip, whose length says how it is cut and what its first latent gives.
+            with closing(pipeline.decode_levels(latents)) as levels:
+                for _ in islice(levels, CHUNKS):
+                    pass
             end("decode")
             moved = pipeline.placed.moved(settings.num_moves / STEPS)
     return stages, moved
@@ -279,12 +280,18 @@ def _sampled(
         begin = prepare([settings], inputs, steps, pipeline.vae, pipeline.configs, pipeline.numerics)
     end("start")
 
-    # The modulation of all steps is made before the first one.
-    def first_call(*given: Any) -> None:
-        hook.remove()
-        end("modulate")
+    at_work = pipeline.at_work
 
-    hook = pipeline.transformer.register_forward_pre_hook(first_call)
+    # The modulation of all steps is made before the first one. What comes between the two grows with no block, and so
+    # is no part of a stage whose peak is drawn on from a few.
+    @contextmanager
+    def watched(part: str) -> Iterator[None]:
+        with at_work(part):
+            yield
+        if part == "modulation":
+            end("modulate")
+
+    pipeline.at_work = watched
 
     def on_step_end(pipeline: Any, index: int, timestep: int, tensors: dict) -> None:
         if index == STEPS - 1:

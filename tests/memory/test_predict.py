@@ -35,8 +35,13 @@ CASES = {
     "fp8, streamed": ("5b", 9, 64, replace(STREAMED, weights="fp8")),
     "lora": ("5b", 9, 64, Plan()),
     "lora, streamed": ("5b", 9, 64, STREAMED),
+    "image, visiting, 21 latents": ("1.5-5b-i2v", 81, 64, VISITING),
+    "blend, 21 latents": ("1.5-5b", 81, 64, replace(VISITING, tiling=Tiling("blend", 32, 32, 8))),
+    "41 latents": ("5b", 161, 64, Plan()),
+    "video, encoded whole": ("5b", 17, 64, Plan()),
 }
-QUICK = ("image, visiting",)  # of the others each takes seconds too
+# Chunks of the official code: 21 latents begin with 12 frames, 41 with 20. Of the others each takes seconds too.
+QUICK = ("image, visiting, 21 latents", "41 latents")
 
 
 def write_lora(file):
@@ -73,10 +78,13 @@ def test_within_a_tenth_of_what_is_allocated(small_checkpoint, tmp_path, name):
     kind, num_frames, width, plan = CASES[name]
     folder = small_checkpoint(kind)
     pipeline = Pipeline.from_pretrained(folder, device="cpu")
-    image = np.zeros((48, width, 3), np.uint8) if pipeline.configs.takes_image else None
+    size = 48, width, 3
+    image = np.zeros(size, np.uint8) if pipeline.configs.takes_image else None
+    video = np.zeros((num_frames, *size), np.uint8) if name.startswith("video") else None
     settings = Settings("a red circle", num_frames=num_frames, height=48, width=width, num_inference_steps=3, seed=0,
-                        guidance_scale=1.0 if name == "no guidance" else 6.0)  # fmt: skip
-    settings, inputs = planned(settings, Inputs.read(image), pipeline.configs, pipeline.numerics)
+                        guidance_scale=1.0 if name == "no guidance" else 6.0, strength=None if video is None else 1.0,
+                        longer="riflex" if num_frames > 17 else None)  # fmt: skip
+    settings, inputs = planned(settings, Inputs.read(image, video=video), pipeline.configs, pipeline.numerics)
     job = Job(pipeline.configs, settings, torch.float32, pipeline.text_encoder.model.config, "cpu", pipeline.numerics)
     loras = [(write_lora(tmp_path / "style.safetensors"), 1.0)] if name.startswith("lora") else []
     job = replace(job, loras=tuple(without_values(read_lora(file)) for file, _ in loras))
@@ -87,9 +95,10 @@ def test_within_a_tenth_of_what_is_allocated(small_checkpoint, tmp_path, name):
 
 
 @pytest.mark.soak
-def test_a_block_more_is_what_one_more_was(small_checkpoint):
+@pytest.mark.parametrize("model", ["tiny", "tiny-i2v"])
+def test_a_block_more_is_what_one_more_was(model):
     """Peaks that are drawn on from a few blocks are those of all blocks."""
-    pipeline = Pipeline.from_pretrained("tiny", device="cpu")  # six blocks
+    pipeline = Pipeline.from_pretrained(model, device="cpu")  # six blocks
     settings = Settings("x", num_frames=9, num_inference_steps=3, seed=0).resolve(pipeline.configs)
     job = Job(pipeline.configs, settings, torch.bfloat16, pipeline.text_encoder.model.config, "cuda")
     for plan in (Plan(), STREAMED):
