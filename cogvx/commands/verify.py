@@ -33,8 +33,8 @@ def main(
     The SHA-256 of each file of weights is printed, and compared with what the hub said of it at the download, where
     that is on the disk: in the hub's cache, and in a folder that `hf download --local-dir` has made.
 
-    All else is computed in fp32 at small sizes, one component at a time: the memory needed is that of the largest, 4 bytes
-    a parameter. Status 2 if any check fails.
+    All else is computed in fp32 at small sizes, one component at a time: the memory needed is that of the largest, 4
+    bytes a parameter. Status 2 if any check fails.
 
     Args:
         folder: a checkpoint folder, a hub name, "tiny" or "tiny-i2v".
