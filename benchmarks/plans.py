@@ -21,8 +21,8 @@ README = Path(__file__).parents[1] / "README.md"
 BEGIN, END = "<!-- plans: begin (benchmarks/plans.py) -->", "<!-- plans: end -->"
 ABOUT = (
     "What `cogvx plan` predicts for the models at their own sizes, 50 steps with guidance, of the device's memory; a",
-    "move is counted at 20 GB/s and as if none were hidden. Nothing here was measured on a GPU. Tiles and weights in int8",
-    "change the frames, and are chosen where nothing else keeps the budget ([docs/memory.md](docs/memory.md)).",
+    "move is counted at 20 GB/s and as if none were hidden. Nothing here was measured on a GPU. Tiles, and weights in",
+    "int8, change the frames and are chosen where nothing else keeps the budget: [docs/memory.md](docs/memory.md).",
     "",
 )
 HEADER = ("| model | budget | text encoder, transformer, VAE | and | peak | moves |", "|---|---|---|---|---|---|")
