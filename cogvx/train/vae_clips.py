@@ -76,6 +76,10 @@ class VAERun:
         check("num_frames", self.num_frames, self.num_frames >= 1 and self.num_frames % 8 == 1, "8N+1, from 1 on")
         check("discriminator_lr", self.discriminator_lr, self.discriminator_lr > 0, "above 0")
         check("size", self.size, self.size >= 8 and self.size % 8 == 0, "a multiple of 8")
+        for name in ("l1", "l2", "perceptual", "kl", "adversarial"):
+            check(f"weights.{name}", getattr(self.weights, name), getattr(self.weights, name) >= 0, "at least 0")
+        start = self.weights.adversarial_start
+        check("weights.adversarial_start", start, start is None or start >= 0, "at least 0, or none")
         check("strides", self.strides, len(self.strides) > 0 and min(self.strides) >= 1, "whole numbers from 1")
 
     @property
