@@ -48,8 +48,10 @@ def encode_ends(vae: CausalVAE, folder: Path, num_clips: int, seed: int, num_dra
 
 def _missing_shards(folder: Path, num_clips: int, seed: int) -> Iterator[tuple[Path, list, np.random.Generator]]:
     """File, scenes and the generator that renders them, of every shard that is not there yet."""
+    if num_clips < 1 or num_clips % SHARD:
+        raise ValueError(f"num_clips is {num_clips}; it must be a multiple of {SHARD}, as many as a file holds")
     folder.mkdir(parents=True, exist_ok=True)
-    for shard in range(-(-num_clips // SHARD)):
+    for shard in range(num_clips // SHARD):
         path = folder / f"{shard:05d}.safetensors"
         if not path.exists():
             rng = np.random.default_rng((seed, shard))

@@ -133,6 +133,9 @@ def test_encoding_twice_changes_nothing(data):
     before = (data / "latents" / "00000.safetensors").stat().st_mtime_ns
     encode_shapes(None, data / "latents", 64, seed=0)  # no VAE is needed where all is there
     assert (data / "latents" / "00000.safetensors").stat().st_mtime_ns == before
+    for encode in (encode_shapes, encode_ends):
+        with pytest.raises(ValueError, match="num_clips is 65; it must be a multiple of 64"):
+            encode(None, data / "latents", 65, seed=0)
 
 
 def test_no_latents_are_a_clear_error(tmp_path):
