@@ -34,7 +34,7 @@ from .optim import adamw, clip_gradients, cosine, set_rate, state_name
 from .options import to_toml
 from .randomness import RandomStates
 from .ranks import ALONE, Ranks
-from .run import Progress, Weights, is_usable, stopping
+from .run import LEAST_SCALE, Progress, Weights, is_usable, stopping
 from .sampling import Drawn, Draws, Example
 from .shards import States, is_shared_out, whole
 
@@ -91,12 +91,15 @@ def train(
             ranks.add_gradients(parameters.values())
             scaler.unscale_(optimiser)
             gradient = clip_gradients(parameters.values(), rates.clip_norm)
-            if is_usable(run.non_finite, step, loss, gradient, progress, scaler.is_enabled()):
+            scale = scaler.get_scale() if scaler.is_enabled() else LEAST_SCALE
+            if is_usable(run.non_finite, step, loss, gradient, progress, scale):
                 scaler.step(optimiser)
                 progress.add(loss)
                 if average is not None:
                     average.update()
             scaler.update()
+            if scaler.get_scale() < LEAST_SCALE:  # it would end at 0, with which no later gradient is finite either
+                scaler.update(LEAST_SCALE)
             optimiser.zero_grad()
             step += 1
             row = {"step": step, "loss": loss, "gradient": gradient, "lr": rates.lr * share}

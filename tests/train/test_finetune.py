@@ -219,6 +219,42 @@ def test_what_is_not_finite_stops_before_a_weight_changes_or_is_left_out_and_cou
     assert rows(run)[-1]["skipped"] == 2
 
 
+def infinite_at(trained: ExpertTransformer, steps: range) -> ExpertTransformer:
+    """The model, whose gradients at some steps, the first being 0, are not finite, while the loss is."""
+    calls = []
+
+    def gradient(given: torch.Tensor) -> torch.Tensor:
+        calls.append(1)
+        return given * float("nan") if len(calls) - 1 in steps else given
+
+    trained.proj_out.weight.register_hook(gradient)
+    return trained
+
+
+def test_in_fp16_a_gradient_that_is_not_finite_is_counted_and_stops_a_run_that_has_no_other(tmp_path):
+    run = options(tmp_path / "once", precision="fp16", ema_decay=0.5, num_steps=3, save_every=1, keep_last=3)
+    train(run, infinite_at(model(), range(1, 2)), examples(), draws())
+    averages = [load_state(run.out, step)[1]["average"] for step in (1, 2, 3)]
+    moved = [any(not torch.equal(value, after[name]) for name, value in before.items())
+             for before, after in zip(averages, averages[1:], strict=False)]  # fmt: skip
+    assert moved == [False, True] and [row["skipped"] for row in rows(run)] == [0, 1, 1]
+
+    run, trained = options(tmp_path / "stop", precision="fp16", num_steps=40, save_every=100), model()
+    with pytest.raises(TrainingError, match=r"step 27: the gradient's norm is nan; no weight was changed"):
+        train(run, infinite_at(trained, range(40)), examples(), draws())  # 2^16 halved 26 times is 2^-10
+    assert all(torch.equal(value, trained.state_dict()[name]) for name, value in model().state_dict().items())
+
+
+def test_a_scale_that_fell_as_far_as_it_may_does_not_keep_later_steps_from_learning(tmp_path):
+    run, trained = (
+        options(tmp_path, precision="fp16", num_steps=30, non_finite="skip", save_every=29, keep_last=2),
+        model(),
+    )
+    train(run, infinite_at(trained, range(29)), examples(), draws())
+    assert load_state(run.out, 29)[1]["scaler"]["scale"] == 2.0**-10 and rows(run)[-1]["skipped"] == 29
+    assert any(not torch.equal(value, trained.state_dict()[name]) for name, value in model().state_dict().items())
+
+
 def test_a_state_of_another_model_or_kind_is_refused(tmp_path):
     run = options(tmp_path)
     train(run, model(), examples(), draws())
