@@ -71,10 +71,11 @@ def train(
 
     def save(saver: Saver) -> None:
         saver.wait()  # so that no two states are held at once
-        trees = {name: whole(part.state_dict(), ranks.is_first) for name, part in parts.items()}
+        trees = {name: whole(part.state_dict(), ranks.is_first, copy=True) for name, part in parts.items()}
         kept = run.keep_last, run.keep_best, progress.score()
         if ranks.is_first:
-            saver.save(run.out, step, trees, *kept, beside=lambda folder: write_beside(run, model, folder))
+            beside = partial(write_beside, run, model)
+            saver.save(run.out, step, trees, *kept, beside=beside, copy=False)
 
     draw = partial(draws.step, examples, count=run.batch * run.accumulation)
     with (
