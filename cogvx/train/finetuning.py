@@ -160,8 +160,13 @@ def configs_of(run: Finetuning) -> Configs:
 
 def unit_of(configs: Configs) -> tuple[int, int]:
     """What height and width of a clip must be multiples of, in pixels."""
-    pixels = 2 ** (len(configs.vae.block_out_channels) - 1)
-    return tuple(pixels * patch for patch in configs.transformer.patch[1:])
+    return tuple(configs.space_factor * patch for patch in configs.transformer.patch[1:])
+
+
+def latent_size(configs: Configs, num_frames: int, height: int, width: int) -> tuple[int, int, int]:
+    """Frames, height and width of a clip's latents as the transformer takes them: its patches in time are filled."""
+    frames, patch = (num_frames - 1) // configs.time_factor + 1, configs.transformer.patch[0]
+    return -(-frames // patch) * patch, height // configs.space_factor, width // configs.space_factor
 
 
 def load_transformer(run: Finetuning, configs: Configs) -> ExpertTransformer:
@@ -226,8 +231,7 @@ def tokens_of(run: Finetuning, clips: list[Clip], configs: Configs) -> list[int]
     config, numerics, tokens = configs.transformer, read_numerics(run.numerics), []
     num_text = num_text_tokens(config, numerics)
     for clip in clips:
-        frames = -(-((clip.num_frames - 1) // 4 + 1) // config.patch[0]) * config.patch[0]
-        size = frames, clip.height // 8, clip.width // 8
+        size = latent_size(configs, clip.num_frames, clip.height, clip.width)
         placement(config, numerics, size)
         tokens.append(num_tokens(config, size, num_text))
     check("pack_tokens", run.pack_tokens, run.pack_tokens is None or max(tokens) <= run.pack_tokens,
