@@ -17,7 +17,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from ..models.checkpoint import CheckpointError
-from .manifest import NAME, read_manifest, seal, sync, verify
+from ..models.saving import sync
+from .manifest import NAME, read_manifest, seal, verify
 
 PARTIAL, REPLACED, STEP = "partial-", "replaced-", "step-"
 

@@ -8,7 +8,6 @@ A stopped ladder goes on with the same command: rungs that are done are read, on
 
 import json
 import math
-import os
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from ..data.latents import SHARD, encode_shapes
 from ..diffusion.loss import add_noise, velocity_loss
 from ..diffusion.schedule import cumulative_alphas
 from ..models.checkpoint import TINY
+from ..models.saving import replacing
 from ..models.transformer import ExpertTransformer
 from ..models.vae import CausalVAE
 from . import transformer as training
@@ -176,6 +176,5 @@ def write_json(path: Path, content: dict) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text)
-    os.replace(partial, path)
+    with replacing(path) as partial:
+        partial.write_text(text)
