@@ -56,7 +56,7 @@ NOTES = """
 No field, because no clip depends on it: in its last step diffusers' DPM-Solver++ SDE draws noise that it multiplies by
 0, SAT draws none. Noise is drawn in fp32 on the CPU in either.
 
-Written by `python tests/test_numerics.py`, kept true by `tests/test_numerics.py`.
+Written by `PYTHONPATH=benchmarks python tests/test_numerics.py`, kept true by `tests/test_numerics.py`.
 """
 PROMPT = "a red circle moves left"
 QUICK = {"num_inference_steps": 3, "num_frames": 9, "seed": 3, "progress": False}

@@ -1,7 +1,7 @@
 """Every CUDA kernel compiles without warnings or spills, and docs/cuda.md says what each needs and what it is made of.
 
-`python tests/kernels/test_nvcc.py` writes the table anew. Shared memory is what the launches at the sizes of the
-released models ask for, noted down on the host without running them.
+`PYTHONPATH=tests/host_cuda python tests/kernels/test_nvcc.py` writes the table anew. Shared memory is what the launches
+at the sizes of the released models ask for, noted down on the host without running them.
 """
 
 import functools
@@ -34,7 +34,7 @@ Registers a thread / the most shared memory that a launch of the released models
 of matrix products (HMMA in 16 bits, IMMA in 8), of their loads (LDSM), of asynchronous copies (LDGSTS) and exponentials
 (EX2) where there are any. Compiled by nvcc {version}; no kernel spills a register or uses local memory, but for 16
 bytes on sm_100 in the backward pass of `gated_expert_layernorm`, for widths that are no multiple of a vector.
-Written by `python tests/kernels/test_nvcc.py`, kept true by the same file as a test.
+Written by `PYTHONPATH=tests/host_cuda python tests/kernels/test_nvcc.py`, kept true by the same file as a test.
 
 | operator | kernel | {architectures} |
 |---|---|{dashes}
