@@ -19,7 +19,7 @@ COMMANDS = {
     "decode": "turn latents into a video",
     "extend": "go on where a video ends",
     "invert": "find the noise that a video is made from, and make it again",
-    "verify": "check a checkpoint folder: names, shapes, hashes, a forward pass, parity with diffusers",
+    "verify": "check a checkpoint: hashes of a download, names, shapes, a forward pass, parity with diffusers",
     "plan": "say in how much memory a video can be made, and how",
     "doctor": "print versions, devices, and which kernels run",
     "convert": "write a transformer, VAE or LoRA in another format: diffusers, one file, SAT",

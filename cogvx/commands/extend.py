@@ -34,9 +34,10 @@ def main(
         num_pieces: how many times to go on; each piece has a seed one above that of the piece before it.
         overlap: how many of the last frames a text-to-video model goes on from, 8N+1; unset, half a piece. A model for
             images goes on from the last frame alone.
-        num_frames: of a piece, those that it goes on from among them; unset, what the checkpoint was trained on.
-        height: in pixels; unset, the video's, as for the width.
-        width: in pixels.
+        num_frames: of a piece, those that it goes on from among them: 8N+1, of CogVideoX 1.5 16N+1; unset, what the
+            model was trained on.
+        height: in pixels, a multiple of 16; unset, the video's, as for the width.
+        width: in pixels, a multiple of 16.
         progress: show a progress bar.
     """
     from ..data.video import check_writable

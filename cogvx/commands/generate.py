@@ -42,9 +42,10 @@ def main(
         mask: an image for all frames or a video, white where the video is made anew; other pixels stay as they are.
         strength: how far the video goes back towards noise first, from above 0 to 1, all the way.
         latents: a safetensors file of the noise to start from, as `cogvx invert` writes it; of its size, if unset.
-        num_frames: 8N+1; unset, what the checkpoint was trained on, as for height and width.
-        height: in pixels.
-        width: in pixels.
+        num_frames: 8N+1, of CogVideoX 1.5 16N+1; unset, those of latents or, as many as the model makes, of video; else
+            what the model was trained on.
+        height: in pixels, a multiple of 16; unset, that of latents; else what the model was trained on; so the width.
+        width: in pixels, a multiple of 16.
         longer: allows more frames than trained, which the model sees in overlapping windows, or all at once with its
             positions in time stretched as in RIFLEx.
         parallel: how the processes that torchrun starts share the video: how many of them guidance, heads, tokens,

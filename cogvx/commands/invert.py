@@ -37,9 +37,9 @@ def main(
         image: the first frame, for a model that takes images; unset, the video's.
         last_image: the last frame, likewise; unset, none.
         negative_prompt: what it does not show, with guidance.
-        num_frames: 8N+1; unset, as many as fit, and height and width what the checkpoint was trained on.
-        height: in pixels.
-        width: in pixels.
+        num_frames: 8N+1, of CogVideoX 1.5 16N+1; unset, as many of the video's as the model makes.
+        height: in pixels, a multiple of 16; unset, what the model was trained on, as for the width.
+        width: in pixels, a multiple of 16.
         num_inference_steps: the more, the nearer the reconstruction.
         guidance_scale: above 1 takes the reconstruction away from the video.
         seed: of the images' latents, for a model that takes images.

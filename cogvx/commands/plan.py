@@ -46,9 +46,9 @@ def main(
         what: unset, to make a video; train, transformer or lora, and the options of that run; before flags.
         model: 2b, 5b, 5b-i2v, 1.5-5b, 1.5-5b-i2v, or a checkpoint folder, a hub name, "tiny".
         memory: as in 12GB or 7.5GiB; unset, the fastest plan for every amount.
-        num_frames: unset, what the model was trained on, as for height and width.
-        height: in pixels.
-        width: in pixels.
+        num_frames: 8N+1, of CogVideoX 1.5 16N+1; unset, what the model was trained on, as for height and width.
+        height: in pixels, a multiple of 16.
+        width: in pixels, a multiple of 16.
         num_inference_steps: from 1 to 1000.
         guidance_scale: up to 1 is no guidance.
         numerics: whose arithmetic to follow, and changes to it, as in sat,null_text=encoded.

@@ -4,6 +4,7 @@ import gc
 import hashlib
 import importlib
 import importlib.util
+import re
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
     from ..settings import Configs
 
+HUB_RECORDS = Path(".cache/huggingface/download")  # in a folder that `hf download --local-dir` has made
 PROMPTS = ["a red circle moves left on a black background", ""]
 
 Outcome = tuple[str, bool | None, str]  # what was checked, whether it passed (None: not done), a figure or a reason
@@ -26,10 +28,13 @@ Outcome = tuple[str, bool | None, str]  # what was checked, whether it passed (N
 def main(
     folder: Annotated[Positional[str], arg(metavar="FOLDER")], parity: bool = True, device: str | None = None
 ) -> None:
-    """Check a checkpoint: names and shapes, hashes, a finite forward pass, and parity with diffusers if installed.
+    """Check a checkpoint: names and shapes, a finite forward pass, and parity with diffusers if installed.
 
-    All is computed in fp32 at small sizes, one component at a time: the memory needed is that of the largest, 4 bytes
-    a parameter. Status 2 if any check fails.
+    The SHA-256 of each file of weights is printed, and compared with what the hub said of it at the download, where
+    that is on the disk: in the hub's cache, and in a folder that `hf download --local-dir` has made.
+
+    All else is computed in fp32 at small sizes, one component at a time: the memory needed is that of the largest, 4
+    bytes a parameter. Status 2 if any check fails.
 
     Args:
         folder: a checkpoint folder, a hub name, "tiny" or "tiny-i2v".
@@ -46,7 +51,10 @@ def main(
     failed = []
     for name, path in sorted(checkpoint_files(root).items()):
         if path.suffix == ".safetensors":
-            print(f"sha-256  {sha256(path)}  {name}", flush=True)
+            found, recorded = sha256(path), recorded_hash(root, name)
+            verdict = {None: "", found: "  ok, as downloaded"}.get(recorded, f"  FAILED, downloaded was {recorded}")
+            print(f"sha-256  {found}  {name}{verdict}", flush=True)
+            failed += [f"{name}: SHA-256"] if recorded not in (None, found) else []
     for part in (TransformerCheck, VAECheck, TextCheck):
         for check, passed, text in outcomes(part(root, configs, picked), parity):
             word = {True: "ok", False: "FAILED", None: "skipped"}[passed]
@@ -234,6 +242,17 @@ class TextCheck(Check):
         pipeline = diffusers.CogVideoXPipeline(tokenizer, model, None, None, None)
         length = self.configs.transformer.max_text_seq_length
         return [pipeline._get_t5_prompt_embeds(PROMPTS, max_sequence_length=length, device=self.device)]
+
+
+def recorded_hash(root: Path, name: str) -> str | None:
+    """The SHA-256 of a file of weights that the hub said when it was downloaded, where that is on the disk."""
+    place, record = (root / name).resolve(), root / HUB_RECORDS / f"{name}.metadata"
+    said = ""
+    if place.parent.name == "blobs":  # of the hub's cache, which names them so
+        said = place.name
+    elif record.is_file():  # lines: the commit, the hash, the time
+        said = "".join(record.read_text(errors="replace").splitlines()[1:2])
+    return said if re.fullmatch("[0-9a-f]{64}", said) else None
 
 
 def sha256(path: Path) -> str:

@@ -1,7 +1,7 @@
 """The processes that make one video, from within one of them: `torchrun --nproc-per-node 4 ...` starts them.
 
     with joined() as processes:
-        pipeline = Pipeline.from_pretrained("CogVideoX-5b", device=processes.device)
+        pipeline = Pipeline.from_pretrained("zai-org/CogVideoX-5b", device=processes.device)
         processes.share(pipeline, "auto", settings)
         pipeline.write("a.mp4", "a panda plays a guitar", seed=1)  # in every process; process 0 writes
 

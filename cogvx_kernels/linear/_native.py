@@ -50,7 +50,7 @@ def backward(
     needs: Sequence[bool] = (True, True, True),
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # of x, weight, bias; None where it is not needed
     rows, grads = x.flatten(0, 1), grad.flatten(0, 1)
-    if gelu:  # its slope, at the sums as they were before they were rounded, while they are in registers once more
+    if gelu:  # times its slope, at the sums in fp32, which are computed once more
         grads = _product(rows, weight, bias, gelu, grads.contiguous())
     return (
         _product(grads, weight.t()).unflatten(0, x.shape[:2]) if needs[0] else None,

@@ -1,7 +1,7 @@
 // Compiled once for each instruction set (COGVX_ISA names it); no standard containers here, see expert_layernorm.
 //
-// b is packed in panels of kColumns columns, k after k, as many at a time as kPackedBytes hold; a in panels of kRows rows,
-// by each thread for the rows that it works on. A tile of kRows x kColumns sums then lives in registers.
+// b is packed in panels of kColumns columns, k after k, as many at a time as kPackedBytes hold; a in panels of kRows
+// rows, by each thread for the rows that it works on. A tile of kRows x kColumns sums then lives in registers.
 #include "linear/linear.h"
 
 #include <cstring>
@@ -61,8 +61,8 @@ template <class T> int64_t num_units(int64_t k) { return (k + Unit<T>::kTerms - 
 
 int64_t num_panels(int64_t n) { return (n + kColumns - 1) / kColumns; }
 
-// `panels` panels of kCount rows (of b: columns of the result) from row `first` on, one after the other; each holds unit
-// after unit, and 0 for what is beyond the last row.
+// `panels` panels of kCount rows (of b: columns of the result) from row `first` on, one after the other; each holds
+// unit after unit, and 0 for what is beyond the last row.
 template <class T, int kCount>
 void pack(const Matrix& from, int64_t first, int64_t rows, int64_t k, int64_t panels, typename Unit<T>::type* to) {
   constexpr int64_t kTerms = Unit<T>::kTerms;
@@ -124,8 +124,8 @@ inline void fetch(const void* from, int64_t bytes) {
 #endif
 }
 
-// The sums of `tiles` tiles below one another: a holds their panels, b the one of their columns. A piece of b is used by
-// all of them while it is in the first cache, and the next one is on its way then.
+// The sums of `tiles` tiles below one another: a holds their panels, b the one of their columns. A piece of b is used
+// by all of them while it is in the first cache, and the next one is on its way then.
 template <class T>
 void multiply_panels(const typename Unit<T>::type* a, const typename Unit<T>::type* b, int64_t units, int64_t tiles,
                      float (*sums)[kRows][kColumns]) {
@@ -157,7 +157,8 @@ inline float exponential(float x) {
   return sum * from_bits((as_bits(power) + 127u - 0x4b400000u) << 23);
 }
 
-// GELU in its tanh form is y times this share: 0.5 (1 + tanh(u)) = 1 / (1 + e^(-2u)), u = sqrt(2 / pi) (y + 0.044715 y^3).
+// GELU in its tanh form is y times this share: 0.5 (1 + tanh(u)) = 1 / (1 + e^(-2u)),
+// u = sqrt(2 / pi) (y + 0.044715 y^3).
 struct Share {
   float value;
   float slope;  // its own

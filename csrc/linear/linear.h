@@ -1,5 +1,5 @@
-// c[m, n] = f(y[m, n]), y[m, n] = the sum over k of a[m, k] * b[n, k], plus bias[n], where f is GELU in its tanh form or
-// nothing; or, on the way back through GELU, grad[m, n] times its slope at y[m, n].
+// c[m, n] = f(y[m, n]), y[m, n] = the sum over k of a[m, k] * b[n, k], plus bias[n], where f is GELU in its tanh form
+// or nothing; or, on the way back through GELU, grad[m, n] times its slope at y[m, n].
 #pragma once
 
 #include <cstdint>
