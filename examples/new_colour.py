@@ -1,4 +1,4 @@
-"""Teach the embedded checkpoint a colour that it has never seen, from 64 clips, in minutes on two cores.
+"""Teach the embedded checkpoint a colour that it has never seen, from 64 clips.
 
     python examples/new_colour.py --out runs/plum
 
@@ -6,6 +6,7 @@ Renders 36 clips of plum figures and 28 of the colours that the checkpoint knows
 `cogvx train lora` does, and lets the judge of Shapes World say how many prompts are obeyed before and after: of plum
 figures in combinations of shape, motion and background that are in no clip, and of the known colours. "plum" is no
 word of the checkpoint's tokenizer, which spells it. Training that was stopped goes on with the same command.
+Training takes about 19 minutes of one thread of a CPU; on top four times 96 clips are made and judged.
 """
 
 from pathlib import Path
@@ -17,11 +18,10 @@ from cogvx import Pipeline
 from cogvx.commands.train import main as train
 from cogvx.data.shapes import BACKGROUNDS, COLOURS, FPS, MOTIONS, NEW_COLOURS, SHAPES, SIZES, Scene, render
 from cogvx.data.video import write_video
-from cogvx.eval.generation import Share, evaluation_scenes, judge_scenes, share
+from cogvx.eval.generation import WORDS, Share, evaluation_scenes, judge_scenes, share
 from cogvx.models.lora import load_lora
 from cogvx.settings import SettingsError
 
-WORDS = ("colour", "background", "motion", "shape", "size", "all right")
 NUM_NEW, NUM_KNOWN = 36, 28
 WEIGHT = 0.85  # of the LoRA where it is judged: with a little less than all of it the known scenes suffer less
 TRAINING = (
@@ -56,8 +56,10 @@ def scenes_to_learn() -> list[Scene]:
 
 
 def write_clips(folder: Path, scenes: list[Scene], seed: int = 0) -> None:
-    """A clip of every scene, and its prompt as its caption."""
+    """A clip of every scene, and its prompt as its caption; those that an earlier run had more of go."""
     folder.mkdir(parents=True, exist_ok=True)
+    for file in folder.glob("[0-9][0-9].*"):
+        file.unlink()
     for i, scene in enumerate(scenes):
         write_video(folder / f"{i:02d}.mp4", render(scene, np.random.default_rng((seed, i))), FPS)
         (folder / f"{i:02d}.txt").write_text(scene.prompt)
@@ -82,7 +84,7 @@ def main(
 
     Args:
         out: the folder of clips, states and adapter.
-        options: changes to the training's options, such as num_steps=100.
+        options: changes to the training's options, such as num_steps=100; data, out, model and task are not of them.
         model: the checkpoint to teach, one that takes text alone.
         num_prompts: how many are judged of plum figures (108 at most), and how many of the known colours.
         num_inference_steps: of the sampler.
@@ -94,10 +96,10 @@ def main(
     groups["plum"] = groups["plum"][:num_prompts]
     adapter, found = out / "run" / "pytorch_lora_weights.safetensors", {}
     write_clips(out / "clips", scenes_to_learn())
-    adapter.unlink(missing_ok=True)  # that of a shorter run
     words = f"data={out / 'clips'}", f"out={out / 'run'}", f"model={model}", "task=text_to_video"
-    train("lora", (*words, *TRAINING, *options))
-    if not adapter.exists():  # stopped by SIGTERM, which `train` has said
+    before = adapter.stat().st_mtime_ns if adapter.exists() else None  # that of an earlier run
+    train("lora", (*TRAINING, *options, *words))
+    if not adapter.exists() or adapter.stat().st_mtime_ns == before:  # stopped by SIGTERM, which `train` has said
         return found
     for when in ("before", "after"):
         pipeline = Pipeline.from_pretrained(model, dtype=torch.float32, device="cpu")

@@ -8,8 +8,6 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
-Kind = Literal["transformer", "lora", "vae", "ladder"]
-
 
 def main(
     kind: Annotated[
@@ -53,7 +51,7 @@ def train_transformer(file: Path | None, words: Sequence[str], dry_run: bool, pr
     from ..data.clips import accepted, find_clips
     from ..machine import pick_device
     from ..train.finetune import learning, train
-    from ..train.finetuning import configs_of, describe, examples_of, load_transformer, tokens_of, unit_of
+    from ..train.finetuning import configs_of, describe, examples_of, load_transformer, long_warmup, tokens_of, unit_of
     from ..train.ranks import ALONE, joined
     from ..train.shards import num_sharing, placed
 
@@ -61,6 +59,8 @@ def train_transformer(file: Path | None, words: Sequence[str], dry_run: bool, pr
     with joined(device.type) as ranks:
         # Before anything is computed; a dry run of one process says what each of so many would hold.
         sharing = (run.shard or 1) if dry_run and ranks is ALONE else num_sharing(run.shard, ranks)
+        if ranks.is_first and (doubt := long_warmup(run)):
+            warn(doubt)
         clips = accepted(find_clips(run.data, unit_of(configs), run.num_frames), run.on_fault, warn)
         tokens_of(run, clips, configs)
         model = load_transformer(run, configs)
@@ -88,8 +88,11 @@ def train_vae(file: Path | None, words: Sequence[str], dry_run: bool, print_conf
         return
 
     from ..data.clips import accepted, find_clips
+    from ..train.finetuning import long_warmup
     from ..train.vae_clips import load_perceptual, load_vae, train
 
+    if doubt := long_warmup(run):
+        warn(doubt)
     found = find_clips(run.data, (1, 1), run.least_frames, captions=False, least=(run.size, run.size))
     clips = accepted(found, run.on_fault, warn)
     vae, perceptual = load_vae(run), load_perceptual(run)

@@ -1,16 +1,16 @@
 """Latents of Shapes World clips on disk, encoded once and read in every epoch."""
 
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
+from ..models.checkpoint import save_tensors
 from ..models.image_latents import add_noise
 from ..models.vae import CausalVAE, Posterior
 from . import shapes
@@ -48,8 +48,10 @@ def encode_ends(vae: CausalVAE, folder: Path, num_clips: int, seed: int, num_dra
 
 def _missing_shards(folder: Path, num_clips: int, seed: int) -> Iterator[tuple[Path, list, np.random.Generator]]:
     """File, scenes and the generator that renders them, of every shard that is not there yet."""
+    if num_clips < 1 or num_clips % SHARD:
+        raise ValueError(f"num_clips is {num_clips}; it must be a multiple of {SHARD}, as many as a file holds")
     folder.mkdir(parents=True, exist_ok=True)
-    for shard in range(-(-num_clips // SHARD)):
+    for shard in range(num_clips // SHARD):
         path = folder / f"{shard:05d}.safetensors"
         if not path.exists():
             rng = np.random.default_rng((seed, shard))
@@ -57,11 +59,9 @@ def _missing_shards(folder: Path, num_clips: int, seed: int) -> Iterator[tuple[P
 
 
 def _write(path: Path, scenes: list[shapes.Scene], posteriors: list[Posterior]) -> None:
-    mean = torch.cat([p.mean for p in posteriors]).half().contiguous()
-    std = torch.cat([(0.5 * p.logvar).exp() for p in posteriors]).half().contiguous()
-    partial = path.with_suffix(".partial")
-    save_file({"mean": mean, "std": std}, partial, {"prompts": json.dumps([scene.prompt for scene in scenes])})
-    os.replace(partial, path)
+    mean = torch.cat([p.mean for p in posteriors]).half()
+    std = torch.cat([(0.5 * p.logvar).exp() for p in posteriors]).half()
+    save_tensors({"mean": mean, "std": std}, path, {"prompts": json.dumps([scene.prompt for scene in scenes])})
 
 
 def load_shapes(folder: Path) -> tuple[Tensor, Tensor, list[str]]:

@@ -81,9 +81,9 @@ def new_folder(folder: str | Path) -> Iterator[Path]:
         partial.mkdir()
         yield partial
         for path in [*partial.rglob("*"), partial]:
-            _sync(path)
+            sync(path)
         _replace(folder, partial)
-        _sync(folder.absolute().parent)
+        sync(folder.absolute().parent)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or str(error).split("\n")[0]
         raise CheckpointError(f"{folder} cannot be written: {reason}") from error
@@ -131,7 +131,19 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 
-def _sync(path: Path) -> None:
+@contextmanager
+def replacing(file: Path) -> Iterator[Path]:
+    """A temporary name beside `file` to write under; what is there takes its place at the end, or goes on any error."""
+    partial = file.with_name(f".{file.name}.partial")
+    try:
+        yield partial
+        os.replace(partial, file)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file or a folder's entries are on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -17,7 +17,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from ..models.checkpoint import CheckpointError
-from .manifest import NAME, read_manifest, seal, sync, verify
+from ..models.saving import sync
+from .manifest import NAME, read_manifest, seal, verify
 
 PARTIAL, REPLACED, STEP = "partial-", "replaced-", "step-"
 
@@ -63,8 +64,9 @@ class Saver:
         keep_best: int = 0,
         score: float | None = None,
         beside: Callable[[Path], None] | None = None,
+        copy: bool = True,
     ) -> None:
-        """As `save_state`."""
+        """As `save_state`; without `copy` the trees are written as they are, and nothing may change them any more."""
         if keep_last < 1 or keep_best < 0:
             raise ValueError(f"keep_last is {keep_last} and keep_best {keep_best}; at least 1 and 0 states are kept")
         if score is not None and not math.isfinite(score):
@@ -75,7 +77,7 @@ class Saver:
         with _written(folder, step, partial):
             for name, tree in trees.items():
                 tensors: dict[str, torch.Tensor] = {}
-                copied[name] = json.dumps(_flatten(tree, name, tensors)), tensors
+                copied[name] = json.dumps(_flatten(tree, name, tensors, copy)), tensors
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
             if beside is not None:  # now, since it reads what the next step changes
@@ -236,17 +238,17 @@ def _read(path: Path) -> dict:
                       load_file(path.with_name(f"{path.name}.safetensors")))  # fmt: skip
 
 
-def _flatten(tree, path: str, tensors: dict[str, torch.Tensor]):
+def _flatten(tree, path: str, tensors: dict[str, torch.Tensor], copy: bool):
     """The tree with each tensor moved to `tensors` and a reference left in its place."""
     if isinstance(tree, torch.Tensor):
         name = path if path not in tensors else f"{path}#{len(tensors)}"
-        tensors[name] = tree.detach().to("cpu", copy=True).contiguous()
+        tensors[name] = tree.detach().to("cpu", copy=copy).contiguous()
         return {"tensor": name}
     if isinstance(tree, dict):
         # Pairs, because an optimiser's state has integer keys and JSON has none.
-        return {"pairs": [[key, _flatten(value, f"{path}/{key}", tensors)] for key, value in tree.items()]}
+        return {"pairs": [[key, _flatten(value, f"{path}/{key}", tensors, copy)] for key, value in tree.items()]}
     if isinstance(tree, list | tuple):
-        return [_flatten(value, f"{path}/{i}", tensors) for i, value in enumerate(tree)]
+        return [_flatten(value, f"{path}/{i}", tensors, copy) for i, value in enumerate(tree)]
     if tree is not None and not isinstance(tree, int | float | str):
         raise ValueError(f"{path} is a {type(tree).__name__}; a state holds dicts, lists, tensors, numbers and text")
     return tree

@@ -34,7 +34,7 @@ from .optim import adamw, clip_gradients, cosine, set_rate, state_name
 from .options import to_toml
 from .randomness import RandomStates
 from .ranks import ALONE, Ranks
-from .run import Progress, Weights, is_usable, stopping
+from .run import LEAST_SCALE, Progress, Weights, is_usable, stopping
 from .sampling import Drawn, Draws, Example
 from .shards import States, is_shared_out, whole
 
@@ -71,10 +71,11 @@ def train(
 
     def save(saver: Saver) -> None:
         saver.wait()  # so that no two states are held at once
-        trees = {name: whole(part.state_dict(), ranks.is_first) for name, part in parts.items()}
+        trees = {name: whole(part.state_dict(), ranks.is_first, copy=True) for name, part in parts.items()}
         kept = run.keep_last, run.keep_best, progress.score()
         if ranks.is_first:
-            saver.save(run.out, step, trees, *kept, beside=lambda folder: write_beside(run, model, folder))
+            beside = partial(write_beside, run, model)
+            saver.save(run.out, step, trees, *kept, beside=beside, copy=False)
 
     draw = partial(draws.step, examples, count=run.batch * run.accumulation)
     with (
@@ -91,12 +92,15 @@ def train(
             ranks.add_gradients(parameters.values())
             scaler.unscale_(optimiser)
             gradient = clip_gradients(parameters.values(), rates.clip_norm)
-            if is_usable(run.non_finite, step, loss, gradient, progress, scaler.is_enabled()):
+            scale = scaler.get_scale() if scaler.is_enabled() else LEAST_SCALE
+            if is_usable(run.non_finite, step, loss, gradient, progress, scale):
                 scaler.step(optimiser)
                 progress.add(loss)
                 if average is not None:
                     average.update()
             scaler.update()
+            if scaler.get_scale() < LEAST_SCALE:  # it would end at 0, with which no later gradient is finite either
+                scaler.update(LEAST_SCALE)
             optimiser.zero_grad()
             step += 1
             row = {"step": step, "loss": loss, "gradient": gradient, "lr": rates.lr * share}

@@ -98,6 +98,7 @@ class Finetuning:
         check("image_draws", self.image_draws, self.image_draws >= 0, "at least 0")
         check("lora.rank", self.lora.rank, self.lora.rank >= 1, "at least 1")
         check("lora.alpha", self.lora.alpha, self.lora.alpha > 0, "above 0")
+        check("lora.targets", list(self.lora.targets), len(self.lora.targets) > 0, "at least one end of layers' names")
         check("shard", self.shard, self.shard >= 0, "at least 0")
         check("shard", self.shard, self.shard == 1 or self.kind == "transformer", "1 for a LoRA, which is not sharded")
         # What overflows in fp16 is computed again, by the process whose sample it is in alone: it would wait for ever.
@@ -109,9 +110,10 @@ class Finetuning:
 
 
 def check_loop(run: Any, *counts: str) -> None:
-    """What the options of every run have in common: counts from 1, the optimiser, the average."""
+    """What the options of every run have in common: counts from 1, the seed, the optimiser, the average."""
     for name in counts:
         check(name, getattr(run, name), getattr(run, name) >= 1, "at least 1")
+    check_seed(run.seed)
     check("workers", run.workers, run.workers >= 0, "at least 0")
     check("ema_decay", run.ema_decay, run.ema_decay is None or 0 <= run.ema_decay < 1, "from 0 to below 1")
     rates = run.optimiser
@@ -119,11 +121,26 @@ def check_loop(run: Any, *counts: str) -> None:
         check(f"optimiser.{name}", getattr(rates, name), getattr(rates, name) > 0, "above 0")
     fit = len(rates.betas) == 2 and all(0 <= beta < 1 for beta in rates.betas)
     check("optimiser.betas", rates.betas, fit, "two numbers, each from 0 to below 1")
-    check("optimiser.weight_decay", rates.weight_decay, rates.weight_decay >= 0, "at least 0")
+    for name in ("weight_decay", "num_warmup"):
+        check(f"optimiser.{name}", getattr(rates, name), getattr(rates, name) >= 0, "at least 0")
+    check("optimiser.least", rates.least, 0 <= rates.least <= 1, "from 0 to 1, a share of optimiser.lr")
     for name, is_asked, package in (("optimiser.bits is 8", rates.bits == 8, "torchao"),
                                     ("tensorboard is true", run.tensorboard, "tensorboard")):  # fmt: skip
         if is_asked and find_spec(package) is None:
             raise TrainingError(f"{name}, which needs {package}; pip install 'cogvx[train]' has it")
+
+
+def long_warmup(run: Any) -> str | None:
+    """What to say of a run that ends before its learning rate is at its height; None of any other."""
+    warmup, steps = run.optimiser.num_warmup, run.num_steps
+    if warmup < steps:
+        return None
+    return f"optimiser.num_warmup is {warmup}, num_steps {steps}: the learning rate rises to the end"
+
+
+def check_seed(seed: int) -> None:
+    """NumPy takes none below 0, torch's generators 64 bits: a million times the seed, plus the step, must fit."""
+    check("seed", seed, 0 <= seed < 2**32, f"from 0 to {2**32 - 1}")
 
 
 def check(name: str, value: object, is_valid: bool, wanted: str) -> None:
@@ -143,8 +160,13 @@ def configs_of(run: Finetuning) -> Configs:
 
 def unit_of(configs: Configs) -> tuple[int, int]:
     """What height and width of a clip must be multiples of, in pixels."""
-    pixels = 2 ** (len(configs.vae.block_out_channels) - 1)
-    return tuple(pixels * patch for patch in configs.transformer.patch[1:])
+    return tuple(configs.space_factor * patch for patch in configs.transformer.patch[1:])
+
+
+def latent_size(configs: Configs, num_frames: int, height: int, width: int) -> tuple[int, int, int]:
+    """Frames, height and width of a clip's latents as the transformer takes them: its patches in time are filled."""
+    frames, patch = (num_frames - 1) // configs.time_factor + 1, configs.transformer.patch[0]
+    return -(-frames // patch) * patch, height // configs.space_factor, width // configs.space_factor
 
 
 def load_transformer(run: Finetuning, configs: Configs) -> ExpertTransformer:
@@ -209,8 +231,7 @@ def tokens_of(run: Finetuning, clips: list[Clip], configs: Configs) -> list[int]
     config, numerics, tokens = configs.transformer, read_numerics(run.numerics), []
     num_text = num_text_tokens(config, numerics)
     for clip in clips:
-        frames = -(-((clip.num_frames - 1) // 4 + 1) // config.patch[0]) * config.patch[0]
-        size = frames, clip.height // 8, clip.width // 8
+        size = latent_size(configs, clip.num_frames, clip.height, clip.width)
         placement(config, numerics, size)
         tokens.append(num_tokens(config, size, num_text))
     check("pack_tokens", run.pack_tokens, run.pack_tokens is None or max(tokens) <= run.pack_tokens,

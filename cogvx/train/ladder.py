@@ -8,20 +8,21 @@ A stopped ladder goes on with the same command: rungs that are done are read, on
 
 import json
 import math
-import os
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 
 from ..config import PRESETS, TransformerConfig
-from ..data.latents import encode_shapes
+from ..data.latents import SHARD, encode_shapes
 from ..diffusion.loss import add_noise, velocity_loss
 from ..diffusion.schedule import cumulative_alphas
 from ..models.checkpoint import TINY
+from ..models.saving import replacing
 from ..models.transformer import ExpertTransformer
 from ..models.vae import CausalVAE
 from . import transformer as training
+from .finetuning import check, check_seed
 from .options import TrainingError, to_toml
 from .scaling import NUM_RUNGS, Rung, predicted
 
@@ -59,8 +60,16 @@ class Ladder:
             made = f"{len(self.widths)} widths and {len(self.steps)} steps make too few rungs"
             raise TrainingError(f"{made}; a law takes {NUM_RUNGS} besides the largest")
         for name in ("batch", "draws", "held_out"):
-            if getattr(self, name) < 1:
-                raise TrainingError(f"{name} is {getattr(self, name)}; it must be at least 1")
+            check(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
+        check_seed(self.seed)
+        # The same rung twice would be found when all others are trained: a folder holds one.
+        sizes = list(zip(self.widths, self.layers, strict=True))
+        check("widths", list(self.widths), len(set(sizes)) == len(sizes), "each another, or with other layers")
+        check("steps", list(self.steps), len(set(self.steps)) == len(self.steps), "each another number")
+        if self.latents is None:  # else the clips are there, and are counted when they are read
+            clips, even = self.num_clips, self.num_clips >= 1 and self.num_clips % SHARD == 0
+            check("num_clips", clips, even, f"a multiple of {SHARD}, as many as a file holds")
+            check("held_out", self.held_out, self.held_out < clips, f"below num_clips, {clips}")
 
     def rungs(self) -> list[tuple[TransformerConfig, int]]:
         """Config and steps of each, the one that takes most compute last."""
@@ -167,6 +176,5 @@ def write_json(path: Path, content: dict) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text)
-    os.replace(partial, path)
+    with replacing(path) as partial:
+        partial.write_text(text)

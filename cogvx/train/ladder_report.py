@@ -1,9 +1,9 @@
 """What a ladder found: its rungs as a table, the law with its intervals, and a plot of loss against compute."""
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..models.saving import replacing
 from .scaling import SHARE, Law, Rung, fit, interval, resampled
 
 _SHOWN = ("least", "alpha", "beta")
@@ -72,17 +72,16 @@ def plot(found: Findings, file: Path) -> None:
     axes.set(xscale="log", yscale="log", xlabel="training compute, FLOP", ylabel="held-out loss")
     axes.grid(alpha=0.3, which="both")
     axes.legend()
-    partial = file.with_name(f".{file.name}.partial")
-    figure.savefig(partial, format=file.suffix[1:], dpi=120)
+    with replacing(file) as partial:
+        figure.savefig(partial, format=file.suffix[1:], dpi=120)
     plt.close(figure)
-    os.replace(partial, file)
 
 
 def write(result: dict, folder: Path) -> str:
     """ladder.md and ladder.png in a folder; the table."""
     found = findings(result)
     plot(found, folder / "ladder.png")
-    text, partial = as_markdown(found), folder / "ladder.md.partial"
-    partial.write_text(text)
-    os.replace(partial, folder / "ladder.md")
+    text = as_markdown(found)
+    with replacing(folder / "ladder.md") as partial:
+        partial.write_text(text)
     return text

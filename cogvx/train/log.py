@@ -4,6 +4,8 @@ import json
 import math
 from pathlib import Path
 
+from ..models.saving import replacing
+
 
 class Log:
     """`log.write({"step": 1, "loss": 0.5})`; opened for a run that stands at `step`, it forgets what came later.
@@ -25,9 +27,8 @@ class Log:
                     kept.append(line + "\n")
             except (ValueError, KeyError, TypeError):  # the process was killed while it wrote this line
                 continue
-        partial = file.with_suffix(".partial")
-        partial.write_text("".join(kept))
-        partial.replace(file)
+        with replacing(file) as partial:
+            partial.write_text("".join(kept))
         self._file = file.open("a")
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter  # only now: tensorboard is no requirement

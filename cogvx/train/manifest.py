@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -63,15 +62,6 @@ def verify(folder: Path) -> Manifest:
         if found != digest:
             raise CheckpointError(f"{folder / name} is damaged: its SHA-256 is {found[:12]}..., not {digest[:12]}...")
     return manifest
-
-
-def sync(path: Path) -> None:
-    """Wait until a file or a folder's entries are on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _text(manifest: Manifest) -> str:

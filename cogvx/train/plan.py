@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import T5Config, T5EncoderModel
 
@@ -32,9 +32,9 @@ from ..numerics import read_numerics
 from ..settings import Configs
 from .average import Average
 from .finetune import accumulate, learning
-from .finetuning import Finetuning, weight_dtype
+from .finetuning import Finetuning, latent_size, weight_dtype
 from .optim import adamw, clip_gradients
-from .sampling import Drawn, whole_patches
+from .sampling import Drawn
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -163,14 +163,13 @@ def _captions(config: T5Config, num_tokens: int, target: str) -> int:
 
 
 def _drawn(run: Finetuning, configs: Configs, size: Size) -> list[Drawn]:
-    config, shrink = configs.transformer, 2 ** (len(configs.vae.block_out_channels) - 1)
-    grid = (size.num_frames - 1) // 4 + 1, size.height // shrink, size.width // shrink
+    config, grid = configs.transformer, latent_size(configs, *size)
     text = torch.empty(num_text_tokens(config, read_numerics(run.numerics)), config.text_embed_dim)
 
     def one() -> Drawn:
-        clip: Tensor = whole_patches(torch.empty(config.out_channels, *grid), config.patch_size_t or 1)
+        clip = torch.empty(config.out_channels, *grid)
         alpha = torch.empty((), dtype=torch.float64)
-        noisy = torch.empty(config.in_channels, *clip.shape[1:])  # and behind it, for image to video, the image
+        noisy = torch.empty(config.in_channels, *grid)  # and behind it, for image to video, the image
         return Drawn(Sample(noisy, text, 500), clip, torch.empty_like(clip), alpha)
 
     return [one() for _ in range(run.batch * run.accumulation)]

@@ -11,6 +11,8 @@ from .options import TrainingError
 from .ranks import ALONE, Ranks
 from .shards import slice_like
 
+LEAST_SCALE = 2.0**-10  # of a loss in fp16; it begins at 2^16, so that an overflow here is one of gradients near 10^8
+
 
 class Weights:
     """Parameters by name, as a part of a state."""
@@ -68,19 +70,21 @@ def is_usable(
     loss: float,
     gradient: float,
     progress: Progress,
-    scaled: bool = False,
+    scale: float = LEAST_SCALE,
     whose: str = "the",
 ) -> bool:
-    """Whether the optimiser may step; with `non_finite` "skip" it may not, and the step is counted.
+    """Whether the optimiser may step, which takes a loss and a gradient that are finite; other steps are counted.
 
-    scaled: by a scaler, which leaves steps without a finite gradient out itself. whose: loss it is, in an error. Raises
-    TrainingError where the optimiser may not step and the run is to stop then.
+    scale: of the loss, which above LEAST_SCALE may be too large for fp16: a gradient that is not finite then makes it
+    smaller and is no fault. whose: loss it is, in an error. Raises TrainingError where the optimiser may not step and
+    the run is to stop then.
     """
     infinite = float("inf")
-    if abs(loss) < infinite and (gradient < infinite or scaled):
+    is_finite = abs(loss) < infinite
+    if is_finite and gradient < infinite:
         return True
-    if non_finite == "stop":
-        what = f"{whose} loss is {loss}" if not abs(loss) < infinite else f"{whose} gradient's norm is {gradient}"
+    if non_finite == "stop" and not (is_finite and scale > LEAST_SCALE):
+        what = f"{whose} gradient's norm is {gradient}" if is_finite else f"{whose} loss is {loss}"
         kept = "no weight was changed" if whose == "the" else "none of its weights was changed"
         raise TrainingError(
             f"step {step + 1}: {what}; {kept}. Try a lower optimiser.lr, or precision=bf16 or fp32, or "

@@ -67,19 +67,26 @@ def is_shared_out(model: nn.Module) -> bool:
     return isinstance(model, FSDPModule)
 
 
-def whole(tree: Any, keep: bool) -> Any:
+def whole(tree: Any, keep: bool, copy: bool = False) -> Any:
     """A state whose sharded tensors are whole, on the host; where they are not to be kept, None is in their place.
 
-    All processes must call it.
+    copy: all others on the host too, in memory of their own, so that nothing here is changed by a later step. All
+    processes must call it.
     """
     if isinstance(tree, DTensor):
-        full = tree.full_tensor()
-        return full.cpu() if keep else None
+        full = tree.full_tensor()  # put together, in memory of its own, unless this process holds all of it
+        return _on_host(full, copy and full.data_ptr() == tree.to_local().data_ptr()) if keep else None
+    if isinstance(tree, Tensor) and copy:
+        return _on_host(tree, copy) if keep else None
     if isinstance(tree, dict):
-        return {key: whole(value, keep) for key, value in tree.items()}
+        return {key: whole(value, keep, copy) for key, value in tree.items()}
     if isinstance(tree, list | tuple):
-        return [whole(value, keep) for value in tree]
+        return [whole(value, keep, copy) for value in tree]
     return tree
+
+
+def _on_host(tensor: Tensor, copy: bool) -> Tensor:
+    return tensor.detach().to("cpu", copy=copy)
 
 
 def slice_like(held: Tensor, value: Tensor) -> Tensor:

@@ -11,7 +11,6 @@ transformer begins with that checkpoint's layers.
 A config with twice the input channels is shown the clip's first frame as well, and in a share of the samples its last.
 """
 
-import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +31,7 @@ from ..models.text import TextEncoder, read_vocabulary
 from ..models.transformer import ExpertTransformer
 from ..settings import read_configs
 from .checkpoint import restore, save_state
+from .log import Log
 from .optim import muon_adamw, warmup_hold_decay
 
 # Where weights enter, leave and modulate; Muon takes the matrices of attention and MLPs.
@@ -120,7 +120,7 @@ def train(run: TransformerTraining) -> tuple[ExpertTransformer, TextEncoder, flo
     alphas = cumulative_alphas(run.schedule)
     bf16 = multiplies_bf16() if run.bf16 is None else run.bf16
     run.out.mkdir(parents=True, exist_ok=True)
-    with (run.out / "log.jsonl").open("a") as log:
+    with Log(run.out / "log.jsonl", step) as log:
         while step < run.num_steps:
             start, generator = time.perf_counter(), torch.Generator().manual_seed(run.seed * 1_000_003 + step)
             rows = np.random.default_rng((run.seed, step)).integers(len(clips.mean), size=run.batch)
@@ -141,8 +141,7 @@ def train(run: TransformerTraining) -> tuple[ExpertTransformer, TextEncoder, flo
             optimiser.step(warmup_hold_decay(step, run.num_steps, run.num_warmup, run.num_decay))
             step += 1
             row = {"step": step, "loss": loss.item(), "gradient": gradient.item()}
-            log.write(json.dumps({**row, "seconds": time.perf_counter() - start}) + "\n")
-            log.flush()
+            log.write({**row, "seconds": time.perf_counter() - start})
             if step % run.save_every == 0 or step == run.num_steps:
                 save_state(run.out, step, {name: part.state_dict() for name, part in parts.items()})
     return model, text, clips.scaling
@@ -153,6 +152,9 @@ def prepare(run: TransformerTraining) -> tuple[ExpertTransformer, TextEncoder, C
     mean, std, prompts = load_shapes(run.latents)
     model, ends = ExpertTransformer(run.config).init_for_training(), None
     if run.config.in_channels > mean.shape[1]:
+        if run.ends is None:
+            channels = f"{run.config.in_channels} input channels for {mean.shape[1]} of latents"
+            raise ValueError(f"ends is None; with {channels} it must be a folder that encode_ends wrote")
         *ends, with_ends = load_shapes(run.ends)
         if with_ends != prompts[: len(with_ends)]:
             raise ValueError(f"ends is {str(run.ends)!r}, whose clips are not the first of {str(run.latents)!r}")

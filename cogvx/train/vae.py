@@ -6,7 +6,6 @@ Images come first, then short clips, then whole ones, as in the published stages
 from (seed, step), so a stopped run resumes exactly where it was.
 """
 
-import json
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -22,8 +21,10 @@ from ..machine import multiplies_bf16
 from ..models.discriminator import PatchDiscriminator
 from ..models.vae import CausalVAE
 from .checkpoint import restore, save_state
+from .log import Log
 from .losses import LossWeights, Perceptual, discriminator_step, vae_loss
 from .optim import muon_adamw, warmup_hold_decay
+from .shards import States
 
 
 @dataclass(frozen=True)
@@ -93,11 +94,12 @@ def train(run: VAETraining, perceptual: Perceptual | None = None) -> CausalVAE:
     vae, discriminator = CausalVAE(run.config), PatchDiscriminator()
     optimiser = muon_adamw(vae, run.muon_lr, run.adamw_lr, ("conv_y", "conv_b", "conv_in", "conv_out", "shortcut"))
     judge_optimiser = torch.optim.AdamW(discriminator.parameters(), run.discriminator_lr, betas=(0.5, 0.9))
-    parts = {"vae": vae, "discriminator": discriminator, "optimiser": optimiser, "judge_optimiser": judge_optimiser}
+    parts = {"vae": vae, "discriminator": discriminator, "optimiser": optimiser,
+             "judge_optimiser": States(judge_optimiser)}  # fmt: skip
     step = restore(run.out, parts)
     bf16 = multiplies_bf16() if run.bf16 is None else run.bf16
     run.out.mkdir(parents=True, exist_ok=True)
-    with (run.out / "log.jsonl").open("a") as log:
+    with Log(run.out / "log.jsonl", step) as log:
         while step < run.num_steps:
             start, stage = time.perf_counter(), run.stage_at(step)
             video, generator = batch(run.seed, step, stage), torch.Generator().manual_seed(run.seed * 1_000_003 + step)
@@ -121,8 +123,7 @@ def train(run: VAETraining, perceptual: Perceptual | None = None) -> CausalVAE:
                 **{k: float(v.detach()) for k, v in row.items()},
                 "seconds": time.perf_counter() - start,
             }
-            log.write(json.dumps(row) + "\n")
-            log.flush()
+            log.write(row)
             if step % run.save_every == 0 or step == run.num_steps:
                 save_state(run.out, step, {name: part.state_dict() for name, part in parts.items()})
     return vae

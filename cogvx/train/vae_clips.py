@@ -76,6 +76,10 @@ class VAERun:
         check("num_frames", self.num_frames, self.num_frames >= 1 and self.num_frames % 8 == 1, "8N+1, from 1 on")
         check("discriminator_lr", self.discriminator_lr, self.discriminator_lr > 0, "above 0")
         check("size", self.size, self.size >= 8 and self.size % 8 == 0, "a multiple of 8")
+        for name in ("l1", "l2", "perceptual", "kl", "adversarial"):
+            check(f"weights.{name}", getattr(self.weights, name), getattr(self.weights, name) >= 0, "at least 0")
+        start = self.weights.adversarial_start
+        check("weights.adversarial_start", start, start is None or start >= 0, "at least 0, or none")
         check("strides", self.strides, len(self.strides) > 0 and min(self.strides) >= 1, "whole numbers from 1")
 
     @property
@@ -129,7 +133,7 @@ def train(run: VAERun, vae: CausalVAE, clips: list[Clip], perceptual: Perceptual
         stopping() as is_stopped,  # until all is on the disk
         Saver() as saver,
         Log(run.out / "log.jsonl", step, run.tensorboard) as log,
-        ahead(partial(crops, run, clips), range(step, run.num_steps), run.workers) as videos,
+        ahead(partial(crops, run, clips, Frames()), range(step, run.num_steps), run.workers) as videos,
     ):
         stopped = False
         while step < run.num_steps and not stopped:
@@ -179,11 +183,11 @@ def forward(
     return loss, output
 
 
-def crops(run: VAERun, clips: list[Clip], step: int) -> Tensor:  # [B, 3, T, H, W] in [-1, 1]
+def crops(run: VAERun, clips: list[Clip], frames: "Frames", step: int) -> Tensor:  # [B, 3, T, H, W] in [-1, 1]
     """The clips of a step, the next ones of an order that is another in every epoch, each from a place of its own."""
     rng, found = np.random.default_rng((run.seed, step)), []
     for row in rows_of(run.seed, step * run.batch, run.batch, len(clips)):
-        video = FRAMES.of(clips[row].file)
+        video = frames.of(clips[row].file)
         strides = [s for s in run.strides if (run.num_frames - 1) * s < len(video)]
         if run.crops == "fixed":
             stride, places = strides[0], [0, *((size - run.size) // 2 for size in video.shape[1:3])]
@@ -192,8 +196,8 @@ def crops(run: VAERun, clips: list[Clip], step: int) -> Tensor:  # [B, 3, T, H, 
             room = (len(video) - (run.num_frames - 1) * stride, *(size - run.size + 1 for size in video.shape[1:3]))
             places = [int(rng.integers(most)) for most in room]
         t, y, x = places
-        frames = video[t : t + (run.num_frames - 1) * stride + 1 : stride]
-        found.append(frames[:, y : y + run.size, x : x + run.size])
+        taken = video[t : t + (run.num_frames - 1) * stride + 1 : stride]
+        found.append(taken[:, y : y + run.size, x : x + run.size])
     return to_tensor(np.stack(found))
 
 
@@ -211,9 +215,6 @@ class Frames:
         while len(self._kept) > 1 and sum(each.nbytes for each in self._kept.values()) > held:
             del self._kept[next(iter(self._kept))]
         return video
-
-
-FRAMES = Frames()
 
 
 def write_result(run: VAERun, vae: CausalVAE, average: Average | None) -> None:

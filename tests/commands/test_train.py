@@ -95,8 +95,10 @@ def test_an_image_model_is_trained_whole_as_diffusers_reads_it(
 
 
 def test_nothing_is_computed_or_written_before_all_is_checked(run_command, options, clips, tmp_path):
-    status, out, _ = run_command("train", "lora", options, "batch=2", "--dry-run")
-    assert status == 0 and "2 clips of 18 to 34 tokens" in out and "2 steps of 2 samples: 2.0 epochs" in out
+    status, out, err = run_command("train", "lora", options, "batch=2", "--dry-run")
+    assert status == 0 and not err and "2 clips of 18 to 34 tokens" in out and "2 steps of 2 samples: 2.0 epochs" in out
+    err = run_command("train", "lora", options, "optimiser.num_warmup=2", "--dry-run")[2]
+    assert "warning: optimiser.num_warmup is 2, num_steps 2: the learning rate rises to the end" in err
     status, out, _ = run_command("train", "lora", options, "seed=7", "--print-config")
     assert status == 0 and "seed = 7\n" in out and "\n[lora]\nrank = 4\n" in out
     for words, message in (
@@ -150,7 +152,7 @@ def test_a_vae_is_trained_on_clips_without_captions(run_command, clips, small_ch
     words += ["num_frames=9", "weights.adversarial_start=none", "device=cpu", "on_fault=skip"]
     status, out, err = run_command("train", *words, "--dry-run")
     assert status == 0 and "1 clips; 1 steps of 1 crops of 9 frames and 32 x 32 pixels" in out
-    assert "1 have fewer than 9 frames: b.mp4" in err
+    assert "1 have fewer than 9 frames: b.mp4" in err and "num_warmup is 100, num_steps 1:" in err
     status, _, err = run_command("train", *words, "strides=[3,2]", "--dry-run")
     assert status == 2 and "0 clips can be trained on; 2 have fewer than 17 frames: a.mp4, b.mp4" in err
     status, out, _ = run_command("train", *words)

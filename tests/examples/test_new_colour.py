@@ -45,11 +45,22 @@ def test_it_trains_judges_and_goes_on(checkpoint, tmp_path, monkeypatch, capsys)
     monkeypatch.setattr(new_colour, "scenes_to_learn", lambda: new_colour.plum_scenes()[0][:3])
     how = {"model": str(checkpoint), "num_prompts": 2, "num_inference_steps": 2}
     out, options = tmp_path / "out", ("num_steps=2", "batch=2", "optimiser.num_warmup=1", "optimiser.lr=0.05")
+    options += f"out={tmp_path / 'elsewhere'}", "model=tiny-i2v", "task=image_to_video"  # which it does not look for
+    for name in ("03.mp4", "03.txt"):  # of an earlier run with more clips
+        (out / "clips").mkdir(parents=True, exist_ok=True)
+        (out / "clips" / name).write_text("no video")
     found = new_colour.main(out, options, **how)
     assert list(found) == ["plum, before", "known, before", "plum, after", "known, after"]
     assert all(words["colour"].judged == 2 for words in found.values())
     assert "| plum, after | 0 of 2 |" in capsys.readouterr().out  # the weights are random ones
+    assert not (tmp_path / "elsewhere").exists() and len(list((out / "clips").iterdir())) == 2 * 3
     assert new_colour.main(out, options, **how) == found
+    adapter = out / "run" / "pytorch_lora_weights.safetensors"
+    before = adapter.read_bytes()
+    with pytest.raises(TrainingError, match="num_stepz is no option"):
+        new_colour.main(out, (*options, "num_stepz=3"), **how)
+    monkeypatch.setattr(new_colour, "train", lambda *given: None)  # stopped by SIGTERM before it wrote an adapter
+    assert new_colour.main(out, (*options, "num_steps=3"), **how) == {} and adapter.read_bytes() == before
     compare_with_diffusers(checkpoint, out / "run")
 
 

@@ -9,7 +9,7 @@ import torch
 from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel
 
 from cogvx.models import CausalVAE, CheckpointError, ExpertTransformer, saving
-from cogvx.models.saving import content_hash, new_folder
+from cogvx.models.saving import content_hash, new_folder, replacing
 
 MODELS = {
     "2b": (ExpertTransformer, CogVideoXTransformer3DModel),
@@ -73,7 +73,7 @@ def test_other_files_are_never_replaced(published, tmp_path):
     assert (tmp_path / "x" / "notes.md").read_text() == "mine"
 
 
-@pytest.mark.parametrize("step", ["save_file", "_sync", "_replace"])
+@pytest.mark.parametrize("step", ["save_file", "sync", "_replace"])
 def test_a_full_disk_leaves_the_earlier_checkpoint(published, tmp_path, monkeypatch, step):
     vae = CausalVAE.from_pretrained(published)
     vae.save_pretrained(tmp_path / "x")
@@ -94,6 +94,18 @@ def test_an_interruption_leaves_nothing(tmp_path):
         (partial / "config.json").write_text("{}")
         raise KeyboardInterrupt
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_is_replaced_when_all_of_it_is_there(tmp_path):
+    file = tmp_path / "a.txt"
+    for text in ("old", "new"):
+        with replacing(file) as partial:
+            partial.write_text(text)
+            assert file.exists() == (text == "new") and partial.parent == tmp_path
+    with pytest.raises(KeyboardInterrupt), replacing(file) as partial:
+        partial.write_text("half")
+        raise KeyboardInterrupt
+    assert file.read_text() == "new" and list(tmp_path.iterdir()) == [file]
 
 
 def test_a_place_that_cannot_be_written_is_named():

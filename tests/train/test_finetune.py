@@ -1,6 +1,7 @@
 """The loop on made-up latents: resuming, what is not finite, SIGTERM, its log."""
 
 import dataclasses
+import itertools
 import json
 import multiprocessing
 import os
@@ -8,6 +9,7 @@ import shutil
 import signal
 import tomllib
 from pathlib import Path
+from threading import Event
 
 import pytest
 import torch
@@ -17,10 +19,11 @@ from cogvx.data.clips import Clip
 from cogvx.models.checkpoint import TINY, CheckpointError
 from cogvx.models.transformer import ExpertTransformer
 from cogvx.settings import Configs
-from cogvx.train import finetune
+from cogvx.train import checkpoint, finetune
 from cogvx.train.checkpoint import Saver, load_state
 from cogvx.train.finetune import train
 from cogvx.train.finetuning import Finetuning, LoRAOptions, Optimiser, tokens_of
+from cogvx.train.log import Log
 from cogvx.train.options import TrainingError
 from cogvx.train.sampling import Draws, Example, rows_of
 
@@ -157,6 +160,22 @@ def test_sigterm_while_the_last_state_and_the_result_are_written_ends_nothing(tm
     assert not ended
 
 
+@pytest.mark.parametrize("kind", ["transformer", "lora"])
+def test_a_state_is_that_of_its_step_however_late_it_is_written(tmp_path, monkeypatch, kind):
+    run = options(tmp_path, kind=kind, save_every=1, keep_last=4, ema_decay=0.5)
+    write, add, late = checkpoint._write, Log.write, Event()
+    monkeypatch.setattr(checkpoint, "_write", lambda *given: late.wait(60) and write(*given))
+    # Step 2 has changed all weights when the state of step 1 is written.
+    monkeypatch.setattr(Log, "write", lambda log, row: (add(log, row), late.set() if row["step"] == 2 else None))
+    train(run, model(), examples(), draws())
+    monkeypatch.undo()
+    one = options(tmp_path / "one", kind=kind, num_steps=1, ema_decay=0.5)
+    train(one, model(), examples(), draws())
+    names = ("model", "average", "optimiser")
+    files = [(r.out / "step-0000001" / f"{name}.safetensors").read_bytes() for r in (run, one) for name in names]
+    assert files[:3] == files[3:]
+
+
 def test_eight_bits_of_a_moment_are_saved_as_they_are_and_no_other_run_takes_them(tmp_path):
     run = options(tmp_path, optimiser=EIGHT_BITS)
     train(run, model(WIDE), examples(), draws())
@@ -217,6 +236,42 @@ def test_what_is_not_finite_stops_before_a_weight_changes_or_is_left_out_and_cou
     assert train(run, trained, bad, draws()) == 6
     assert all(value.isfinite().all() for value in trained.state_dict().values())
     assert rows(run)[-1]["skipped"] == 2
+
+
+def infinite_at(trained: ExpertTransformer, steps: range) -> ExpertTransformer:
+    """The model, whose gradients at some steps, the first being 0, are not finite, while the loss is."""
+    calls = []
+
+    def gradient(given: torch.Tensor) -> torch.Tensor:
+        calls.append(1)
+        return given * float("nan") if len(calls) - 1 in steps else given
+
+    trained.proj_out.weight.register_hook(gradient)
+    return trained
+
+
+def test_in_fp16_a_gradient_that_is_not_finite_is_counted_and_stops_a_run_that_has_no_other(tmp_path):
+    run = options(tmp_path / "once", precision="fp16", ema_decay=0.5, num_steps=3, save_every=1, keep_last=3)
+    train(run, infinite_at(model(), range(1, 2)), examples(), draws())
+    averages = [load_state(run.out, step)[1]["average"] for step in (1, 2, 3)]
+    moved = [any(not torch.equal(value, after[name]) for name, value in before.items())
+             for before, after in itertools.pairwise(averages)]  # fmt: skip
+    assert moved == [False, True] and [row["skipped"] for row in rows(run)] == [0, 1, 1]
+
+    run, trained = options(tmp_path / "stop", precision="fp16", num_steps=40, save_every=100), model()
+    with pytest.raises(TrainingError, match=r"step 27: the gradient's norm is nan; no weight was changed"):
+        train(run, infinite_at(trained, range(40)), examples(), draws())  # 2^16 halved 26 times is 2^-10
+    assert all(torch.equal(value, trained.state_dict()[name]) for name, value in model().state_dict().items())
+
+
+def test_a_scale_that_fell_as_far_as_it_may_does_not_keep_later_steps_from_learning(tmp_path):
+    run, trained = (
+        options(tmp_path, precision="fp16", num_steps=30, non_finite="skip", save_every=29, keep_last=2),
+        model(),
+    )
+    train(run, infinite_at(trained, range(29)), examples(), draws())
+    assert load_state(run.out, 29)[1]["scaler"]["scale"] == 2.0**-10 and rows(run)[-1]["skipped"] == 29
+    assert any(not torch.equal(value, trained.state_dict()[name]) for name, value in model().state_dict().items())
 
 
 def test_a_state_of_another_model_or_kind_is_refused(tmp_path):

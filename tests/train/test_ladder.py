@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from cogvx.models.checkpoint import TINY
 from cogvx.models.transformer import ExpertTransformer
 from cogvx.models.vae import CausalVAE
 from cogvx.train import ladder, scaling
-from cogvx.train.ladder import Ladder, climb, flops_of, weights_of
+from cogvx.train.ladder import Ladder, climb, flops_of, folder_of, weights_of
 from cogvx.train.ladder_report import findings, write
 from cogvx.train.options import TrainingError
 from cogvx.train.transformer import TransformerTraining, held_out, prepare
@@ -82,7 +83,17 @@ def test_held_out_clips_are_not_trained_on(latents, tmp_path):
     ({"steps": (0, 1)}, r"steps is \[0, 1\]; every one must be at least 1"),
     ({"steps": (1,)}, "5 widths and 1 steps make too few rungs; a law takes 6 besides the largest"),
     ({"batch": 0}, "batch is 0; it must be at least 1"),
+    ({"seed": -1}, "seed is -1; it must be from 0"),
+    ({"widths": (32, 64, 32), "layers": (2, 2, 2)}, r"widths is \[32, 64, 32\]; it must be each another"),
+    ({"steps": (100, 316, 100)}, r"steps is \[100, 316, 100\]; it must be each another number"),
+    ({"num_clips": 100, "held_out": 10}, "num_clips is 100; it must be a multiple of 64"),
+    ({"num_clips": 256}, "held_out is 256; it must be below num_clips, 256"),
 ])  # fmt: skip
 def test_sizes_that_cannot_work_are_named(change, message):
     with pytest.raises(TrainingError, match=message):
         Ladder(out="out", **change)
+
+
+def test_a_width_may_come_again_with_other_layers_and_clips_that_are_there_are_as_many_as_they_are():
+    run = Ladder(out=Path("out"), latents=Path("latents"), num_clips=0, widths=(32, 32, 64), layers=(1, 2, 2))
+    assert len({folder_of(run, *rung) for rung in run.rungs()}) == 9

@@ -2,7 +2,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import pytest
+import torch
 
 from cogvx.train.finetuning import Finetuning
 from cogvx.train.losses import LossWeights
@@ -98,6 +100,7 @@ def test_a_missing_option_and_a_bad_file_are_named(tmp_path):
         ("lora.alpha=0", r"lora\.alpha is 0\.0; it must be above 0"),
         ("drop_text=1.5", "drop_text is 1.5; it must be from 0 to 1"),
         ("start=scratch", "start is scratch; it must be checkpoint for a LoRA"),
+        ("lora.targets=[]", r"lora\.targets is \[\]; it must be at least one end of layers' names"),
     ],
 )
 def test_values_without_meaning_are_named(word, message):
@@ -115,6 +118,10 @@ def test_values_without_meaning_are_named(word, message):
         ("optimiser.eps=0", r"optimiser\.eps is 0\.0; it must be above 0"),
         ("optimiser.clip_norm=-1", r"optimiser\.clip_norm is -1\.0; it must be above 0"),
         ("optimiser.weight_decay=-0.1", r"optimiser\.weight_decay is -0\.1; it must be at least 0"),
+        ("optimiser.num_warmup=-1", r"optimiser\.num_warmup is -1; it must be at least 0"),
+        ("optimiser.least=1.5", r"optimiser\.least is 1\.5; it must be from 0 to 1"),
+        ("seed=-1", "seed is -1; it must be from 0 to 4294967295"),
+        ("seed=20000000000000", "seed is 20000000000000; it must be from 0 to 4294967295"),
         ("num_frames=-7", r"num_frames is -7; it must be 8N\+1, from 1 on"),
     ],
 )
@@ -124,6 +131,20 @@ def test_every_run_names_what_it_cannot_work_with(kind, word, message):
         read_options(kind, None, ["data=a", "out=b", word])
 
 
-def test_a_discriminator_needs_a_rate():
-    with pytest.raises(TrainingError, match=r"discriminator_lr is 0\.0; it must be above 0"):
-        read_options(VAERun, None, ["data=a", "out=b", "discriminator_lr=0"])
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("discriminator_lr=0", r"discriminator_lr is 0\.0; it must be above 0"),
+        ("weights.kl=-1", r"weights\.kl is -1\.0; it must be at least 0"),
+        ("weights.adversarial_start=-1", r"weights\.adversarial_start is -1; it must be at least 0, or none"),
+    ],
+)
+def test_a_vae_has_a_discriminator_with_a_rate_and_no_loss_turned_round(word, message):
+    with pytest.raises(TrainingError, match=message):
+        read_options(VAERun, None, ["data=a", "out=b", word])
+
+
+def test_the_largest_seed_is_one_that_all_generators_take():
+    run = read_options(Finetuning, None, ["data=a", "out=b", "seed=4294967295"])
+    torch.Generator().manual_seed(run.seed * 1_000_003 + 10**9)
+    np.random.default_rng((run.seed, 0))

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.distributed.tensor import DTensor, Shard, init_device_mesh
 
+from cogvx.train import checkpoint
 from cogvx.train.finetuning import Optimiser
 from cogvx.train.optim import adamw
 from cogvx.train.options import TrainingError
@@ -37,6 +38,21 @@ def test_a_state_is_whole_where_it_is_kept(mesh):
     assert type(kept["a"]) is torch.Tensor and torch.equal(kept["a"], full)
     assert torch.equal(kept["b"][1]["c"], full) and kept["b"][1]["step"] == 3 and kept["b"][0] is full
     assert left["a"] is None and left["b"][1]["c"] is None and left["b"][0] is full
+
+
+def test_a_copy_is_in_memory_of_its_own_and_is_not_copied_again_to_be_written(mesh, tmp_path, monkeypatch):
+    held = slice_like(DTensor.from_local(torch.zeros(3, 2), mesh, [Shard(0)]), torch.ones(3, 2))
+    tree = {"a": held, "b": [torch.ones(2), {"step": 3}]}
+    copied, written = whole(tree, keep=True, copy=True), []
+    held.to_local().add_(1), tree["b"][0].add_(1)  # the next step
+    assert torch.equal(copied["a"], torch.ones(3, 2)) and torch.equal(copied["b"][0], torch.ones(2))
+    assert whole(tree, keep=False, copy=True) == {"a": None, "b": [None, {"step": 3}]}
+    save = checkpoint.save_file
+    monkeypatch.setattr(checkpoint, "save_file", lambda tensors, file: (written.append(tensors), save(tensors, file)))
+    with checkpoint.Saver() as saver:
+        saver.save(tmp_path, 1, {"model": copied}, copy=False)
+    assert {each.data_ptr() for each in written[0].values()} == {copied["a"].data_ptr(), copied["b"][0].data_ptr()}
+    assert torch.equal(checkpoint.load_state(tmp_path)[1]["model"]["a"], torch.ones(3, 2))
 
 
 @pytest.mark.parametrize("bits", [32, 8])

@@ -114,14 +114,50 @@ def test_what_is_shown_is_the_first_frame_in_some_samples_the_last_and_in_some_b
         prepare(dataclasses.replace(from_images, ends=other))
 
 
-def test_training_from_another_model_leaves_its_text_encoder_and_resumes_exactly(from_images):
+def test_an_image_models_ends_must_be_named(from_images):
+    with pytest.raises(ValueError, match="ends is None; with 8 input channels for 4 of latents it must be a folder"):
+        train(dataclasses.replace(from_images, ends=None))
+
+
+def killed_at_its_second_save(run: TransformerTraining) -> None:
+    """Train until the first state is on disk, and steps after it are computed and logged."""
+
+    class Killed(Exception):
+        pass
+
+    def save_once(*args):
+        if list(run.out.glob("step-*")):
+            raise Killed
+        save(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        save = training.save_state
+        patch.setattr(training, "save_state", save_once)
+        with pytest.raises(Killed):
+            train(run)
+    assert [path.name for path in run.out.glob("step-*")] == [f"step-{run.save_every:07d}"]
+
+
+def rows(run: TransformerTraining) -> list[dict]:
+    lines = (run.out / "log.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines]
+
+
+def test_training_from_another_model_leaves_what_stands_still_and_resumes_exactly(from_images):
+    from_images = dataclasses.replace(from_images, frozen=(".ff.",))
     before = prepare(from_images)[1].model.state_dict()
     model, text, scaling = train(from_images)
     assert scaling == VAEConfig().scaling_factor and model.config.in_channels == 8
     assert all(torch.equal(weight, before[name]) for name, weight in text.model.state_dict().items())
     embed = model.patch_embed.proj.weight  # it learns to look at the image
     assert not torch.allclose(embed[:, 4:], 0.3 * embed[:, :4], rtol=1e-3)
-    again, _, _ = train(from_images)  # from its last state
+    source = ExpertTransformer.from_pretrained(from_images.start_from).state_dict()
+    still = {name: torch.equal(weight, source[name.replace("blocks.0.", "blocks.1.")])
+             for name, weight in model.transformer_blocks.named_parameters(prefix="transformer_blocks")}  # fmt: skip
+    assert all(still[name] for name in still if ".ff." in name) and not all(still.values())
+    halves = dataclasses.replace(from_images, out=from_images.out.with_name("halves"))
+    killed_at_its_second_save(halves)
+    again, _, _ = train(halves)
     for name, weight in model.state_dict().items():
         assert torch.equal(weight, again.state_dict()[name]), name
 
@@ -133,6 +169,9 @@ def test_encoding_twice_changes_nothing(data):
     before = (data / "latents" / "00000.safetensors").stat().st_mtime_ns
     encode_shapes(None, data / "latents", 64, seed=0)  # no VAE is needed where all is there
     assert (data / "latents" / "00000.safetensors").stat().st_mtime_ns == before
+    for encode in (encode_shapes, encode_ends):
+        with pytest.raises(ValueError, match="num_clips is 65; it must be a multiple of 64"):
+            encode(None, data / "latents", 65, seed=0)
 
 
 def test_no_latents_are_a_clear_error(tmp_path):
@@ -142,31 +181,14 @@ def test_no_latents_are_a_clear_error(tmp_path):
 
 def test_a_stopped_run_resumes_exactly(run):
     whole, text, _ = train(run)
-
-    class Stopped(Exception):
-        pass
-
-    def stop_after_saving(*args):
-        save(*args)
-        raise Stopped
-
     halves_run = dataclasses.replace(run, out=run.out / "halves")
-    with pytest.MonkeyPatch.context() as patch:
-        save = training.save_state
-        patch.setattr(training, "save_state", stop_after_saving)
-        with pytest.raises(Stopped):
-            train(halves_run)
+    killed_at_its_second_save(halves_run)
     halves, halves_text, _ = train(halves_run)
     for ours, theirs in ((whole, halves), (text.model, halves_text.model)):
         for name, weight in ours.state_dict().items():
             assert torch.equal(weight, theirs.state_dict()[name]), name
-
-
-def test_the_log_names_loss_and_gradient_of_every_step(run):
-    train(run)
-    log = [json.loads(line) for line in (run.out / "log.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in log] == [1, 2, 3, 4]
-    assert all(row["loss"] > 0 and row["gradient"] > 0 for row in log)
+    assert [row["step"] for row in rows(run)] == [1, 2, 3, 4] and rows(halves_run) == rows(run)
+    assert all(row["loss"] > 0 and row["gradient"] > 0 for row in rows(run))
 
 
 def test_a_share_of_the_prompts_is_dropped_half_to_zeros_half_to_the_empty_prompt(run):

@@ -26,17 +26,18 @@ def test_a_stopped_run_resumes_exactly(tmp_path):
     )
     whole = train(short_run(tmp_path / "whole", *stages))
 
-    class Stopped(Exception):
+    class Killed(Exception):
         pass
 
-    def stop_after_saving(*args):
-        save(*args)
-        raise Stopped
+    def save_once(folder, step, trees):
+        if step > 2:  # steps 3 and 4 are logged then, and not saved
+            raise Killed
+        save(folder, step, trees)
 
     with pytest.MonkeyPatch.context() as patch:
         save = training.save_state
-        patch.setattr(training, "save_state", stop_after_saving)
-        with pytest.raises(Stopped):
+        patch.setattr(training, "save_state", save_once)
+        with pytest.raises(Killed):
             train(short_run(tmp_path / "halves", *stages))
     halves = train(short_run(tmp_path / "halves", *stages))
     for name, weight in whole.state_dict().items():
@@ -56,6 +57,20 @@ def test_the_encoder_stands_still_when_only_the_decoder_is_trained(tmp_path):
     assert not any(
         torch.equal(before[n], after[n]) for n in before if n.startswith("decoder") and n.endswith("conv1.conv.weight")
     )
+
+
+def test_a_run_goes_on_with_the_discriminators_rate_that_it_is_given(tmp_path, monkeypatch):
+    rates, step = [], training.discriminator_step
+
+    def noted(discriminator, optimiser, *others):
+        rates.append(optimiser.param_groups[0]["lr"])
+        return step(discriminator, optimiser, *others)
+
+    monkeypatch.setattr(training, "discriminator_step", noted)
+    for num_steps, rate in ((1, 2e-4), (2, 3e-5)):
+        run = short_run(tmp_path, Stage(num_frames=1, batch=2, num_steps=num_steps, adversarial=True))
+        train(dataclasses.replace(run, discriminator_lr=rate))
+    assert rates == [2e-4, 3e-5]
 
 
 def test_every_loss_term_is_logged_and_the_perceptual_one_where_a_backbone_is_given(tmp_path):

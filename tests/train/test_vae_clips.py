@@ -103,9 +103,9 @@ def as_read(video: torch.Tensor) -> torch.Tensor:  # [3, T, H, W] in [-1, 1] -> 
 
 
 def test_crops_are_pieces_of_the_clips_at_one_of_the_strides(tmp_path, clips):
-    run, seen = options(tmp_path, batch=2), set()
+    run, kept, seen = options(tmp_path, batch=2), Frames(), set()
     videos = [torch.from_numpy(read_video(clip.file)[0]) for clip in clips]
-    for crop in (as_read(each) for step in range(12) for each in crops(run, clips, step)):
+    for crop in (as_read(each) for step in range(12) for each in crops(run, clips, kept, step)):
         for i, video in enumerate(videos):
             windows = video.unfold(1, 16, 1).unfold(2, 16, 1).permute(0, 1, 2, 4, 5, 3)  # [T, y, x, 16, 16, 3]
             for stride in (1, 2):
@@ -118,7 +118,7 @@ def test_crops_are_pieces_of_the_clips_at_one_of_the_strides(tmp_path, clips):
 
 def test_fixed_crops_are_the_first_frames_of_the_centre(tmp_path, clips):
     run = options(tmp_path, crops="fixed", batch=2)  # both clips
-    found = [as_read(crop) for crop in crops(run, clips, 7)]
+    found = [as_read(crop) for crop in crops(run, clips, Frames(), 7)]
     wanted = [torch.from_numpy(read_video(clips[0].file)[0][:9, 4:20, 8:24]),
               torch.from_numpy(read_video(clips[1].file)[0])]  # fmt: skip
     assert all(any(torch.equal(each, other) for other in found) for each in wanted)
@@ -133,6 +133,16 @@ def test_as_many_clips_stay_in_memory_as_fit(clips, monkeypatch):
             assert (frames.of(files[i]) == read_video(files[i])[0]).all()
         assert read == [files[i] for i in wanted], held
         read.clear()
+
+
+def test_a_clip_that_has_changed_is_read_again_by_the_next_run(tmp_path):
+    rng, losses = np.random.default_rng(0), []
+    for name in ("a", "b"):
+        write_video(tmp_path / "clip.mp4", rng.integers(0, 256, (9, 16, 16, 3), dtype=np.uint8), 8)
+        run = options(tmp_path / name, num_steps=1, backbone=None, weights=LossWeights(adversarial_start=None))
+        train(run, vae(), find_clips(tmp_path, (1, 1), 9, captions=False).clips)
+        losses.append(rows(run)[0]["loss"])
+    assert losses[0] != losses[1]
 
 
 @pytest.mark.parametrize("non_finite", ["stop", "skip"])
