@@ -23,7 +23,7 @@ from ..models.transformer import ExpertTransformer
 from ..models.vae import CausalVAE
 from . import transformer as training
 from .finetuning import check, check_seed
-from .options import TrainingError, to_toml
+from .options import TrainingError, claim
 from .scaling import NUM_RUNGS, Rung, predicted
 
 _HEAD = 16  # channels of an attention head
@@ -83,7 +83,7 @@ class Ladder:
 
 def climb(run: Ladder) -> dict:
     """Train all rungs; what was predicted of the largest before it was trained, and the rungs, also in `out`."""
-    check_is_the_same(run)
+    claim("out", run.out, "ladder", run)
     latents = run.latents or run.out / "latents"
     if run.latents is None:
         encode_shapes(CausalVAE.from_pretrained(TINY, dtype=torch.float32), latents, run.num_clips, run.seed)
@@ -100,17 +100,6 @@ def climb(run: Ladder) -> dict:
     result = {"rungs": [asdict(rung) for rung in found], "largest, predicted": json.loads(prediction.read_text())}
     write_json(run.out / "ladder.json", result)
     return result
-
-
-def check_is_the_same(run: Ladder) -> None:
-    """Raises TrainingError where `out` holds a ladder of other options."""
-    file, text = run.out / "ladder.toml", to_toml(run)
-    if file.exists() and file.read_text() != text:
-        raise TrainingError(
-            f"out is {str(run.out)!r}, which holds a ladder of other options (ladder.toml); name another"
-        )
-    run.out.mkdir(parents=True, exist_ok=True)
-    write_text(file, text)
 
 
 def folder_of(run: Ladder, config: TransformerConfig, steps: int) -> Path:
@@ -172,9 +161,5 @@ def flops_of(config: TransformerConfig, samples: int) -> float:
 
 
 def write_json(path: Path, content: dict) -> None:
-    write_text(path, json.dumps(content, indent=1) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
     with replacing(path) as partial:
-        partial.write_text(text)
+        partial.write_text(json.dumps(content, indent=1) + "\n")

@@ -15,6 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 
+from ..models.saving import replacing
+
 Config = TypeVar("Config")
 
 
@@ -53,6 +55,21 @@ def read_options(config_class: type[Config], file: Path | None, words: Sequence[
 def to_toml(config: Any) -> str:
     """The options as TOML that `read_options` reads; TOML has no None, so that is written as "none"."""
     return "\n".join(_lines(config, "")) + "\n"
+
+
+def claim(name: str, folder: Path, kind: str, config: Any) -> None:
+    """Keep `folder`, the value of the option `name`, for a run of these options, written there as `kind`.toml.
+
+    Raises TrainingError where it holds a run of others.
+    """
+    file, text = folder / f"{kind}.toml", to_toml(config)
+    if file.exists() and file.read_text() != text:
+        raise TrainingError(
+            f"{name} is {str(folder)!r}, which holds a run of other options ({file.name}); name another"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    with replacing(file) as partial:
+        partial.write_text(text)
 
 
 def _put(content: dict, path: list[str], value: Any, word: str) -> None:

@@ -25,8 +25,7 @@ from ..pipeline import Pipeline
 from ..settings import Configs
 from . import transformer as transformer_training
 from . import vae as vae_training
-from .ladder import write_text
-from .options import TrainingError, to_toml
+from .options import TrainingError, claim
 from .tokenizer import build_tokenizer
 
 
@@ -53,7 +52,7 @@ class TinyTraining:
 
 def train(run: TinyTraining) -> None:
     """All stages, and both checkpoints in fp16. Raises TrainingError where `work` holds a run of other options."""
-    check_is_the_same(run)
+    claim("work", run.work, "tiny", replace(run, work=TinyTraining.work, embed=False))
     first = train_first(run)
     refine(run, first)
     train_i2v(run, first)
@@ -67,14 +66,6 @@ def train(run: TinyTraining) -> None:
         folders = [TINY, TINY_I2V]
     for folder in folders:
         print(f"{folder}  {sum(file.stat().st_size for file in folder.rglob('*')) / 2**20:.1f} MiB")
-
-
-def check_is_the_same(run: TinyTraining) -> None:
-    run.work.mkdir(parents=True, exist_ok=True)
-    file, text = run.work / "tiny.toml", to_toml(replace(run, work=TinyTraining.work, embed=False))
-    if file.exists() and file.read_text() != text:
-        raise TrainingError(f"work is {str(run.work)!r}, which holds a run of other options (tiny.toml); name another")
-    write_text(file, text)
 
 
 def train_first(run: TinyTraining) -> Path:
