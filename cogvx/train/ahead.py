@@ -1,7 +1,11 @@
 """What the next steps of a run read, made by processes of its own while the model computes."""
 
+import multiprocessing
+import os
 import pickle
 import signal
+import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
@@ -29,7 +33,7 @@ def ahead(read: Callable[[int], Item], steps: range, workers: int) -> Iterator[I
         yield map(read, steps)
         return
     # A generator of its own: the loader draws a seed, which the process's own must not notice.
-    loader = DataLoader(_Pickled(read, steps), batch_size=None, num_workers=workers, worker_init_fn=_leave_signals,
+    loader = DataLoader(_Pickled(read, steps), batch_size=None, num_workers=workers, worker_init_fn=_begin,
                         generator=torch.Generator())  # fmt: skip
     items = iter(loader)
     try:
@@ -68,7 +72,17 @@ def _unpickled(items: Iterator[bytes]) -> Iterator:
         yield item
 
 
-def _leave_signals(worker: int) -> None:
+def _begin(worker: int) -> None:
     """Leave SIGTERM and Ctrl-C, which may reach a whole group of processes, to the one that saves the run's state."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """The loader's own watch takes whoever is the parent when it begins, which may be the one that adopts orphans."""
+    parent = multiprocessing.parent_process()
+    is_child = multiprocessing.get_start_method() != "forkserver"
+    while parent.is_alive() and not (is_child and os.getppid() != parent.pid):
+        time.sleep(1)
+    os._exit(1)

@@ -55,7 +55,8 @@ def train(
     """Train to the end, or until SIGTERM, resuming from `run.out`; the step that was reached.
 
     Raises TrainingError for a loss or gradient that is not finite, before any weight changes (unless those steps are to
-    be skipped), and CheckpointError for a state in `run.out` that is damaged or of another run.
+    be skipped; in fp16 for a gradient only at the least scale), and CheckpointError for a state in `run.out` that is
+    damaged or of another run.
     """
     device, parameters, rates = model.proj_out.weight.device, learning(run, model.train()), run.optimiser
     optimiser = adamw(parameters.values(), rates)

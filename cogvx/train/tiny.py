@@ -17,7 +17,7 @@ import torch
 
 from ..config import PRESETS
 from ..data import shapes
-from ..data.latents import encode_ends, encode_shapes
+from ..data.latents import SHARD, encode_ends, encode_shapes
 from ..models.checkpoint import SHARED, STEMS, TINY, TINY_I2V, load_tensors, save_tensors
 from ..models.saving import new_folder
 from ..models.vae import CausalVAE
@@ -25,6 +25,7 @@ from ..pipeline import Pipeline
 from ..settings import Configs
 from . import transformer as transformer_training
 from . import vae as vae_training
+from .finetuning import check, check_seed
 from .options import TrainingError, claim
 from .tokenizer import build_tokenizer
 
@@ -37,10 +38,16 @@ class TinyTraining:
     num_clips: int = 6144  # encoded once for the transformer
     num_clips_i2v: int = 1856  # the first of them
     seed: int = 0
-    share: float = 1.0  # of all steps: a thousandth, with 64 clips, tries everything in a minute
+    share: float = 1.0  # of all steps: a thousandth, with 64 clips for both counts, tries everything in minutes
     embed: bool = True  # replace the package's checkpoints at the end
 
     def __post_init__(self) -> None:
+        check_seed(self.seed)
+        check("share", self.share, self.share > 0, "above 0")
+        clips, some = self.num_clips, self.num_clips_i2v
+        check("num_clips", clips, clips > 0 and clips % SHARD == 0, f"a multiple of {SHARD}")
+        legal = 0 < some <= clips and some % SHARD == 0
+        check("num_clips_i2v", some, legal, f"a multiple of {SHARD}, at most num_clips, {clips}")
         whole = TinyTraining.share, TinyTraining.num_clips, TinyTraining.num_clips_i2v
         if self.embed and (self.share, self.num_clips, self.num_clips_i2v) != whole:
             given = f"share is {self.share}, num_clips {self.num_clips}, num_clips_i2v {self.num_clips_i2v}"
@@ -58,11 +65,10 @@ def train(run: TinyTraining) -> None:
     train_i2v(run, first)
     folders = [run.work / "tiny", run.work / "tiny-i2v"]
     if run.embed:
-        for folder, place in zip(folders, (TINY, TINY_I2V), strict=True):
-            with new_folder(place) as partial:
+        with new_folder(TINY) as tiny, new_folder(TINY_I2V) as tiny_i2v:  # one is of no use beside an older other
+            for folder, partial in zip(folders, (tiny, tiny_i2v), strict=True):
                 shutil.copytree(folder, partial, dirs_exist_ok=True)
-                if place == TINY_I2V:
-                    leave_out_shared(partial, folders[0])
+            leave_out_shared(tiny_i2v, tiny)
         folders = [TINY, TINY_I2V]
     for folder in folders:
         print(f"{folder}  {sum(file.stat().st_size for file in folder.rglob('*')) / 2**20:.1f} MiB")
@@ -128,7 +134,9 @@ def leave_out_shared(folder: Path, source: Path) -> None:
         shutil.rmtree(folder / part)
     weights, others = (load_tensors(each / "transformer" / f"{STEMS[0]}.safetensors")[0] for each in (folder, source))
     own = {key: weight for key, weight in weights.items() if not torch.equal(weight, others[key])}
-    save_tensors(own, folder / "transformer" / f"{STEMS[0]}.safetensors", {"format": "pt"})
+    file = folder / "transformer" / f"{STEMS[0]}.safetensors"
+    save_tensors(own, file, {"format": "pt"})
+    shutil.copymode(folder / "transformer" / "config.json", file)  # not for its owner alone
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ ADAMW_NAMES = ("patch_embed", "proj_out", "time_embedding", "norm", "shared", "e
 
 @dataclass(frozen=True)
 class TransformerTraining:
-    """Settings of a run; the defaults made the embedded checkpoint."""
+    """Settings of a run; the defaults made what the embedded checkpoints go on from."""
 
     latents: Path = Path("runs/latents")
     tokenizer: Path = Path("runs/tokenizer")

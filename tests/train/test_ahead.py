@@ -60,15 +60,17 @@ KILLED = """
 import multiprocessing, os, signal
 from cogvx.train.ahead import ahead
 with ahead(abs, range(10**6), 2) as items:
-    next(items)
+    [next(items) for _ in range(COUNT)]
     print(*(worker.pid for worker in multiprocessing.active_children()), flush=True)
     os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
 @pytest.mark.soak
-def test_workers_end_where_their_process_was_killed():
-    done = subprocess.run([sys.executable, "-c", KILLED], stdout=subprocess.PIPE, text=True, check=False, timeout=60)
+@pytest.mark.parametrize("count", [0, 1])  # read before: of none, the workers have hardly begun
+def test_workers_end_where_their_process_was_killed(count):
+    script = KILLED.replace("COUNT", str(count))
+    done = subprocess.run([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, check=False, timeout=60)
     workers = [int(word) for word in done.stdout.split()]
     assert done.returncode == -signal.SIGKILL and len(workers) == 2
     for _ in range(300):

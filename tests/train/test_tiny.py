@@ -46,6 +46,17 @@ def test_every_stage_hands_its_checkpoint_on(tmp_path):
         train(replace(run, seed=1))
 
 
-def test_the_package_gets_whole_runs_alone():
-    with pytest.raises(TrainingError, match="share is"):
-        TinyTraining(share=1e-3)
+@pytest.mark.parametrize(
+    ("options", "names"),
+    [
+        ({"share": 1e-3}, "embed is True"),
+        ({"share": 0.0, "embed": False}, "share is"),
+        ({"num_clips": 100, "embed": False}, "num_clips is 100"),
+        ({"num_clips": 64, "embed": False}, "num_clips_i2v is 1856"),
+        ({"seed": -1}, "seed is -1"),
+    ],
+    ids=str,
+)
+def test_options_are_refused_before_anything_is_trained(options, names):
+    with pytest.raises(TrainingError, match=names):
+        TinyTraining(**options)
