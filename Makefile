@@ -17,7 +17,7 @@ TEST := OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(PY) -m pytest tests --require nat
 demo: $(STAMP)  ## a video from a prompt, with the checkpoint inside the package
 	$(PY) -m cogvx demo
 
-test: $(STAMP)  ## every test but the long counts of soak; CUDA kernels are compiled for the host too, Triton kernels run in its interpreter
+test: $(STAMP)  ## every test but those of soak; CUDA kernels are compiled for the host too, Triton ones interpreted
 	$(TEST)
 
 soak: $(STAMP)  ## the long counts; hours
