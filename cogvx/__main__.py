@@ -6,6 +6,7 @@ Each command is a module of `cogvx.commands` whose `main` is run with the argume
 import functools
 import importlib
 import logging
+import os
 import sys
 from collections.abc import Callable
 
@@ -47,9 +48,13 @@ def main() -> None:
         raise SystemExit(fail(f"there is no command {words[0]!r}; valid: {', '.join(COMMANDS)}"))
     try:
         run(words[0], words[1:])
+        sys.stdout.flush()
     except KeyboardInterrupt:
         print("cogvx: stopped", file=sys.stderr)
         raise SystemExit(130) from None
+    except BrokenPipeError:  # `head` and the like have read enough; the interpreter's own last flush must not fail
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(141) from None
     except Exception as error:
         if not is_answer(error):
             raise

@@ -317,6 +317,13 @@ def test_show_prints_what_a_video_carries(video, run_command):
     assert status == 0 and json.loads(out) == {"prompt": "x"}
 
 
+def test_a_reader_that_has_read_enough_is_no_error(video):
+    program = "import sys; sys.argv[0] = 'cogvx'; from cogvx.__main__ import main; main()"
+    process = python(program, "show", video)
+    process.stdout.close()
+    assert process.stderr.read() == "" and process.wait() == 141
+
+
 def test_a_fault_of_the_program_keeps_its_traceback(run_command, monkeypatch):
     def broken(file: Positional[Path]) -> None:
         raise ValueError("too many values to unpack")
