@@ -11,7 +11,7 @@ slows both.
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from statistics import median
 
@@ -20,11 +20,13 @@ import torch
 from cost import Cost
 from timing import DEVICE, DEVICE_NAME, flush_cache, shares, synchronize, times
 from timing import seconds as seconds_of
+from torch import Tensor
 
 from cogvx.allocator import keep_freed_memory
 from cogvx.machine import multiplies_bf16
 from cogvx_kernels import use_backend
 from cogvx_kernels._op import OPS, declared_backends
+from cogvx_kernels.testing import assert_as_accurate
 
 # A CPU takes seconds for what a GPU does in a millisecond, so it gets a part of each real case.
 TOKENS_ON_CPU = int(os.environ.get("COGVX_BENCH_TOKENS", "2048"))
@@ -116,6 +118,15 @@ def skip_unless_live(op: str, backend: str, *args: object) -> None:
     reason = OPS[op].why_not(backend, *args)
     if reason is not None:
         pytest.skip(reason)
+
+
+def assert_gradients_agree(found: Sequence[Tensor], eager: Sequence[Tensor], grad: Tensor) -> None:
+    """Of a convolution's input, weight and bias: those of a backend beside plain PyTorch's; both round long sums."""
+    for one, other in zip(found[:2], eager[:2], strict=True):
+        close = {torch.bfloat16: 5e-2, torch.float32: 2e-5}[one.dtype]
+        assert (one.double() - other.double()).norm() <= close * other.double().norm()
+    # Of the bias: sums of so many values of both signs that plain PyTorch's own error is larger than that.
+    assert_as_accurate(found[2], eager[2], grad.double().sum((0, 2, 3, 4)), factor=3.0)
 
 
 def _milliseconds_by_default(config: pytest.Config, group: str, backend: str, seconds: float) -> dict[str, str]:

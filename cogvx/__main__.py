@@ -52,10 +52,10 @@ def main() -> None:
     except KeyboardInterrupt:
         print("cogvx: stopped", file=sys.stderr)
         raise SystemExit(130) from None
-    except BrokenPipeError:  # `head` and the like have read enough; the interpreter's own last flush must not fail
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(141) from None
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and reader_has_gone():  # `head` and the like have read enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter's last flush would fail
+            raise SystemExit(141) from None
         if not is_answer(error):
             raise
         raise SystemExit(fail(one_line(error))) from error
@@ -93,6 +93,15 @@ def parse(word: str, arguments: list[str]) -> Callable[[], None]:
         if end.code:
             raise SystemExit(fail(f"{first_paragraph(boxed.getvalue())}; see cogvx {word} --help")) from None
         raise
+
+
+def reader_has_gone() -> bool:
+    """Whether what is printed goes into a pipe that nobody reads."""
+    import select
+
+    poll = select.poll()
+    poll.register(sys.stdout, 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def is_answer(error: Exception) -> bool:

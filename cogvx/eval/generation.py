@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from ..data.shapes import COLOURS, FPS, HELD_OUT_SCENES, SIZES, TRAINING_SCENES, Scene, is_held_out, parse, render
 from ..data.video import read_video, write_video
+from ..models.on_disk import replacing
 from ..pipeline import Pipeline
 from ..settings import SettingsError
 from .shapes import Palette, compare, read_clip
@@ -184,9 +185,8 @@ def resume_log(log: Path, settings: dict) -> list[dict]:
         raise SettingsError(
             f"log is {str(log)!r}, which is of other settings than {json.dumps(settings)}; name another file"
         )
-    partial = log.with_name(f"{log.name}.partial")
-    partial.write_text(whole + "\n")
-    partial.replace(log)
+    with replacing(log) as partial:
+        partial.write_text(whole + "\n")
     return lines[1:]
 
 

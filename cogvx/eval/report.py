@@ -1,13 +1,13 @@
 """One evaluation of a checkpoint of Shapes World: its table in Markdown, and the same figures as JSON."""
 
 import json
-import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..data.video import check_writable
 from ..machine import environment
+from ..models.on_disk import replacing
 from ..pipeline import Pipeline
 from ..settings import Settings, SettingsError
 from .generation import GROUPS, MOST_OFF, Adherence, Share, evaluate_prompts
@@ -73,8 +73,9 @@ class Report:
 
     def save(self, folder: Path) -> None:
         """Write evaluation.json and evaluation.md, each whole or not at all."""
-        _write(folder / "evaluation.json", json.dumps(self.as_dict(), indent=1) + "\n")
-        _write(folder / "evaluation.md", str(self))
+        for name, text in (("json", json.dumps(self.as_dict(), indent=1) + "\n"), ("md", str(self))):
+            with replacing(folder / f"evaluation.{name}") as partial:
+                partial.write_text(text)
 
 
 def evaluate(
@@ -138,19 +139,6 @@ def _check(num_prompts: int, num_clips: int, steps: int, batch_size: int, output
         except OSError as error:
             reason = f"which cannot be made a folder: {error.strerror}"
             raise SettingsError(f"output is {str(output)!r}, {reason}") from error
-
-
-def _write(path: Path, text: str) -> None:
-    """Write a file under a temporary name and rename it, so that no half of it is ever there."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        with partial.open("w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _figures(share: Share) -> dict:

@@ -8,7 +8,6 @@ shapes are checked; no weight is read before that.
 import json
 import os
 import re
-import secrets
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from .on_disk import replacing
 from .quantized import DTYPE, is_fp8, unscaled
 from .stored import DTYPES, CheckpointError, Stored, one_line, opened, opened_file, some
 
@@ -260,17 +260,12 @@ def load_tensors(file: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 def save_tensors(tensors: dict[str, Tensor], file: str | Path, metadata: dict[str, str] | None = None) -> None:
     """Write one safetensors file: complete or not there, however the process ends."""
     file = Path(file)
-    partial = file.with_name(f".{file.name}.partial-{secrets.token_hex(4)}")
     try:
-        save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, partial, metadata)
-        with open(partial, "rb") as written:
-            os.fsync(written.fileno())
-        os.replace(partial, file)
+        with replacing(file) as partial:
+            save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, partial, metadata)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or one_line(error)
         raise CheckpointError(f"{file} cannot be written: {reason}") from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _check_tensors(

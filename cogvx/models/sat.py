@@ -1,7 +1,5 @@
 """Files of the official training code (SAT): pickles, so read on request alone, and nothing but tensors of them."""
 
-import os
-import secrets
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +12,7 @@ from torch import Tensor, nn
 from .checkpoint import check_dtype
 from .loading import CONFIGS, ConfigLike, Loaded, pick_config, take
 from .names import find, to_sat
+from .on_disk import replacing
 from .stored import DTYPES, CheckpointError, Stored, one_line
 
 PICKLED = (".pt", ".pth", ".ckpt", ".bin")
@@ -88,15 +87,9 @@ def alone(tensor: Tensor) -> Tensor:
 
 
 def write_pickle(content: Any, file: Path) -> None:
-    partly = file.with_name(f".{file.name}.partial-{secrets.token_hex(4)}")
     try:
-        with open(partly, "xb") as written:
+        with replacing(file) as partial, open(partial, "xb") as written:
             torch.save(content, written)
-            written.flush()
-            os.fsync(written.fileno())
-        os.replace(partly, file)
     except (OSError, RuntimeError) as error:
         reason = getattr(error, "strerror", None) or one_line(error)
         raise CheckpointError(f"{file} cannot be written: {reason}") from error
-    finally:
-        partly.unlink(missing_ok=True)

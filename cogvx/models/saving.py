@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from .checkpoint import STEMS, CheckpointError, checkpoint_files
 from .eight_bits import refuse_to_save
+from .on_disk import sync
 
 SHARD_BYTES = 10**10
 PARTS = (".json", ".model", ".safetensors")  # of a checkpoint folder
@@ -129,23 +130,3 @@ def _replace(folder: Path, partial: Path) -> None:
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
-
-
-@contextmanager
-def replacing(file: Path) -> Iterator[Path]:
-    """A temporary name beside `file` to write under; what is there takes its place at the end, or goes on any error."""
-    partial = file.with_name(f".{file.name}.partial")
-    try:
-        yield partial
-        os.replace(partial, file)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def sync(path: Path) -> None:
-    """Wait until a file or a folder's entries are on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

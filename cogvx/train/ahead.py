@@ -73,7 +73,7 @@ def _unpickled(items: Iterator[bytes]) -> Iterator:
 
 
 def _begin(worker: int) -> None:
-    """Leave SIGTERM and Ctrl-C, which may reach a whole group of processes, to the one that saves the run's state."""
+    """Leave SIGTERM and Ctrl-C, which may reach a whole group, to the one that saves the run's state; end with it."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()

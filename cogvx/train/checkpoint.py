@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from ..models.checkpoint import CheckpointError
-from ..models.saving import sync
+from ..models.on_disk import sync
 from .manifest import NAME, read_manifest, seal, verify
 
 PARTIAL, REPLACED, STEP = "partial-", "replaced-", "step-"

@@ -34,7 +34,7 @@ from .optim import adamw, clip_gradients, cosine, set_rate, state_name
 from .options import to_toml
 from .randomness import RandomStates
 from .ranks import ALONE, Ranks
-from .run import LEAST_SCALE, Progress, Weights, is_usable, stopping
+from .run import Progress, Scaler, Weights, is_usable, stopping
 from .sampling import Drawn, Draws, Example
 from .shards import States, is_shared_out, whole
 
@@ -61,7 +61,7 @@ def train(
     device, parameters, rates = model.proj_out.weight.device, learning(run, model.train()), run.optimiser
     optimiser = adamw(parameters.values(), rates)
     average = Average(parameters, run.ema_decay) if run.ema_decay is not None else None
-    scaler = torch.amp.GradScaler(device.type, enabled=run.precision == "fp16")
+    scaler = Scaler(device.type, enabled=run.precision == "fp16")
     progress = Progress(model.config.in_channels, base_hash(run), run.lora.alpha if run.kind == "lora" else None)
     parts = {"model": Weights(parameters), state_name(rates): States(optimiser), "random": RandomStates()}
     parts |= {"progress": progress} | ({"scaler": scaler} if scaler.is_enabled() else {})
@@ -93,15 +93,12 @@ def train(
             ranks.add_gradients(parameters.values())
             scaler.unscale_(optimiser)
             gradient = clip_gradients(parameters.values(), rates.clip_norm)
-            scale = scaler.get_scale() if scaler.is_enabled() else LEAST_SCALE
-            if is_usable(run.non_finite, step, loss, gradient, progress, scale):
+            if is_usable(run.non_finite, step, loss, gradient, progress, scaler.may_fall()):
                 scaler.step(optimiser)
                 progress.add(loss)
                 if average is not None:
                     average.update()
             scaler.update()
-            if scaler.get_scale() < LEAST_SCALE:  # it would end at 0, with which no later gradient is finite either
-                scaler.update(LEAST_SCALE)
             optimiser.zero_grad()
             step += 1
             row = {"step": step, "loss": loss, "gradient": gradient, "lr": rates.lr * share}

@@ -18,7 +18,7 @@ from ..data.latents import SHARD, encode_shapes
 from ..diffusion.loss import add_noise, velocity_loss
 from ..diffusion.schedule import cumulative_alphas
 from ..models.checkpoint import TINY
-from ..models.saving import replacing
+from ..models.on_disk import replacing
 from ..models.transformer import ExpertTransformer
 from ..models.vae import CausalVAE
 from . import transformer as training

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..models.saving import replacing
+from ..models.on_disk import replacing
 from .scaling import SHARE, Law, Rung, fit, interval, resampled
 
 _SHOWN = ("least", "alpha", "beta")

@@ -4,7 +4,7 @@ import json
 import math
 from pathlib import Path
 
-from ..models.saving import replacing
+from ..models.on_disk import replacing
 
 
 class Log:

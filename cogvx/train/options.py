@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 
-from ..models.saving import replacing
+from ..models.on_disk import replacing
 
 Config = TypeVar("Config")
 

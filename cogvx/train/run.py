@@ -14,6 +14,18 @@ from .shards import slice_like
 LEAST_SCALE = 2.0**-10  # of a loss in fp16; it begins at 2^16, so that an overflow here is one of gradients near 10^8
 
 
+class Scaler(torch.amp.GradScaler):
+    """The scale of a loss in fp16, halved after each overflow, but not to 0, where every gradient would be one."""
+
+    def may_fall(self) -> bool:
+        return self.is_enabled() and self.get_scale() > LEAST_SCALE
+
+    def update(self, new_scale: float | None = None) -> None:
+        super().update(new_scale)
+        if self.is_enabled() and self.get_scale() < LEAST_SCALE:
+            super().update(LEAST_SCALE)
+
+
 class Weights:
     """Parameters by name, as a part of a state."""
 
@@ -70,20 +82,19 @@ def is_usable(
     loss: float,
     gradient: float,
     progress: Progress,
-    scale: float = LEAST_SCALE,
+    scale_may_fall: bool = False,
     whose: str = "the",
 ) -> bool:
     """Whether the optimiser may step, which takes a loss and a gradient that are finite; other steps are counted.
 
-    scale: of the loss, which above LEAST_SCALE may be too large for fp16: a gradient that is not finite then makes it
-    smaller and is no fault. whose: loss it is, in an error. Raises TrainingError where the optimiser may not step and
-    the run is to stop then.
+    scale_may_fall: that of the loss, which may be too large for fp16: a gradient that is not finite is no fault then.
+    whose: loss it is, in an error. Raises TrainingError where the optimiser may not step and the run is to stop then.
     """
     infinite = float("inf")
     is_finite = abs(loss) < infinite
     if is_finite and gradient < infinite:
         return True
-    if non_finite == "stop" and not (is_finite and scale > LEAST_SCALE):
+    if non_finite == "stop" and not (is_finite and scale_may_fall):
         what = f"{whose} gradient's norm is {gradient}" if is_finite else f"{whose} loss is {loss}"
         kept = "no weight was changed" if whose == "the" else "none of its weights was changed"
         raise TrainingError(

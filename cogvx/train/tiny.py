@@ -114,7 +114,6 @@ def refine(run: TinyTraining, first: Path) -> None:
 def train_i2v(run: TinyTraining, first: Path) -> None:
     """The image-to-video variant of the checkpoint in `first`."""
     preset, vae = PRESETS["tiny-i2v"], CausalVAE.from_pretrained(first, dtype=torch.float32)
-    encode_shapes(vae, run.work / "latents", run.num_clips_i2v, run.seed)
     encode_ends(vae, run.work / "ends", run.num_clips_i2v, run.seed)
     model, text, _ = transformer_training.train(
         transformer_training.TransformerTraining(

@@ -9,7 +9,8 @@ import torch
 from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel
 
 from cogvx.models import CausalVAE, CheckpointError, ExpertTransformer, saving
-from cogvx.models.saving import content_hash, new_folder, replacing
+from cogvx.models.on_disk import replacing
+from cogvx.models.saving import content_hash, new_folder
 
 MODELS = {
     "2b": (ExpertTransformer, CogVideoXTransformer3DModel),
