@@ -61,6 +61,7 @@ class Ladder:
             raise TrainingError(f"{made}; a law takes {NUM_RUNGS} besides the largest")
         for name in ("batch", "draws", "held_out"):
             check(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
+        check("lr", self.lr, self.lr > 0, "above 0")
         check_seed(self.seed)
         # The same rung twice would be found when all others are trained: a folder holds one.
         sizes = list(zip(self.widths, self.layers, strict=True))

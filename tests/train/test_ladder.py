@@ -83,6 +83,7 @@ def test_held_out_clips_are_not_trained_on(latents, tmp_path):
     ({"steps": (0, 1)}, r"steps is \[0, 1\]; every one must be at least 1"),
     ({"steps": (1,)}, "5 widths and 1 steps make too few rungs; a law takes 6 besides the largest"),
     ({"batch": 0}, "batch is 0; it must be at least 1"),
+    ({"lr": 0.0}, "lr is 0.0; it must be above 0"),
     ({"seed": -1}, "seed is -1; it must be from 0"),
     ({"widths": (32, 64, 32), "layers": (2, 2, 2)}, r"widths is \[32, 64, 32\]; it must be each another"),
     ({"steps": (100, 316, 100)}, r"steps is \[100, 316, 100\]; it must be each another number"),
