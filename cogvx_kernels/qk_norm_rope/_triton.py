@@ -167,7 +167,7 @@ def backward_kernel(
         grad_v += grad_v_a
         grad_x += width
     if ANGLES:
-        size = (num_rows - num_text).to(tl.int64) * width
+        size = tl.cast(num_rows - num_text, tl.int64) * width
         target = angles + group * 2 * size + angle
         tl.store(target, grad_cos, mask=inside & is_vision)
         tl.store(target + size, grad_sin, mask=inside & is_vision)

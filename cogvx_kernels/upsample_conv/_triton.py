@@ -44,7 +44,7 @@ def forward_kernel(
         total = add_product(left, right, total)
     total += tl.load(bias + o, mask=o < num_out, other=0.0).to(tl.float32)[None, :]
     value, inside = total.to(y.dtype.element_ty), (place < num_pixels)[:, None] & (o < num_out)[None, :]
-    size = 4 * height.to(tl.int64) * width
+    size = 4 * tl.cast(height, tl.int64) * width
     away = (2 * row + phase // 2) * (2 * width) + 2 * column + phase % 2
     if DOUBLE:  # frame t of T is 2t and 2t + 1 of 2T, but 2t - 1 and 2t of 2T - 1, where the first comes once
         t, alone = frame % num_frames, num_frames % 2

@@ -62,13 +62,42 @@ def compile_for(op: str, capability: int) -> None:
         print(json.dumps({"capability": capability, "kernel": name, "shared": shared} | needs))
 
 
-def what_kernels_need(op: str, capabilities: Sequence[int], cache: Path) -> dict[int, list[dict]]:
+def read_with_ones(op: str, capability: int = 90) -> None:
+    """Print the kernels whose body Triton reads where every size and stride is 1: the launcher makes those constants.
+
+    A constant is a plain number of Python, on which methods of tensors such as `.to` fail. The interpreter makes none.
+    """
+    from triton._C.libtriton import ir
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, make_backend
+
+    target = GPUTarget("cuda", capability, 32)
+    backend = make_backend(target)
+    cases, module = (importlib.import_module(f"cogvx_kernels.{op}.{name}") for name in ("cases", "_triton"))
+    for kernel, types, constants, options in cases.kernels(module, capability):
+        constants = constants | {name: 1 for name, kind in types.items() if kind.startswith("i")}
+        signature = types | dict.fromkeys(constants, "constexpr")
+        signature = {name: signature[name].removesuffix(":16") for name in kernel.arg_names}
+        options, context = backend.parse_options(dict(options)), ir.context()
+        ir.load_dialects(context)
+        backend.load_dialects(context)
+        helpers = backend.get_codegen_implementation(options), backend.get_module_map()
+        ASTSource(kernel, signature, constants, {}).make_ir(target, options, *helpers, context)
+        print(json.dumps({"kernel": kernel.__name__}))
+
+
+def in_own_process(cache: Path, *arguments: object) -> list[dict]:
+    """What this file's command prints, without the interpreter."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= {"TRITON_CACHE_DIR": str(cache), "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, __file__, op, *map(str, capabilities)]
+    command = [sys.executable, __file__, *map(str, arguments)]
     found = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert found.returncode == 0, found.stderr[-2000:]
-    kernels = [json.loads(line) for line in found.stdout.splitlines()]
+    return [json.loads(line) for line in found.stdout.splitlines()]
+
+
+def what_kernels_need(op: str, capabilities: Sequence[int], cache: Path) -> dict[int, list[dict]]:
+    kernels = in_own_process(cache, "needs", op, *capabilities)
     return {capability: [one for one in kernels if one["capability"] == capability] for capability in capabilities}
 
 
@@ -107,6 +136,10 @@ def test_triton_kernels_compile(op, capabilities, tmp_path):
         assert listed_needs(op, capability) == {needs["kernel"]: cell(needs) for needs in kernels}
 
 
+def test_triton_kernels_read_sizes_of_one(tmp_path):
+    assert len(in_own_process(tmp_path, "ones", *OPERATORS)) > len(OPERATORS)
+
+
 def write_table() -> None:
     version = importlib.metadata.version("triton")
     architectures = " | ".join(f"sm_{capability}" for capability in SHARED_LIMITS)
@@ -121,7 +154,11 @@ def write_table() -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 1:
-        compile_triton(sys.argv[1], *map(int, sys.argv[2:]))
-    else:
-        write_table()
+    match sys.argv[1:]:
+        case ["needs", op, *capabilities]:
+            compile_triton(op, *map(int, capabilities))
+        case ["ones", *ops]:
+            for op in ops:
+                read_with_ones(op)
+        case _:
+            write_table()
