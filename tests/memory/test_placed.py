@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from cogvx import Pipeline
+from cogvx.memory.placed import Pinned
 from cogvx.memory.plan import Plan, PlanError
 from cogvx.models.eight_bits import to_eight_bits
 from cogvx.models.lora import load_lora, unload_lora
@@ -47,6 +48,21 @@ def test_guidance_one_after_another_is_within_a_level(small_checkpoint):
     plain = Pipeline.from_pretrained(folder, device="cpu")("a red circle", **QUICK).frames
     found = placed(folder, Plan(sequential_guidance=True))("a red circle", **QUICK).frames
     assert np.abs(found.astype(int) - plain).max() <= 1
+
+
+def test_pinned_memory_is_asked_for_in_whole_pieces():
+    tensors = [
+        torch.randn(30, 20), torch.randn(7, 5).T, torch.tensor(2.0), torch.empty(0, 3),
+        torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last), torch.randn(900).bfloat16(),
+        torch.randint(-128, 128, (100, 3), dtype=torch.int8), torch.randn(2000), torch.randn(10),
+    ]  # fmt: skip
+    pinned = Pinned(piece=4096, pin=False)  # a machine without a GPU pins nothing
+    copies = [pinned.copy(tensor) for tensor in tensors]
+    for copy, tensor in zip(copies, tensors, strict=True):
+        assert torch.equal(copy, tensor)
+        assert (copy.dtype, copy.stride()) == (tensor.dtype, tensor.stride())
+        assert copy.data_ptr() != tensor.data_ptr() or not tensor.numel()
+    assert [len(memory) for memory, _ in pinned.pieces] == [4096, 4096, 8192]  # the large one has its own
 
 
 def test_weights_are_brought_no_oftener_than_they_must(small_checkpoint):
