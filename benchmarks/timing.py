@@ -19,6 +19,7 @@ from cost import Cost, Peaks
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DEVICE_NAME = torch.cuda.get_device_name() if DEVICE == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+torch.backends.cudnn.allow_tf32 = False  # fp32 is fp32, in products that are so by default and in convolutions
 # Small sizes do for a look at whether everything runs.
 TOY = os.environ.get("COGVX_BENCH_TOY") == "1"
 _EXPS_A_CLOCK = 16  # of a multiprocessor, from compute capability 8.0 to 12.x ("CUDA C++ Programming Guide")

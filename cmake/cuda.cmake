@@ -5,7 +5,7 @@ set(COGVX_CUDA_FOUND FALSE)
 set(COGVX_CUDA_DEFINITIONS "")
 set(reason "")
 
-function(cogvx_default_archs result) # the GPUs present, else 80 and 90a
+function(cogvx_default_archs result) # of the GPUs present those that the kernels are for, else 80 and 90a
   set(archs "")
   find_program(COGVX_NVIDIA_SMI nvidia-smi)
   if(COGVX_NVIDIA_SMI)
@@ -14,6 +14,7 @@ function(cogvx_default_archs result) # the GPUs present, else 80 and 90a
     if(status EQUAL 0)
       string(REGEX MATCHALL "[0-9]+\\.[0-9]+" archs "${capabilities}")
       string(REPLACE "." "" archs "${archs}")
+      list(FILTER archs EXCLUDE REGEX "^[1-7][0-9]$") # 7.5 and before lack instructions that the kernels consist of
       list(REMOVE_DUPLICATES archs)
       list(TRANSFORM archs REPLACE "^90$" "90a") # Hopper's own instructions
     endif()

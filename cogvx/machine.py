@@ -8,6 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
@@ -24,6 +25,19 @@ def pick_device(device: str | torch.device | None) -> torch.device:
     except (RuntimeError, AssertionError, NotImplementedError) as error:  # an unknown word; no such device; no driver
         reason = str(error).strip().split("\n")[0]
         raise SettingsError(f"device is {str(device)!r}, which is not to be had ({reason}); valid: {best}") from error
+    return picked
+
+
+def own_device(device: str | torch.device | None) -> torch.device:
+    """The same for one of torchrun's processes: of GPUs asked for without a number its own, which becomes the default.
+
+    Nothing is made on another GPU first: on the first one every process would leave a context of hundreds of MB.
+    """
+    if torch.cuda.is_available() and str(device or "cuda") == "cuda":
+        device = f"cuda:{dist.get_node_local_rank(fallback_rank=0)}"
+    picked = pick_device(device)
+    if picked.type == "cuda":
+        torch.cuda.set_device(picked)
     return picked
 
 

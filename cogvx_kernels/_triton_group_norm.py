@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._triton_device import why_not_there
+
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _MAX_PIXELS = 2**31 - 2**16
 _LEAST_VALUES = 32
@@ -188,8 +190,8 @@ def statistics(x: Tensor, num_groups: int, eps: float) -> Tensor:  # [B, 2, C]
 
 def why_not(x: Tensor, num_groups: int) -> str | None:
     """Why Triton cannot work on chunks like x, or None."""
-    if not (x.is_cuda or triton.knobs.runtime.interpret):
-        return "Triton runs on CUDA tensors, or anywhere with TRITON_INTERPRET=1"
+    if (reason := why_not_there(x)) is not None:
+        return reason
     if x.dtype not in _DTYPES:
         return f"x must be float32, float16 or bfloat16, not {x.dtype}"
     num_pixels = x.shape[2:].numel()

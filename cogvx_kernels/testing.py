@@ -26,16 +26,19 @@ class Normal:
 
 
 @contextmanager
-def poisoned_memory() -> Iterator[None]:
-    """Fill every new tensor with NaN (integers: their maximum), so that what a kernel fails to write shows."""
+def poisoned_memory(fills: bool = True) -> Iterator[None]:
+    """Fill every new tensor with NaN (integers: their maximum), so that what a kernel fails to write shows.
+
+    PyTorch does so together with deterministic algorithms, which on a GPU round otherwise; without `fills` those alone.
+    """
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    fills = torch.utils.deterministic.fill_uninitialized_memory
+    filled = torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.utils.deterministic.fill_uninitialized_memory = fills
     try:
         yield
     finally:
-        torch.utils.deterministic.fill_uninitialized_memory = fills
+        torch.utils.deterministic.fill_uninitialized_memory = filled
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 

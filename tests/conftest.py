@@ -23,6 +23,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    torch.backends.cudnn.allow_tf32 = False  # plain PyTorch in fp32 is what others are measured by
     # A shell makes what it runs in the background ignore Ctrl-C, and with it every process that a test starts.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if "cuda" in required(config) and not torch.cuda.is_available():
@@ -50,8 +51,12 @@ def run_cuda_on_host(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The long tests first: of several processes none then ends long after the others."""
-    items.sort(key=lambda item: item.get_closest_marker("slow") is None and "triton" not in item.name)
+    """The long tests first: of several processes none then ends long after the others.
+
+    On a GPU last: Triton's are long there since it compiles, and the time may be up before all have run.
+    """
+    on_gpu = torch.cuda.is_available()
+    items.sort(key=lambda item: (item.get_closest_marker("slow") is None and "triton" not in item.name) != on_gpu)
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:

@@ -13,6 +13,8 @@ from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 
+from .commands import within
+
 ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "csrc"
 NAME = f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
@@ -156,7 +158,7 @@ def _arch() -> str:
 def _run(command: list[str], seconds: float) -> str | None:
     """What a command said where it failed."""
     try:
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=max(seconds, 1))
-    except (OSError, subprocess.TimeoutExpired) as error:
+        status, said = within(seconds, command, cwd=ROOT)
+    except OSError as error:
         return str(error)[-2000:]
-    return (done.stdout + done.stderr)[-2000:] if done.returncode else None
+    return None if status == 0 else f"{'' if status is not None else 'its time was up. '}{said[-2000:]}"

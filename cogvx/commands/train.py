@@ -49,13 +49,13 @@ def train_transformer(file: Path | None, words: Sequence[str], dry_run: bool, pr
         return
 
     from ..data.clips import accepted, find_clips
-    from ..machine import pick_device
+    from ..machine import own_device
     from ..train.finetune import learning, train
     from ..train.finetuning import configs_of, describe, examples_of, load_transformer, long_warmup, tokens_of, unit_of
     from ..train.ranks import ALONE, joined
     from ..train.shards import num_sharing, placed
 
-    configs, device = configs_of(run), pick_device(run.device)
+    configs, device = configs_of(run), own_device(run.device)
     with joined(device.type) as ranks:
         # Before anything is computed; a dry run of one process says what each of so many would hold.
         sharing = (run.shard or 1) if dry_run and ranks is ALONE else num_sharing(run.shard, ranks)

@@ -41,6 +41,8 @@ def main(
         parity: compare with diffusers too.
         device: unset, a GPU where there is one.
     """
+    import torch
+
     from ..machine import pick_device
     from ..models import CheckpointError
     from ..models.checkpoint import checkpoint_files, resolve_folder
@@ -48,6 +50,7 @@ def main(
 
     configs, root = read_configs(folder), resolve_folder(folder)
     picked = pick_device(device)
+    torch.backends.cudnn.allow_tf32 = False  # by default a GPU's convolutions in fp32 round to 10 bits first
     failed = []
     for name, path in sorted(checkpoint_files(root).items()):
         if path.suffix == ".safetensors":

@@ -25,7 +25,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from ..data.video import check_writable, write_video
 from ..diffusion.guidance import TOGETHER
 from ..inputs import Inputs
-from ..machine import pick_device
+from ..machine import own_device
 from ..settings import Settings
 from ..speed import Speed
 from .alone import ALONE, Alone
@@ -177,6 +177,7 @@ def joined(device: str | torch.device | None = None) -> Iterator[Processes]:
     watch = Watch(store.clone(), rank, size)
     watch.meet(TO_MEET)
     watch.start()
+    store.set_timeout(TO_ANSWER)  # NCCL makes a group's links when the group first sends, however late one comes to it
     before = signal.signal(signal.SIGTERM, partial(told_to_stop, rank))
     try:
         dist.init_process_group(
@@ -197,16 +198,6 @@ def joined(device: str | torch.device | None = None) -> Iterator[Processes]:
 def told_to_stop(rank: int, *_: object) -> None:
     """What torchrun asks of the others where one process has ended: a file that is being written is to go."""
     raise ParallelError(f"process {rank} was told to stop, most likely since another one has ended; nothing was made")
-
-
-def own_device(device: str | torch.device | None) -> torch.device:
-    """The GPU of this process's own number on its machine, where GPUs are asked for and none by its number."""
-    picked = pick_device(device)
-    if picked.type == "cuda" and picked.index is None:
-        picked = pick_device(f"cuda:{dist.get_node_local_rank(fallback_rank=0)}")
-    if picked.type == "cuda":
-        torch.cuda.set_device(picked)
-    return picked
 
 
 def are_started() -> bool:

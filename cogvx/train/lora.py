@@ -28,9 +28,10 @@ class LearningLinear(Linear):
         self.in_features, self.out_features = layer.in_features, layer.out_features
         self.weight, self.bias, self.scale = layer.weight, layer.bias, alpha / rank
         # In fp32 whatever the layer is: steps of a learning rate are lost in 8 bits of mantissa.
-        self.down = nn.Parameter(torch.empty(rank, self.in_features, device=layer.weight.device))
-        self.up = nn.Parameter(torch.zeros(self.out_features, rank, device=layer.weight.device))
-        nn.init.kaiming_uniform_(self.down, a=math.sqrt(5))
+        down, device = torch.empty(rank, self.in_features, device="cpu"), layer.weight.device
+        nn.init.kaiming_uniform_(down, a=math.sqrt(5))  # on the host: a GPU's numbers are others on another GPU
+        self.down = nn.Parameter(down.to(device))
+        self.up = nn.Parameter(torch.zeros(self.out_features, rank, device=device))
 
     def forward(self, x: Tensor, gelu: bool = False) -> Tensor:
         y = super().forward(x)

@@ -81,12 +81,10 @@ TO_ENCODE = timedelta(days=2)  # others wait for the first process, which encode
 
 @contextmanager
 def joined(device: str) -> Iterator[Ranks]:
-    """The processes that torchrun has started, each with a GPU of its own where `device` is "cuda"; else this one."""
+    """The processes that torchrun has started, whose devices are of the type `device`; else this one alone."""
     if not dist.is_torchelastic_launched():
         yield ALONE
         return
-    if device == "cuda":
-        torch.cuda.set_device(dist.get_node_local_rank())
     dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=TO_ENCODE)
     try:
         yield Ranks(dist.group.WORLD)

@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .._triton_device import why_not_there
+
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _MAX_PIXELS = 2**31 - 2**16  # of all frames, which a kernel counts in 32 bits
 # The gradient of the weight is summed in splits: enough programs for any GPU, the same on all, so that sums are too.
@@ -159,8 +161,8 @@ def _block(size: int, largest: int) -> int:
 
 
 def why_not(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> str | None:
-    if not (x.is_cuda or triton.knobs.runtime.interpret):
-        return "Triton runs on CUDA tensors, or anywhere with TRITON_INTERPRET=1"
+    if (reason := why_not_there(x)) is not None:
+        return reason
     if x.dtype not in _DTYPES or any(t is not None and t.dtype != x.dtype for t in (weight, bias, residual)):
         return "every tensor must be of one dtype: float32, float16 or bfloat16"
     pixels = x.numel() // x.shape[1]

@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import _triton_gathered as gathered
+from .._triton_device import why_not_there
 from .._triton_gathered import add_product, load_pixels, pixel_options, tap_and_channels
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -57,8 +58,8 @@ def input_options(num_out: int, num_in: int, dtype: torch.dtype) -> dict:
 
 
 def why_not(x: Tensor, weight: Tensor, bias: Tensor) -> str | None:
-    if not (x.is_cuda or triton.knobs.runtime.interpret):
-        return "Triton runs on CUDA tensors, or anywhere with TRITON_INTERPRET=1"
+    if (reason := why_not_there(x)) is not None:
+        return reason
     if x.dtype not in _DTYPES or any(t.dtype != x.dtype for t in (weight, bias)):
         return "every tensor must be of one dtype: float32, float16 or bfloat16"
     pixels = x.numel() // x.shape[1]

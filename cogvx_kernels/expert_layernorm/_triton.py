@@ -6,6 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .._extension import with_contiguous_rows
+from .._triton_device import why_not_there
 from .._triton_rows import NARROW, chunk_of_program, load_row, normalize, num_chunks, options, store_row, sums_dtype
 
 # Rows of a program: enough to share the modulation, few enough to fill a GPU. Gradients are summed in these chunks.
@@ -76,8 +77,8 @@ def backward_kernel(
 def why_not(
     x: Tensor, weight: Tensor, bias: Tensor, shift: Tensor, scale: Tensor, num_text: int, eps: float
 ) -> str | None:
-    if not (x.is_cuda or triton.knobs.runtime.interpret):
-        return "Triton runs on CUDA tensors, or anywhere with TRITON_INTERPRET=1"
+    if (reason := why_not_there(x)) is not None:
+        return reason
     if x.dtype not in _DTYPES or any(t.dtype != x.dtype for t in (weight, bias, shift, scale)):
         return "every tensor must be of one dtype: float32, float16 or bfloat16"
     return f"a width of {x.shape[-1]} is above {_MAX_WIDTH}" if x.shape[-1] > _MAX_WIDTH else None

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .._triton_device import why_not_there
 from .reference import KEYS, QUERIES, SMALLEST_PEAK, mean_of_tokens
 
 _MAX_WIDTH = 128
@@ -138,8 +139,8 @@ def options(kernel: str, dtype: torch.dtype, width: int, capability: int) -> dic
 
 
 def why_not(q: Tensor, k: Tensor, v: Tensor) -> str | None:
-    if not (q.is_cuda or _INTERPRETED.value):  # as the kernels above are; to ask the knob again costs microseconds
-        return "Triton runs on CUDA tensors, or anywhere with TRITON_INTERPRET=1"
+    if (reason := why_not_there(q)) is not None:
+        return reason
     if q.dtype not in _DTYPES or any(x.dtype != q.dtype for x in (k, v)):
         return "every tensor must be of one dtype: float32, float16 or bfloat16"
     return f"a head width of {q.shape[-1]} is above {_MAX_WIDTH}" if q.shape[-1] > _MAX_WIDTH else None

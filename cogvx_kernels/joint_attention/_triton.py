@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .._triton_device import why_not_there
 from ._triton_tiles import options
 from .reference import lse_dtype
 from .tiles import tiles as table_of_tiles
@@ -315,8 +316,8 @@ def keys_backward_kernel(
 
 
 def why_not(q: Tensor, k: Tensor, v: Tensor, lengths: list[int] | None, return_lse: bool) -> str | None:
-    if not (q.is_cuda or triton.knobs.runtime.interpret):
-        return "Triton runs on CUDA tensors, or anywhere with TRITON_INTERPRET=1"
+    if (reason := why_not_there(q)) is not None:
+        return reason
     if q.dtype not in _DTYPES or any(x.dtype != q.dtype for x in (k, v)):
         return "every tensor must be of one dtype: float32, float16 or bfloat16"
     return None if 8 <= q.shape[-1] <= 128 else f"the Triton kernel takes {FOR_SHAPES}, not {q.shape[-1]}"

@@ -6,6 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .._extension import with_contiguous_rows
+from .._triton_device import why_not_there
 from .compiled import is_narrow
 
 # Values of a head that a program holds at a time: backward, sums stand beside them in registers, and more of these
@@ -197,8 +198,8 @@ def why_not(
     num_heads: int,
     eps: float,
 ) -> str | None:
-    if not (qkv.is_cuda or triton.knobs.runtime.interpret):
-        return "Triton runs on CUDA tensors, or anywhere with TRITON_INTERPRET=1"
+    if (reason := why_not_there(qkv)) is not None:
+        return reason
     if qkv.dtype not in _DTYPES:
         return "every tensor must be of one dtype: float32, float16 or bfloat16"
     width = q_weight.shape[0]

@@ -5,6 +5,10 @@
 #include "common/device.h"
 #include "common/launch.cuh"
 
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+#error "the kernels consist of instructions that GPUs have from compute capability 8.0 on"
+#endif
+
 namespace cogvx {
 namespace {
 

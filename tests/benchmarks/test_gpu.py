@@ -5,9 +5,12 @@ import os
 import re
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 from gpu import readme
+from gpu.commands import within
 from gpu.readme import ROOT
 
 from cogvx_kernels._op import OPS
@@ -41,6 +44,17 @@ def test_a_dry_run_passes_every_stage(tmp_path):
     table = (tmp_path / "table.md").read_text()
     assert all(re.search(rf"^(\| |- ){name}\b.*\b{by}\b", table, re.MULTILINE) for name, by in declared)
     assert all(f"| {stage} | done |" in table for stage in STAGES)
+
+
+def test_what_needs_too_long_ends_with_all_that_it_started(tmp_path):
+    forked = f"sleep 60 & echo $! > {tmp_path}/pid; echo begun; wait"
+    assert within(1, ["sh", "-c", forked]) == (None, "begun\n")
+    # It has let go of its output, or `within` would still read, and is on its way out.
+    stat, end = Path(f"/proc/{(tmp_path / 'pid').read_text().strip()}/stat"), time.monotonic() + 30
+    while stat.exists() and stat.read_text().split(")")[1].split()[0] != "Z":  # for its new parent to collect
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    assert within(60, ["sh", "-c", "echo out; echo wrong >&2; exit 3"]) == (3, "out\nwrong\n")
 
 
 def test_the_readme_has_what_the_results_say():

@@ -42,3 +42,12 @@ def test_inductor_compiles_around_an_operator():
     args = SMALL[0]()
     model = torch.compile(lambda *args: cogvx_kernels.expert_layernorm(*args).relu(), fullgraph=True)
     torch.testing.assert_close(model(*args), cogvx_kernels.expert_layernorm(*args).relu())
+
+
+def test_triton_is_not_tried_on_gpus_before_ampere(monkeypatch):
+    device = pytest.importorskip("cogvx_kernels._triton_device", exc_type=ImportError)
+    monkeypatch.setattr(torch.version, "hip", None)
+    for capability, reason in (((7, 5), "cuda:1 has compute capability 7.5; "), ((8, 0), None), ((12, 0), None)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, capability=capability: capability)
+        found = device._why_not_device.__wrapped__(1)
+        assert found is None if reason is None else found.startswith(reason)
