@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from . import table
+from .commands import within
 
 ROOT = Path(__file__).resolve().parents[2]
 TOTAL = 560  # seconds of a whole run, which begins when torch was imported twice
@@ -85,19 +86,8 @@ def _run_one(stage: Stage, folder: Path, dry: bool, limit: float) -> dict:
     command = [sys.executable, "-m", *stage.words, str(file), f"{limit:.0f}"]
     before = time.monotonic()
     with log.open("w") as output:
-        process = subprocess.Popen(
-            command, cwd=ROOT, env=_environment(dry), stdout=output, stderr=subprocess.STDOUT, start_new_session=True
-        )
-        try:
-            status = process.wait(limit)
-            outcome = "done" if status == 0 else f"failed with status {status}"
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            outcome = f"stopped after {limit:.0f} s"
-        except BaseException:
-            os.killpg(process.pid, signal.SIGKILL)
-            raise
+        status, _ = within(limit, command, cwd=ROOT, env=_environment(dry), stdout=output)
+    outcome = {0: "done", None: f"stopped after {limit:.0f} s"}.get(status, f"failed with status {status}")
     return {"outcome": outcome, "seconds": round(time.monotonic() - before, 1)}
 
 
